@@ -1,0 +1,35 @@
+"""Selective plasticity for continual learning: an Avalanche plugin and a PyTorch optimizer."""
+
+from avalanche_sp.classic import permuted_mnist, split_mnist
+from avalanche_sp.losses import JointReplayLoss, OneHotMSELoss
+from avalanche_sp.metrics import (
+    AccuracyMatrix,
+    ClaimedRank,
+    GateOpenness,
+    PresynapticSurprise,
+    average_accuracy,
+    average_forgetting,
+    backward_transfer,
+    learning_accuracy,
+    selective_plasticity_metrics,
+)
+from avalanche_sp.optimizer import SelectivePlasticityOptimizer
+from avalanche_sp.plugin import SelectivePlasticityPlugin
+
+__all__ = [
+    "AccuracyMatrix",
+    "ClaimedRank",
+    "GateOpenness",
+    "JointReplayLoss",
+    "OneHotMSELoss",
+    "PresynapticSurprise",
+    "SelectivePlasticityOptimizer",
+    "SelectivePlasticityPlugin",
+    "average_accuracy",
+    "average_forgetting",
+    "backward_transfer",
+    "learning_accuracy",
+    "permuted_mnist",
+    "selective_plasticity_metrics",
+    "split_mnist",
+]

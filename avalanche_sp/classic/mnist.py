@@ -1,0 +1,153 @@
+"""Split and Permuted MNIST as tensor-backed Avalanche benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline, with_task_labels
+from avalanche.benchmarks.datasets import default_dataset_location
+from avalanche.benchmarks.scenarios import CLScenario
+from torch import Tensor
+from torchvision.datasets import MNIST
+
+from avalanche_sp.classic.tensor_dataset import TensorClassificationDataset, TensorSource
+
+__all__ = ["split_mnist", "permuted_mnist"]
+
+# Avalanche's and torchvision's usual normalisation: mean and deviation of the training pixels.
+_MEAN, _STD = 0.1307, 0.3081
+
+
+def split_mnist(
+    n_experiences: int = 5,
+    *,
+    class_order: Sequence[int] | None = None,
+    seed: int = 0,
+    return_task_id: bool = False,
+    dataset_root: str | Path | None = None,
+    download: bool = False,
+) -> CLScenario:
+    """Split MNIST: the ten digits come in ``n_experiences`` groups of equal size.
+
+    Class-incremental by default: labels stay 0-9 and every experience has task label 0. Images are
+    normalised float32 tensors of shape (1, 28, 28), as in ``avalanche.benchmarks.SplitMNIST``; the
+    streams are ``train_stream`` and ``test_stream``.
+
+    Args:
+        n_experiences: number of experiences: 1, 2, 5 or 10.
+        class_order: the ten classes in their order of appearance. Default: 0 to 9, so that two
+            experiences hold 0-4 and 5-9.
+        seed: fixes the order of the samples within an experience (Avalanche's own builder leaves them
+            sorted, which changes what EWC and MAS measure). The global random state is left alone.
+        return_task_id: give experience i the task label i (task-incremental).
+        dataset_root: folder with ``MNIST/raw/*-ubyte``. Default: Avalanche's dataset folder.
+        download: fetch MNIST into the folder if it isn't there.
+
+    Raises:
+        ValueError: an argument is outside what is listed above.
+        FileNotFoundError: there is no MNIST in ``dataset_root`` and ``download`` is False.
+
+    References:
+        F. Zenke, B. Poole, S. Ganguli: Continual learning through synaptic intelligence, ICML 2017;
+        G. van de Ven, A. Tolias: Three scenarios for continual learning, 2019.
+    """
+    if n_experiences not in (1, 2, 5, 10):
+        raise ValueError(f"Invalid n_experiences value: {n_experiences} (allowed: 1, 2, 5 or 10)")
+    classes = list(range(10)) if class_order is None else [int(c) for c in class_order]
+    if sorted(classes) != list(range(10)):
+        raise ValueError(f"Invalid class_order value: {class_order} (allowed: the classes 0 to 9, each once)")
+    train, test = _load_mnist(dataset_root, download)
+    rng = torch.Generator().manual_seed(seed)
+    groups = torch.tensor(classes).chunk(n_experiences)
+
+    def experiences(images: Tensor, labels: Tensor) -> list[TensorClassificationDataset]:
+        datasets = []
+        for e, group in enumerate(groups):
+            rows = torch.isin(labels, group).nonzero().flatten()
+            source = TensorSource(images, labels, rows=_shuffled(rows, rng))
+            datasets.append(TensorClassificationDataset.from_source(source, e if return_task_id else 0))
+        return datasets
+
+    return _benchmark(experiences(*train), experiences(*test))
+
+
+def permuted_mnist(
+    n_experiences: int = 10,
+    *,
+    train_size: int | None = None,
+    seed: int = 0,
+    return_task_id: bool = False,
+    dataset_root: str | Path | None = None,
+    download: bool = False,
+) -> CLScenario:
+    """Permuted MNIST: the same ten digits, every experience with its own permutation of the pixels.
+
+    Domain-incremental by default: one head, task label 0. The permutations are those of
+    ``avalanche.benchmarks.PermutedMNIST(seed=seed)``; the first experience is permuted too.
+
+    Args:
+        n_experiences: number of experiences, at least 1.
+        train_size: training images an experience, 1 to 60000, drawn anew for each. Default: all.
+        seed: fixes the permutations, the draws and the order of the samples.
+        return_task_id: give experience i the task label i (task-incremental).
+        dataset_root: folder with ``MNIST/raw/*-ubyte``. Default: Avalanche's dataset folder.
+        download: fetch MNIST into the folder if it isn't there.
+
+    Raises:
+        ValueError: an argument is outside what is listed above.
+        FileNotFoundError: there is no MNIST in ``dataset_root`` and ``download`` is False.
+
+    References:
+        I. Goodfellow et al.: An empirical investigation of catastrophic forgetting in gradient-based
+        neural networks, 2013; J. Kirkpatrick et al.: Overcoming catastrophic forgetting in neural
+        networks, PNAS 2017.
+    """
+    if n_experiences < 1:
+        raise ValueError(f"Invalid n_experiences value: {n_experiences} (allowed: 1 or more)")
+    if train_size is not None and not 1 <= train_size <= 60000:
+        raise ValueError(f"Invalid train_size value: {train_size} (allowed: 1 to 60000)")
+    train, test = _load_mnist(dataset_root, download)
+    rng = torch.Generator().manual_seed(seed)
+    permutations = np.random.RandomState(seed)
+    train_sets, test_sets = [], []
+    for e in range(n_experiences):
+        pixels = torch.from_numpy(permutations.permutation(784))
+        for (images, labels), size, datasets in ((train, train_size, train_sets), (test, None, test_sets)):
+            rows = _shuffled(torch.arange(len(labels)), rng)[:size]
+            source = TensorSource(images, labels, rows=rows, pixels=pixels)
+            datasets.append(TensorClassificationDataset.from_source(source, e if return_task_id else 0))
+    return _benchmark(train_sets, test_sets)
+
+
+def _shuffled(rows: Tensor, rng: torch.Generator) -> Tensor:
+    return rows[torch.randperm(len(rows), generator=rng)]
+
+
+def _benchmark(train_sets, test_sets) -> CLScenario:
+    return with_task_labels(with_classes_timeline(benchmark_from_datasets(train=train_sets, test=test_sets)))
+
+
+def _load_mnist(dataset_root: str | Path | None, download: bool) -> tuple[tuple[Tensor, Tensor], ...]:
+    """((train images, labels), (test images, labels)), images normalised, shape (N, 1, 28, 28)."""
+    root = Path(default_dataset_location("mnist") if dataset_root is None else dataset_root).expanduser()
+    if not download and not (root / "MNIST" / "raw" / "train-images-idx3-ubyte").exists():
+        raise FileNotFoundError(
+            f"Invalid dataset_root: no MNIST in {root} (expected {root}/MNIST/raw/train-images-idx3-ubyte "
+            "and its three companions). Give the folder that holds MNIST/raw, or download=True to fetch it there."
+        )
+    return _read_mnist(str(root.resolve()), download)
+
+
+@lru_cache(maxsize=2)  # the tensors are shared by every benchmark of a process, and never written to
+def _read_mnist(root: str, download: bool) -> tuple[tuple[Tensor, Tensor], ...]:
+    parts = []
+    for train in (True, False):
+        raw = MNIST(root, train=train, download=download)
+        # In torchvision's order of operations (ToTensor, then Normalize), so the values are the same bits.
+        images = raw.data.unsqueeze(1).float().div_(255).sub_(_MEAN).div_(_STD)
+        parts.append((images, raw.targets))
+    return tuple(parts)

@@ -1,0 +1,165 @@
+"""Gate mathematics: pure functions on tensors.
+
+A layer computes z = W x + b. With delta = dL/dz (postsynaptic) and x (presynaptic), dW = delta x^T. A gate
+decides how much of a change gets through. Two are here:
+
+* the **elementwise gate** weighs each synapse by its eligibility, from the buffers that Adam keeps anyway;
+* the **coincidence gate** closes the presynaptic side for input patterns that consolidated experience claims,
+  so that a synapse changes only where new input and error coincide outside what is already known.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "eligibility",
+    "coincidence",
+    "elementwise_gate",
+    "loss_surprise",
+    "claim",
+    "merge_eigenspace",
+    "claimed_part",
+]
+
+
+def eligibility(exp_avg_sq: Tensor) -> Tensor:
+    """How much each synapse has recently taken part in learning, relative to its tensor's mean.
+
+        e = sqrt(v) / mean(sqrt(v))
+
+    The trace is Adam's second moment v, an exponential average of squared gradients; dividing by the mean makes
+    it free of the loss's scale. The eligibility trace: Gerstner et al., Eligibility traces and plasticity on
+    behavioral time scales, Frontiers in Neural Circuits 2018.
+
+    Args:
+        exp_avg_sq: running mean of squared gradients, any shape.
+
+    Returns:
+        Tensor of the same shape, mean 1 (all zeros where there has been no gradient at all).
+    """
+    trace = exp_avg_sq.sqrt()
+    return trace.div_(trace.mean().clamp_min_(torch.finfo(trace.dtype).tiny))
+
+
+def coincidence(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
+    """Agreement of the present gradient with the running one, element by element.
+
+        c = g m / v
+
+    Positive where both point the same way. Free of scale, as numerator and denominator are both squared
+    gradients. Zero where v is zero.
+    """
+    return (grad * exp_avg).div_(exp_avg_sq.clamp_min(torch.finfo(grad.dtype).tiny))
+
+
+def elementwise_gate(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    plasticity_k: float,
+    alignment_threshold: float,
+) -> Tensor:
+    """Gate in (0, 1] on an optimizer's update.
+
+        gate = 1 / (1 + k e [c <= threshold])
+
+    with eligibility e and coincidence c as above. Synapses whose present gradient coincides with their recent one
+    are fully plastic (the NMDA receptor's AND); the others resist, the more so the more eligible they are.
+
+    Args:
+        grad, exp_avg, exp_avg_sq: gradient and Adam's two moments, one shape.
+        plasticity_k: sharpness of the gate, 0 or more; 0 leaves it open.
+        alignment_threshold: coincidence above which a synapse is fully plastic.
+    """
+    resisting = coincidence(grad, exp_avg, exp_avg_sq) <= alignment_threshold
+    return eligibility(exp_avg_sq).mul_(resisting).mul_(plasticity_k).add_(1).reciprocal_()
+
+
+def loss_surprise(loss: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Surprise of a loss in [0, 1]: its z-score against the running loss, 1 from three deviations up.
+
+        s = clip((L - mean) / (3 sqrt(variance)), 0, 1)
+
+    Args:
+        loss, mean, variance: scalars (0-dim tensors). Zero variance gives no surprise.
+    """
+    deviation = variance.sqrt()
+    z = (loss - mean) / (3 * deviation).clamp_min(torch.finfo(loss.dtype).tiny)
+    return torch.where(deviation > 0, z.clamp(0, 1), torch.zeros_like(z))
+
+
+def claim(eigenvalues: Tensor, mean_eigenvalue: Tensor, openness: float) -> Tensor:
+    """How far the gate is closed along each eigenvector of consolidated activity.
+
+        f_i = lambda_i / (lambda_i + alpha * mean(lambda))
+
+    Directions with much consolidated activity are claimed (f near 1), unused ones stay free (f = 0). It is the
+    soft form of the projections of OWM (Zeng et al., Nature Machine Intelligence 2019) and GPM (Saha et al.,
+    ICLR 2021); compare SGP (Saha and Roy, AAAI 2023) and NCL (Kao et al., NeurIPS 2021).
+
+    Args:
+        eigenvalues: shape (r,), not negative.
+        mean_eigenvalue: 0-dim; the mean over all d directions, kept ones and dropped ones.
+        openness: alpha > 0, in units of the mean eigenvalue, hence free of the activity's scale. Infinite opens
+            the gate for everything.
+
+    Returns:
+        Tensor of shape (r,) in [0, 1].
+    """
+    if openness == float("inf"):
+        return torch.zeros_like(eigenvalues)
+    floor = (openness * mean_eigenvalue).clamp_min(torch.finfo(eigenvalues.dtype).tiny)
+    return eigenvalues / (eigenvalues + floor)
+
+
+def merge_eigenspace(
+    eigenvalues: Tensor, vectors: Tensor, weight: float, activity: Tensor, rank: int
+) -> tuple[Tensor, Tensor]:
+    """Leading eigenpairs of the mean of old and new second moments of presynaptic activity.
+
+        C = weight * V diag(lambda) V^T + (1 - weight) * X^T X / n
+
+    Computed on the smaller side of the stacked factor [sqrt(weight lambda) V^T; sqrt((1 - weight) / n) X], so
+    that neither wide layers nor many samples are a problem. No sample is kept.
+
+    Args:
+        eigenvalues, vectors: the old eigenspace, shapes (r,) and (d, r); r may be 0.
+        weight: the old one's share, 0 to 1.
+        activity: new presynaptic activity X, shape (n, d).
+        rank: number of eigenpairs to keep, at least 1.
+
+    Returns:
+        Eigenvalues (k,) in rising order and orthonormal vectors (d, k), k = min(rank, d, r + n).
+    """
+    old = (vectors * (weight * eigenvalues).sqrt()).T
+    factor = torch.cat([old, activity * ((1 - weight) / len(activity)) ** 0.5])
+    rows, d = factor.shape
+    if d <= rows:
+        values, basis = torch.linalg.eigh(factor.T @ factor)
+        values, basis = values[-rank:], basis[:, -rank:]
+    else:
+        values, left = torch.linalg.eigh(factor @ factor.T)
+        values, left = values[-rank:], left[:, -rank:]
+        # factor^T u / sqrt(lambda) is the eigenvector; QR, strongest first, keeps the weakest orthonormal too.
+        basis = torch.linalg.qr(factor.T @ left.flip(1)).Q.flip(1)
+    return values.clamp_min(0), basis.contiguous()
+
+
+def claimed_part(delta: Tensor, projection: Tensor, closed: Tensor, vectors: Tensor) -> Tensor:
+    """The part of dW = delta^T X that the coincidence gate holds back.
+
+        X_gated = X - X V diag(f) V^T      so      dW_gated = delta^T X - (delta^T X V) diag(f) V^T
+
+    Args:
+        delta: postsynaptic signal, shape (n, out).
+        projection: X V, shape (n, r).
+        closed: f, shape (r,).
+        vectors: V, shape (d, r).
+
+    Returns:
+        Tensor of shape (out, d), to be subtracted from dW.
+    """
+    return (delta.T @ projection).mul_(closed) @ vectors.T

@@ -1,0 +1,73 @@
+"""Losses for learning classes one after another, for use as a strategy's ``criterion``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor, nn
+
+from avalanche_sp.replay import memory_size, stream_rows
+
+__all__ = ["OneHotMSELoss", "JointReplayLoss"]
+
+
+class OneHotMSELoss(nn.Module):
+    """Squared error between outputs and one-hot targets: summed over the outputs, averaged over the batch.
+
+    Softmax cross-entropy keeps pushing the outputs of absent classes down; squared error has a fixed point
+    for them, zero, and stops there. That makes it the better loss where old classes are not replayed.
+
+    Shape:
+        outputs (N, C), class labels (N,) int64; returns a 0-dim tensor.
+
+    References:
+        L. Hui, M. Belkin: Evaluation of neural architectures trained with square loss vs cross-entropy in
+        classification tasks, ICLR 2021.
+    """
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        one_hot = F.one_hot(targets, outputs.shape[-1]).to(outputs.dtype)
+        return F.mse_loss(outputs, one_hot, reduction="sum") / len(outputs)
+
+
+class JointReplayLoss(SupervisedPlugin):
+    """Weighs replayed samples as the joint training of all experiences would.
+
+        L = (L_stream + w L_memory) / (1 + w),   w = N_old / N_new
+
+    N_new is the number of samples of the present experience and N_old of all earlier ones: the memory stands for
+    everything it was drawn from. ``ReplayPlugin`` alone weighs each row of the batch alike. Use it as the
+    strategy's ``criterion``; the strategy then calls it as a plugin too.
+
+    Args:
+        criterion: loss of (outputs, targets), averaged over the batch.
+    """
+
+    def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.criterion = criterion
+        self.samples_seen = 0
+        self._stream_rows: int | None = None  # None: all rows weigh alike (evaluation, or no memory yet)
+        self._memory_weight = 0.0
+
+    def before_training_iteration(self, strategy, **kwargs):
+        if memory_size(strategy) and self.samples_seen:
+            self._stream_rows = stream_rows(strategy)
+            self._memory_weight = self.samples_seen / len(strategy.experience.dataset)
+
+    def before_eval_iteration(self, strategy, **kwargs):
+        self._stream_rows = None
+
+    def after_training_exp(self, strategy, **kwargs):
+        self._stream_rows = None
+        self.samples_seen += len(strategy.experience.dataset)
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        n = self._stream_rows
+        if n is None or n == len(outputs):
+            return self.criterion(outputs, targets)
+        stream = self.criterion(outputs[:n], targets[:n])
+        memory = self.criterion(outputs[n:], targets[n:])
+        return (stream + self._memory_weight * memory) / (1 + self._memory_weight)

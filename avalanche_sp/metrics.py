@@ -1,0 +1,198 @@
+"""Metrics: what the gate does, and GEM's measures of continual learning, for Avalanche's EvaluationPlugin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from avalanche.evaluation import PluginMetric
+from avalanche.evaluation.metric_results import MetricValue
+from avalanche.evaluation.metric_utils import get_metric_name
+from avalanche.evaluation.metrics import Accuracy
+from numpy.typing import ArrayLike
+
+from avalanche_sp.plugin import LayerActivity, SelectivePlasticityPlugin
+
+__all__ = [
+    "AccuracyMatrix",
+    "ClaimedRank",
+    "GateOpenness",
+    "PresynapticSurprise",
+    "average_accuracy",
+    "average_forgetting",
+    "backward_transfer",
+    "learning_accuracy",
+    "selective_plasticity_metrics",
+]
+
+
+def average_accuracy(matrix: ArrayLike) -> float:
+    """ACC, mean accuracy over all T tasks after the last: (1/T) sum_j R[T, j].
+
+    ``matrix`` is R of shape (T, T): R[i, j] is the accuracy on task j after training on task i. All measures
+    here are in R's own unit. Source: D. Lopez-Paz, M. Ranzato: Gradient episodic memory, NeurIPS 2017.
+    """
+    return float(_square(matrix)[-1].mean())
+
+
+def backward_transfer(matrix: ArrayLike) -> float:
+    """BWT, change on the earlier tasks since each was learned: 1/(T-1) sum_{j<T} R[T, j] - R[j, j].
+
+    0 for a single task. Source: Lopez-Paz and Ranzato 2017.
+    """
+    r = _square(matrix)
+    return float((r[-1] - r.diagonal())[:-1].mean()) if len(r) > 1 else 0.0
+
+
+def average_forgetting(matrix: ArrayLike) -> float:
+    """Loss on the earlier tasks since each was at its best: 1/(T-1) sum_{j<T} max_{j<=i<T} R[i, j] - R[T, j].
+
+    0 for a single task. Source: A. Chaudhry et al.: Riemannian walk for incremental learning, ECCV 2018.
+    """
+    r = _square(matrix)
+    if len(r) < 2:
+        return 0.0
+    return float(np.mean([r[j:-1, j].max() - r[-1, j] for j in range(len(r) - 1)]))
+
+
+def learning_accuracy(matrix: ArrayLike) -> float:
+    """Mean accuracy on each task right after it was learned: (1/T) sum_j R[j, j].
+
+    Source: M. Riemer et al.: Learning to learn without forgetting, ICLR 2019.
+    """
+    return float(_square(matrix).diagonal().mean())
+
+
+def _square(matrix: ArrayLike) -> np.ndarray:
+    r = np.asarray(matrix, dtype=float)
+    if r.ndim != 2 or r.shape[0] != r.shape[1] or not len(r):
+        raise ValueError(f"Invalid matrix shape: {r.shape} (allowed: (T, T), accuracy on task j after task i)")
+    return r
+
+
+class AccuracyMatrix(PluginMetric):
+    """Accuracy matrix R in percent, and ACC, BWT, forgetting and learning accuracy once it is square.
+
+    Evaluate on the whole test stream after each experience. A row is written by every evaluation and
+    overwritten by a later one during the same experience; evaluations before any training are left out.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._accuracy = Accuracy()
+        self._rows: list[dict[int, float]] = []
+
+    def __str__(self) -> str:
+        return "AccuracyMatrix"
+
+    def result(self) -> np.ndarray:
+        """R, shape (experiences trained on, experiences evaluated on), NaN where not evaluated."""
+        columns = 1 + max((j for row in self._rows for j in row), default=-1)
+        matrix = np.full((len(self._rows), columns), np.nan)
+        for i, row in enumerate(self._rows):
+            for j, value in row.items():
+                matrix[i, j] = value
+        return matrix
+
+    def reset(self) -> None:
+        self._rows.clear()
+
+    def before_training_exp(self, strategy) -> None:
+        self._rows.append({})
+
+    def before_eval_exp(self, strategy) -> None:
+        self._accuracy.reset()
+
+    def after_eval_iteration(self, strategy) -> None:
+        self._accuracy.update(strategy.mb_output, strategy.mb_y)
+
+    def after_eval_exp(self, strategy) -> None:
+        if self._rows:
+            self._rows[-1][strategy.experience.current_experience] = 100 * self._accuracy.result()
+
+    def after_eval(self, strategy) -> list[MetricValue]:
+        matrix = self.result()
+        if matrix.shape[0] != matrix.shape[1] or np.isnan(matrix).any() or not len(matrix):
+            return []
+        measures = {
+            "ACC": average_accuracy,
+            "BWT": backward_transfer,
+            "Forgetting": average_forgetting,
+            "LearningAccuracy": learning_accuracy,
+        }
+        return [
+            MetricValue(self, f"{name}_Percent/eval_phase/test_stream", f(matrix), strategy.clock.train_iterations)
+            for name, f in measures.items()
+        ]
+
+
+class _LayerMetric(PluginMetric):
+    """A value for every gated layer, read off the strategy's SelectivePlasticityPlugin at one moment."""
+
+    def __init__(self, read: Callable[[LayerActivity], float]):
+        super().__init__()
+        self._read = read
+        self._values: dict[str, float] = {}
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+    def result(self) -> dict[str, float]:
+        """The last values by layer name."""
+        return dict(self._values)
+
+    def reset(self) -> None:
+        self._values.clear()
+
+    def _emit(self, strategy) -> list[MetricValue]:
+        plugin = next((p for p in strategy.plugins if isinstance(p, SelectivePlasticityPlugin)), None)
+        if plugin is None or not plugin.layers:
+            return []
+        self._values = {name: self._read(activity) for name, activity in plugin.layers.items()}
+        named = {f"{self}/{layer}": value for layer, value in self._values.items()}
+        named[f"{self}/mean"] = sum(self._values.values()) / len(self._values)
+        return [
+            MetricValue(self, get_metric_name(name, strategy), value, strategy.clock.train_iterations)
+            for name, value in named.items()
+        ]
+
+
+class GateOpenness(_LayerMetric):
+    """Share of the stream's presynaptic energy that the gate let through, per layer, epoch by epoch.
+
+        sum |x_gated|^2 / sum |x|^2
+    """
+
+    def __init__(self):
+        super().__init__(lambda activity: activity.openness)
+
+    def after_training_epoch(self, strategy) -> list[MetricValue]:
+        return self._emit(strategy)
+
+
+class PresynapticSurprise(_LayerMetric):
+    """Share of the stream's presynaptic energy outside all that was consolidated, per layer, epoch by epoch.
+
+        1 - sum |V^T x|^2 / sum |x|^2
+    """
+
+    def __init__(self):
+        super().__init__(lambda activity: activity.surprise)
+
+    def after_training_epoch(self, strategy) -> list[MetricValue]:
+        return self._emit(strategy)
+
+
+class ClaimedRank(_LayerMetric):
+    """Number of input directions that consolidation has at least half closed, per layer, after each experience."""
+
+    def __init__(self):
+        super().__init__(lambda activity: activity.claimed_rank)
+
+    def after_training_exp(self, strategy) -> list[MetricValue]:
+        return self._emit(strategy)
+
+
+def selective_plasticity_metrics() -> list[PluginMetric]:
+    """All metrics of this module, ready for ``EvaluationPlugin(*selective_plasticity_metrics(), loggers=...)``."""
+    return [GateOpenness(), PresynapticSurprise(), ClaimedRank(), AccuracyMatrix()]

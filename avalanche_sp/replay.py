@@ -1,0 +1,29 @@
+"""What is stream and what is memory in a mini-batch of Avalanche's replay."""
+
+from __future__ import annotations
+
+from avalanche.benchmarks.utils.data_loader import ReplayDataLoader
+
+__all__ = ["memory_size", "stream_rows"]
+
+
+def memory_size(strategy) -> int:
+    """Number of stored samples that the strategy's present data loader replays; 0 without replay."""
+    loader = strategy.dataloader
+    if not isinstance(loader, ReplayDataLoader):
+        return 0
+    return sum(len(memory) for memory in loader.datasets[1:])
+
+
+def stream_rows(strategy) -> int:
+    """How many rows at the front of the present training mini-batch come from the stream.
+
+    ``ReplayPlugin`` puts the stream's samples first, then the memory's, and marks neither. Only the last
+    batch of an epoch holds fewer of the stream's than asked for, so their number follows from the position
+    in the epoch.
+    """
+    loader = strategy.dataloader
+    if not isinstance(loader, ReplayDataLoader):
+        return len(strategy.mb_x)
+    size = loader.batch_sizes[0]
+    return min(size, len(loader.datasets[0]) - strategy.clock.train_epoch_iterations * size)
