@@ -21,7 +21,7 @@ class SelectivePlasticityOptimizer(Optimizer):
         v_t = \tau v_{t-1} + (1-\tau) g_t^2 \\
         e_t &= \sqrt{v_t} / \operatorname{mean}(\sqrt{v_t})
             &&\text{eligibility, the mean over the tensor} \\
-        c_t &= g_t m_t / v_t &&\text{coincidence} \\
+        c_t &= g_t \hat m_t / \hat v_t &&\text{coincidence} \\
         k_t &= k \min(1, t/T)\,(1 - \omega s_t) &&\text{warm-up and surprise} \\
         G_t &= 1 / (1 + k_t\, e_t\, [c_t \le \theta]) &&\text{gate} \\
         p_t &= p_{t-1} - \eta\, G_t\, \hat m_t / (\sqrt{\hat v_t} + \epsilon)
@@ -184,13 +184,13 @@ def _update(p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
     m.lerp_(grad, 1 - beta1)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
 
-    step_size = lr / (1 - beta1**step)
-    denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    denominator = (v.sqrt() / correction2**0.5).add_(group["eps"])
     update = m
     if group["plasticity_k"] != 0:
         warmup = min(1.0, step / group["warmup_steps"]) if group["warmup_steps"] else 1.0
         k = group["plasticity_k"] * warmup * (1 - group["surprise_weight"] * group["surprise"])
-        update = m * elementwise_gate(
-            grad, m, v, plasticity_k=k, alignment_threshold=group["alignment_threshold"]
-        )
-    p.addcdiv_(update, denominator, value=-step_size)
+        # The threshold is on g m^ / v^: the bias corrections move to its side.
+        threshold = group["alignment_threshold"] * correction1 / correction2
+        update = m * elementwise_gate(grad, m, v, plasticity_k=k, alignment_threshold=threshold)
+    p.addcdiv_(update, denominator, value=-lr / correction1)

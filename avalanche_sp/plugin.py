@@ -135,7 +135,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._loss_moments: tuple[Tensor, Tensor] | None = None
         self._handles: list = []
         self._held_back: dict[nn.Linear, Tensor] = {}
-        self._batch: tuple[int, int] = (0, 0)  # rows in the batch, rows of the stream
+        self._batch: tuple[int, int] | None = None  # rows in the batch, rows of the stream; None outside backward
 
     @property
     def active(self) -> bool:
@@ -171,7 +171,6 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._release()
         if not self.layers:
             return
-        self._batch = len(strategy.mb_x), stream_rows(strategy)
         for name, layer in strategy.model.named_modules():
             if name in self.layers and layer.weight.requires_grad:
                 activity = self.layers[name]
@@ -183,6 +182,10 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     def after_forward(self, strategy, **kwargs):
         self._remove_hooks()
+
+    def before_backward(self, strategy, **kwargs):
+        # Only the strategy's own backward pass is gated, not one that another plugin makes for its purposes.
+        self._batch = len(strategy.mb_x), stream_rows(strategy)
 
     def after_backward(self, strategy, **kwargs):
         if not strategy.loss.isfinite().all():
@@ -196,7 +199,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             layer.weight.grad.sub_(held_back[:, :inputs])
             if layer.bias is not None and layer.bias.grad is not None:
                 layer.bias.grad.sub_(held_back[:, inputs])
-        self._held_back.clear()
+        self._release()
         if self.active:
             self._observe(strategy.loss.detach().squeeze(), strategy.optimizer)
 
@@ -209,9 +212,15 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     def _watch(self, layer: nn.Linear, inputs: tuple, output: Tensor, activity: LayerActivity) -> None:
         """Forward hook: notes the layer's input, and waits for the error that comes back to its output."""
-        if not output.requires_grad:
+        if output.requires_grad:
+            x = inputs[0].detach()
+            output.register_hook(lambda delta: self._hold_back(layer, x, delta, activity))
+
+    def _hold_back(self, layer: nn.Linear, x: Tensor, delta: Tensor, activity: LayerActivity) -> None:
+        """Tensor hook on a layer's output: what its gradient must lose. Adds up where a layer is used twice."""
+        if self._batch is None:
             return
-        x = self._stream_part(inputs[0].detach()).to(activity.vectors.dtype)
+        x, delta = (self._stream_part(t).to(activity.vectors.dtype) for t in (x, delta))
         projection = x @ activity.vectors[: layer.in_features]
         energy = x.square().sum()
         if layer.bias is not None:
@@ -222,12 +231,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         activity.energy = activity.energy + energy
         activity.passed = activity.passed + energy - (power * (2 * f - f.square())).sum()
         activity.novel = activity.novel + energy - power.sum()
-        output.register_hook(lambda delta: self._hold_back(layer, delta, projection, activity))
-
-    def _hold_back(self, layer: nn.Linear, delta: Tensor, projection: Tensor, activity: LayerActivity) -> None:
-        """Tensor hook on a layer's output: what its gradient must lose. Adds up where a layer is used twice."""
-        delta = self._stream_part(delta).to(projection.dtype)
-        part = claimed_part(delta, projection, activity.closed, activity.vectors)
+        part = claimed_part(delta, projection, f, activity.vectors)
         seen = self._held_back.get(layer)
         self._held_back[layer] = part if seen is None else seen.add_(part)
 
@@ -242,9 +246,10 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._handles.clear()
 
     def _release(self) -> None:
-        """Forgets an iteration that an error or an interrupt left unfinished."""
+        """Ends an iteration, also one that an error or an interrupt left unfinished."""
         self._remove_hooks()
         self._held_back.clear()
+        self._batch = None
 
     def _observe(self, loss: Tensor, optimizer) -> None:
         if self._loss_moments is None:

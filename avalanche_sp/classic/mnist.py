@@ -11,12 +11,13 @@ import torch
 from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline, with_task_labels
 from avalanche.benchmarks.datasets import default_dataset_location
 from avalanche.benchmarks.scenarios import CLScenario
+from avalanche.benchmarks.utils import AvalancheDataset
 from torch import Tensor
 from torchvision.datasets import MNIST
 
 from avalanche_sp.classic.tensor_dataset import TensorClassificationDataset, TensorSource
 
-__all__ = ["split_mnist", "permuted_mnist"]
+__all__ = ["benchmark_of", "split_mnist", "permuted_mnist"]
 
 # Avalanche's and torchvision's usual normalisation: mean and deviation of the training pixels.
 _MEAN, _STD = 0.1307, 0.3081
@@ -72,7 +73,7 @@ def split_mnist(
             datasets.append(TensorClassificationDataset.from_source(source, e if return_task_id else 0))
         return datasets
 
-    return _benchmark(experiences(*train), experiences(*test))
+    return benchmark_of(experiences(*train), experiences(*test))
 
 
 def permuted_mnist(
@@ -120,15 +121,25 @@ def permuted_mnist(
             rows = _shuffled(torch.arange(len(labels)), rng)[:size]
             source = TensorSource(images, labels, rows=rows, pixels=pixels)
             datasets.append(TensorClassificationDataset.from_source(source, e if return_task_id else 0))
-    return _benchmark(train_sets, test_sets)
+    return benchmark_of(train_sets, test_sets)
 
 
 def _shuffled(rows: Tensor, rng: torch.Generator) -> Tensor:
     return rows[torch.randperm(len(rows), generator=rng)]
 
 
-def _benchmark(train_sets, test_sets) -> CLScenario:
-    return with_task_labels(with_classes_timeline(benchmark_from_datasets(train=train_sets, test=test_sets)))
+def benchmark_of(train: Sequence[AvalancheDataset], test: Sequence[AvalancheDataset]) -> CLScenario:
+    """A benchmark with a train and a test stream, one experience a dataset, with task labels and class timeline.
+
+    Avalanche's own ``with_classes_timeline`` gives sets where its protocol promises lists, and its multi-head
+    models need lists; here they are lists, sorted.
+    """
+    benchmark = with_task_labels(with_classes_timeline(benchmark_from_datasets(train=list(train), test=list(test))))
+    for stream in benchmark.streams.values():
+        for e in stream:
+            for name in ("classes_in_this_experience", "previous_classes", "classes_seen_so_far", "future_classes"):
+                setattr(e, name, sorted(getattr(e, name)))
+    return benchmark
 
 
 def _load_mnist(dataset_root: str | Path | None, download: bool) -> tuple[tuple[Tensor, Tensor], ...]:

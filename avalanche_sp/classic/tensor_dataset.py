@@ -16,7 +16,6 @@ import torch
 from avalanche.benchmarks.utils import ConstantSequence, DataAttribute, TaskLabels
 from avalanche.benchmarks.utils.classification_dataset import TaskAwareSupervisedClassificationDataset
 from avalanche.benchmarks.utils.flat_data import FlatData
-from avalanche.benchmarks.utils.transform_groups import EmptyTransformGroups
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
@@ -154,7 +153,8 @@ def _resolve(data, positions: np.ndarray, sources: list[TensorSource]) -> tuple[
     if not isinstance(data, FlatData):
         raise _NotPlain
     for groups in ("_transform_groups", "_frozen_transform_groups"):
-        if not isinstance(getattr(data, groups, None), (EmptyTransformGroups, type(None))):
+        groups = getattr(data, groups, None)
+        if groups is not None and any(transform is not None for transform in groups.transform_groups.values()):
             raise _NotPlain
     if data._indices is not None:
         positions = np.fromiter(data._indices, dtype=np.int64, count=len(data))[positions]
@@ -196,10 +196,7 @@ class TensorClassificationDataset(TaskAwareSupervisedClassificationDataset):
             ],
         )
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._length = len(self._flat_data)
-        self._layout: _Layout | None = None
+    _layout: _Layout | None = None  # made when the first batch is read
 
     def _shallow_clone_dataset(self):
         clone = super()._shallow_clone_dataset()
@@ -223,9 +220,15 @@ class TensorClassificationDataset(TaskAwareSupervisedClassificationDataset):
         return self._layout.gather(torch.as_tensor(indices))
 
     def __getitem__(self, index):
-        if type(index) is int and 0 <= index < self._length:
+        # Called for every sample of every batch: no more than this.
+        if type(index) is int:
             return _Sample(self, index)
+        if isinstance(index, slice):
+            return self.subset(range(len(self))[index])
         return super().__getitem__(index)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
 
     def subset(self, indices):
         if isinstance(indices, range) and indices == range(len(self)):

@@ -1,0 +1,111 @@
+"""Command line of the benchmark scripts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from harness.jobs import run_all
+from harness.settings import MNIST, ROOT, STRATEGIES, USES_REPLAY, Run
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} (allowed: an integer, 1 or more)")
+    return value
+
+
+def natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} (allowed: an integer, 0 or more)")
+    return value
+
+
+def strategies(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in STRATEGIES:
+            raise argparse.ArgumentTypeError(f"unknown strategy {name!r} (allowed: {', '.join(STRATEGIES)})")
+    return names
+
+
+def dataset_root(text: str) -> str:
+    if not (Path(text) / "MNIST" / "raw" / "train-images-idx3-ubyte").exists():
+        raise argparse.ArgumentTypeError(f"no MNIST in {text} (expected {text}/MNIST/raw/train-images-idx3-ubyte)")
+    return text
+
+
+def override(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} (allowed: name=number)") from None
+
+
+def parser(description: str, *, output: str, tasks: tuple[int, ...] | None) -> argparse.ArgumentParser:
+    """Arguments that every script takes; ``tasks`` lists the numbers of tasks allowed (None: any)."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--tasks", type=positive, choices=tasks, default=tasks[0] if tasks else 10, help="experiences")
+    p.add_argument("--epochs", type=positive, default=1, help="epochs an experience")
+    p.add_argument("--batch-size", type=positive, default=64, help="stream samples in a mini-batch")
+    p.add_argument("--replay-buffer", type=positive, default=200, help="stored samples of the replay strategies")
+    p.add_argument("--strategies", type=strategies, default=list(STRATEGIES), metavar="A,B", help=", ".join(STRATEGIES))
+    add_common(p, seeds=3, output=output)
+    p.add_argument("--validation", action="store_true", help="score on held-out training images, for tuning")
+    p.add_argument("--set", type=override, action="append", default=[], metavar="NAME=VALUE", help="override a setting")
+    return p
+
+
+def add_common(p: argparse.ArgumentParser, *, seeds: int, output: str) -> None:
+    p.add_argument("--seeds", type=positive, default=seeds, help="number of seeds")
+    p.add_argument("--first-seed", type=natural, default=0, help="the first of them")
+    p.add_argument("--jobs", type=positive, default=os.cpu_count(), help="runs at a time, one thread each")
+    p.add_argument("--output", type=Path, default=ROOT / "results" / output, help="folder for results and figures")
+    p.add_argument("--dataset-root", type=dataset_root, default=str(MNIST), help="folder with MNIST/raw/*-ubyte")
+
+
+def runs_of(args: argparse.Namespace, benchmark: str, replay_buffers: Iterable[int]) -> list[Run]:
+    """Seeds outermost, so that a comparison cut short is a whole one with fewer seeds."""
+    return [
+        Run(
+            benchmark=benchmark,
+            strategy=strategy,
+            n_tasks=args.tasks,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            replay_buffer=buffer,
+            seed=seed,
+            train_per_task=getattr(args, "train_per_task", None),
+            validation=args.validation,
+            overrides=tuple(sorted(args.set)),
+        )
+        for seed in range(args.first_seed, args.first_seed + args.seeds)
+        for strategy in args.strategies
+        for buffer in (replay_buffers if strategy in USES_REPLAY else (0,))
+    ]
+
+
+def compare(runs: list[Run], args: argparse.Namespace) -> int:
+    """Runs what is missing, writes and prints the report; the script's exit status."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    results = args.output / "results.jsonl"
+    print(f"{len(runs)} runs, {args.jobs} at a time; results go to {results}", flush=True)
+    try:
+        records, failed = run_all(runs, results, args.dataset_root, args.jobs)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. Finished runs are in {results}; the same command goes on from there.", file=sys.stderr)
+        return 130
+    if records:
+        from harness.report import write_report  # here, as scipy is slow to load
+
+        for path in write_report(records, args.output):
+            print(path)
+    if failed:
+        print(f"{failed} of {len(runs)} runs failed: their errors are in {results}", file=sys.stderr)
+    return 1 if failed else 0

@@ -1,0 +1,110 @@
+"""From records to a summary, a table and figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+from tabulate import tabulate
+
+from harness.settings import position
+
+MEASURES = ("acc", "bwt", "forgetting", "learning_acc")
+
+
+def interval(values: list[float]) -> dict:
+    """Mean and half-width of Student's 95% interval; the half-width is None for a single value."""
+    n = len(values)
+    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(values)) if n > 1 else None
+    return {"mean": float(np.mean(values)), "ci95": half}
+
+
+def summarize(records: list[dict]) -> list[dict]:
+    """One object for every combination of benchmark, strategy and settings, over its seeds."""
+    groups: dict[str, list[dict]] = {}
+    for record in records:
+        settings = {k: v for k, v in record["run"].items() if k != "seed"}
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(record)
+    summary = []
+    for group in groups.values():
+        run, recipe = group[0]["run"], group[0]["recipe"]
+        summary.append(
+            {
+                **{k: run[k] for k in ("benchmark", "strategy", "n_tasks", "epochs", "batch_size", "replay_buffer")},
+                "train_per_task": run["train_per_task"],
+                "loss": recipe["loss"],
+                "optimizer": recipe["optimizer"],
+                "lr": recipe["lr"],
+                "settings": recipe["settings"],
+                "seeds": sorted(r["run"]["seed"] for r in group),
+                **{m: interval([r[m] for r in group]) if group[0][m] is not None else None for m in MEASURES},
+                "task_acc": np.mean([r["accuracy_matrix"][-1] for r in group], axis=0).round(4).tolist(),
+                "seconds_per_run": float(np.mean([r["seconds"] for r in group])),
+                "extra_memory_bytes": max(r["extra_memory_bytes"] for r in group),
+            }
+        )
+    return sorted(summary, key=lambda s: position(s["strategy"], s["replay_buffer"]))
+
+
+def table(summary: list[dict]) -> str:
+    """The summary as a Markdown table."""
+    rows = []
+    for s in summary:
+        settings = ", ".join(f"{k} {v:g}" for k, v in s["settings"].items())
+        rows.append(
+            {
+                "strategy": s["strategy"],
+                "buffer": s["replay_buffer"] or "-",
+                "ACC %": _mean(s["acc"], "±"),
+                "BWT %": _mean(s["bwt"], "±"),
+                "each task %": _tasks(s["task_acc"]),
+                "seconds": f"{s['seconds_per_run']:.1f}",
+                "extra kB": f"{s['extra_memory_bytes'] / 1000:.0f}",
+                "trained with": f"{s['optimizer']} {s['lr']:g}, {s['loss']}" + (f"; {settings}" if settings else ""),
+            }
+        )
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def _mean(value: dict | None, sign: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value['mean']:.1f}" + (f" {sign} {value['ci95']:.1f}" if value["ci95"] is not None else "")
+
+
+def _tasks(accuracies: list[float]) -> str:
+    if len(accuracies) <= 5:
+        return " / ".join(f"{a:.1f}" for a in accuracies)
+    return f"{min(accuracies):.1f} to {max(accuracies):.1f}"
+
+
+def title(records: list[dict]) -> str:
+    """What was measured, in a line."""
+    run = records[0]["run"]
+    name = {"split-mnist": "Split MNIST", "permuted-mnist": "Permuted MNIST"}[run["benchmark"]]
+    images = f", {run['train_per_task']} images a task" if run["train_per_task"] else ""
+    seeds = ", ".join(map(str, sorted({r["run"]["seed"] for r in records})))
+    score = "validation images" if run["validation"] else "test images"
+    return (
+        f"{name}, {run['n_tasks']} tasks{images}, one head, {run['epochs']} epoch{'s' * (run['epochs'] > 1)}, "
+        f"batch {run['batch_size']}, MLP 784-256-256-10, {score}, seeds {seeds}"
+    )
+
+
+def write_report(records: list[dict], output: Path) -> list[Path]:
+    """Writes summary.json, table.md and the figures, prints the table; returns the paths of what it wrote."""
+    summary = summarize(records)
+    text = f"{title(records)}; mean ± 95% interval (Student's t)\n\n{table(summary)}\n"
+    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (output / "table.md").write_text(text)
+    print("\n" + text)
+    from harness import figures  # here, as matplotlib is slow to load
+
+    return [
+        output / "summary.json",
+        output / "table.md",
+        figures.acc_by_strategy(summary, title(records), output / "acc.png"),
+        figures.accuracy_over_training(records, title(records), output / "training.png"),
+    ]

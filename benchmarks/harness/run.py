@@ -1,0 +1,159 @@
+"""Trains and measures one run: from its settings to a record of results. Runs in a worker process."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from avalanche.benchmarks.scenarios import CLScenario
+from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin, SupervisedPlugin
+
+from avalanche_sp import (
+    AccuracyMatrix,
+    SelectivePlasticityPlugin,
+    average_accuracy,
+    average_forgetting,
+    backward_transfer,
+    learning_accuracy,
+    permuted_mnist,
+    split_mnist,
+)
+from avalanche_sp.classic import benchmark_of
+from harness.settings import Run
+from harness.strategies import build_model, build_strategy, recipe_of
+
+CURVE_POINTS = 10  # measurements of the accuracy curve in an experience
+CURVE_IMAGES = 1000  # test images a task behind each
+
+
+class AccuracyCurve(SupervisedPlugin):
+    """Accuracy on every task, in percent, at evenly spaced iterations; ``seconds`` is what measuring took."""
+
+    def __init__(self, test_sets: list[tuple[torch.Tensor, torch.Tensor]]):
+        super().__init__()
+        self.test_sets = test_sets
+        self.points: list[dict] = []
+        self.seconds = 0.0
+
+    def before_training_exp(self, strategy, **kwargs):
+        iterations = len(strategy.dataloader) * strategy.train_epochs
+        self._at = {max(1, round(iterations * (i + 1) / CURVE_POINTS)) for i in range(CURVE_POINTS)}
+
+    @torch.no_grad()
+    def after_training_iteration(self, strategy, **kwargs):
+        if strategy.clock.train_exp_iterations + 1 not in self._at:
+            return
+        start = time.perf_counter()
+        strategy.model.eval()
+        accuracies = [
+            100 * (strategy.model(x).argmax(1) == y).float().mean().item() for x, y in self.test_sets
+        ]
+        strategy.model.train()
+        self.points.append({"iteration": strategy.clock.train_iterations + 1, "task_acc": accuracies})
+        self.seconds += time.perf_counter() - start
+
+
+def execute(run: Run, dataset_root: str, key: str) -> dict:
+    """Trains the run and returns its record, as it is written to ``results.jsonl``."""
+    torch.set_num_threads(1)
+    benchmark = build_benchmark(run, dataset_root)
+    test_sets = [_first_images(e.dataset, CURVE_IMAGES) for e in benchmark.test_stream]
+    torch.manual_seed(run.seed)
+    model = build_model()
+    matrix, curve = AccuracyMatrix(), AccuracyCurve(test_sets)
+    strategy, plugins = build_strategy(run, model, [curve], EvaluationPlugin(matrix))
+
+    seconds = 0.0
+    train_stream = benchmark.train_stream
+    for experiences in [train_stream] if run.strategy == "joint" else train_stream:
+        start = time.perf_counter()
+        strategy.train(experiences)
+        seconds += time.perf_counter() - start
+        strategy.eval(benchmark.test_stream)
+
+    accuracy = matrix.result()
+    incremental = accuracy.shape[0] == accuracy.shape[1]
+    return {
+        "key": key,
+        "run": run.to_json(),
+        "recipe": asdict(recipe_of(run)),
+        "acc": float(accuracy[-1].mean()),
+        "bwt": backward_transfer(accuracy) if incremental else None,
+        "forgetting": average_forgetting(accuracy) if incremental else None,
+        "learning_acc": learning_accuracy(accuracy) if incremental else None,
+        "accuracy_matrix": accuracy.round(4).tolist(),
+        "curve": curve.points,
+        "seconds": seconds - curve.seconds,
+        "extra_memory_bytes": sum(memory_bytes(p) for p in plugins),
+        "versions": versions(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def build_benchmark(run: Run, dataset_root: str) -> CLScenario:
+    """The run's streams; with ``validation`` the test stream is 1/6 of the training images, taken out of them."""
+    if run.benchmark == "split-mnist":
+        benchmark = split_mnist(run.n_tasks, seed=run.seed, dataset_root=dataset_root)
+    else:
+        size = run.train_per_task
+        if run.validation and size is not None:
+            size = min(60000, round(size * 6 / 5))  # what is held out comes on top
+        benchmark = permuted_mnist(run.n_tasks, train_size=size, seed=run.seed, dataset_root=dataset_root)
+    if not run.validation:
+        return benchmark
+    datasets = [e.dataset for e in benchmark.train_stream]
+    held_out = [len(d) // 6 for d in datasets]
+    return benchmark_of([d[n:] for d, n in zip(datasets, held_out)], [d[:n] for d, n in zip(datasets, held_out)])
+
+
+def memory_bytes(plugin: SupervisedPlugin) -> int:
+    """What a method keeps from one experience to the next, beyond the network and its optimizer's state."""
+    if isinstance(plugin, SelectivePlasticityPlugin):
+        return plugin.state_bytes
+    if isinstance(plugin, ReplayPlugin):
+        buffer = plugin.storage_policy.buffer
+        if not len(buffer):
+            return 0
+        x, y, task_label = buffer[0]
+        return len(buffer) * (x.numel() * x.element_size() + 8)
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in _tensors(vars(plugin))}.values())
+
+
+def _tensors(value) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for v in value.values() for t in _tensors(v)]
+    if isinstance(value, (list, tuple)):
+        return [t for v in value for t in _tensors(v)]
+    data = getattr(value, "data", None)  # Avalanche's ParamData
+    return [data] if isinstance(data, torch.Tensor) else []
+
+
+def _first_images(dataset, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y, _ = dataset.read_batch(list(range(min(n, len(dataset)))))
+    return x, y
+
+
+def versions() -> dict[str, str]:
+    packages = ("avalanche-sp", "avalanche-lib", "torch", "numpy")
+    return {p: importlib.metadata.version(p) for p in packages} | {"python": platform.python_version()}
+
+
+def quiet() -> None:
+    """Drops what Avalanche says to itself: that it has no loggers, and what it will deprecate.
+
+    Its decorator resets the warning filters at every call, so the filter is where warnings are shown.
+    """
+    show = warnings.showwarning
+
+    def show_others(message, category, filename, *args, **kwargs):
+        if "avalanche" not in Path(filename).parts:
+            show(message, category, filename, *args, **kwargs)
+
+    warnings.showwarning = show_others

@@ -1,0 +1,77 @@
+"""What a run is: its settings, all of them, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MNIST = ROOT / "benchmarks" / "data" / "mnist"
+
+# In the order in which tables and figures show them.
+STRATEGIES = (
+    "naive-sgd",
+    "naive-adam",
+    "ewc",
+    "si",
+    "mas",
+    "sp-optimizer",
+    "sp",
+    "replay-sgd",
+    "replay-adam",
+    "replay-joint",
+    "sp-replay",
+    "joint",
+)
+USES_REPLAY = ("replay-sgd", "replay-adam", "replay-joint", "sp-replay")
+
+
+def position(strategy: str, replay_buffer: int) -> tuple:
+    """Sort key of tables and figures: by buffer, then as listed; the upper bound last."""
+    return strategy == "joint", replay_buffer, STRATEGIES.index(strategy)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one strategy on one benchmark with one seed.
+
+    Attributes:
+        benchmark: "split-mnist" or "permuted-mnist".
+        strategy: one of STRATEGIES.
+        n_tasks, epochs, batch_size: experiences, epochs an experience, samples of the stream in a mini-batch.
+        replay_buffer: stored samples; 0 for strategies without replay.
+        seed: fixes data order, initial weights and permutations; runs with equal seeds are paired.
+        train_per_task: training images a task (Permuted MNIST); None is all.
+        validation: score on 10,000 held-out training images instead of the test set, for tuning.
+        overrides: (name, value) pairs that replace the strategy's settings, for tuning.
+    """
+
+    benchmark: str
+    strategy: str
+    n_tasks: int
+    epochs: int
+    batch_size: int
+    replay_buffer: int
+    seed: int
+    train_per_task: int | None = None
+    validation: bool = False
+    overrides: tuple[tuple[str, float], ...] = ()
+
+    def to_json(self) -> dict:
+        return {**asdict(self), "overrides": dict(self.overrides)}
+
+    def key(self, code: str) -> str:
+        """Names the run and the code that made it: a stored result is only ever reused for the same of both."""
+        return json.dumps([self.to_json(), code], sort_keys=True)
+
+
+def code_fingerprint() -> str:
+    """Hash of the code that determines a run's result: the library, and how the harness trains with it."""
+    files = sorted((ROOT / "avalanche_sp").rglob("*.py"))
+    files += [ROOT / "benchmarks" / "harness" / name for name in ("run.py", "strategies.py")]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

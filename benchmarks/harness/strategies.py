@@ -1,0 +1,143 @@
+"""The strategies that are compared: what each trains with, and how Avalanche builds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from avalanche.training import JointTraining, Naive
+from avalanche.training.plugins import EWCPlugin, MASPlugin, ReplayPlugin, SynapticIntelligencePlugin
+from torch import nn
+
+from avalanche_sp import JointReplayLoss, OneHotMSELoss, SelectivePlasticityOptimizer, SelectivePlasticityPlugin
+from harness.settings import STRATEGIES, USES_REPLAY, Run
+
+LOSSES: dict[str, Callable[[], nn.Module]] = {
+    "cross-entropy": nn.CrossEntropyLoss,
+    "squared error": OneHotMSELoss,
+}
+OPTIMIZERS = {
+    "SGD": torch.optim.SGD,
+    "Adam": torch.optim.Adam,
+    "SelectivePlasticity": SelectivePlasticityOptimizer,
+}
+
+
+class WorkingSynapticIntelligence(SynapticIntelligencePlugin):
+    """Avalanche 0.6's Synaptic Intelligence, made to work on a CPU.
+
+    Upstream keeps views of the live weights where it means copies: on a CPU every displacement is then zero, and
+    with it every importance and the penalty, whatever the strength (``tests/test_harness.py`` shows it).
+    """
+
+    def before_training_exp(self, strategy, **kwargs):
+        super().before_training_exp(strategy, **kwargs)
+        self._copy(self.ewc_data[0])
+
+    def before_training_iteration(self, strategy, **kwargs):
+        super().before_training_iteration(strategy, **kwargs)
+        self._copy(self.syn_data["old_theta"])
+
+    @staticmethod
+    def _copy(params) -> None:
+        for param in params.values():
+            param.data = param.data.clone()
+
+
+PLUGINS = {
+    "ewc": lambda s: EWCPlugin(ewc_lambda=s["strength"]),
+    "si": lambda s: WorkingSynapticIntelligence(si_lambda=s["strength"]),
+    "mas": lambda s: MASPlugin(lambda_reg=s["strength"], alpha=0.5),
+    "sp": lambda s: SelectivePlasticityPlugin(openness=s["openness"], rank=int(s["rank"])),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a strategy trains with.
+
+    Attributes:
+        optimizer, lr, loss: names from OPTIMIZERS and LOSSES.
+        plugin: name from PLUGINS, or None.
+        settings: the plugin's settings.
+        joint_weight: weigh replayed samples as joint training would.
+    """
+
+    optimizer: str
+    lr: float
+    loss: str = "cross-entropy"
+    plugin: str | None = None
+    settings: dict[str, float] = field(default_factory=dict)
+    joint_weight: bool = False
+
+    def override(self, overrides: dict[str, float]) -> Recipe:
+        unknown = set(overrides) - {"lr", *self.settings}
+        if unknown:
+            allowed = ", ".join(["lr", *self.settings])
+            raise ValueError(f"Invalid override: {', '.join(sorted(unknown))} (allowed for this strategy: {allowed})")
+        return replace(
+            self, lr=overrides.get("lr", self.lr), settings={k: overrides.get(k, v) for k, v in self.settings.items()}
+        )
+
+
+_SP = {"openness": 0.1, "rank": 100}
+
+RECIPES: dict[str, dict[str, Recipe]] = {
+    "split-mnist": {
+        "naive-sgd": Recipe("SGD", 0.05, "squared error"),
+        "naive-adam": Recipe("Adam", 1e-3),
+        "ewc": Recipe("SGD", 0.05, plugin="ewc", settings={"strength": 10.0}),
+        "si": Recipe("SGD", 0.05, plugin="si", settings={"strength": 1.0}),
+        "mas": Recipe("SGD", 0.05, plugin="mas", settings={"strength": 1.0}),
+        "sp-optimizer": Recipe("SelectivePlasticity", 1e-3),
+        "sp": Recipe("SGD", 0.05, "squared error", plugin="sp", settings=_SP),
+        "replay-sgd": Recipe("SGD", 0.1),
+        "replay-adam": Recipe("Adam", 1e-3),
+        "replay-joint": Recipe("SGD", 0.05, "squared error", joint_weight=True),
+        "sp-replay": Recipe("SGD", 0.05, "squared error", plugin="sp", settings=_SP, joint_weight=True),
+        "joint": Recipe("Adam", 1e-3),
+    },
+}
+RECIPES["permuted-mnist"] = {
+    **RECIPES["split-mnist"],
+}
+
+
+def recipe_of(run: Run) -> Recipe:
+    """The run's recipe, its overrides applied. Raises ValueError for a strategy or override that doesn't exist."""
+    if run.strategy not in STRATEGIES:
+        raise ValueError(f"Invalid strategy: {run.strategy} (allowed: {', '.join(STRATEGIES)})")
+    return RECIPES[run.benchmark][run.strategy].override(dict(run.overrides))
+
+
+def build_model() -> nn.Module:
+    """The 784-256-256-10 perceptron of the comparison."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
+    )
+
+
+def build_strategy(run: Run, model: nn.Module, extra_plugins: list, evaluator):
+    """The Avalanche strategy of a run, and its method's own plugins."""
+    recipe = recipe_of(run)
+    criterion = LOSSES[recipe.loss]()
+    if recipe.joint_weight:
+        criterion = JointReplayLoss(criterion)
+    plugins = []
+    if run.strategy in USES_REPLAY:
+        plugins.append(ReplayPlugin(mem_size=run.replay_buffer))
+    if recipe.plugin is not None:
+        plugins.append(PLUGINS[recipe.plugin](recipe.settings))
+    template = JointTraining if run.strategy == "joint" else Naive
+    strategy = template(
+        model=model,
+        optimizer=OPTIMIZERS[recipe.optimizer](model.parameters(), lr=recipe.lr),
+        criterion=criterion,
+        train_mb_size=run.batch_size,
+        train_epochs=run.epochs,
+        eval_mb_size=1000,
+        plugins=plugins + extra_plugins,
+        evaluator=evaluator,
+    )
+    return strategy, plugins

@@ -1,0 +1,17 @@
+"""Split MNIST, class-incremental: compares strategies on 2, 5 or 10 tasks.
+
+    python benchmarks/split_mnist.py --tasks 5 --strategies naive-sgd,sp,replay-joint,sp-replay --seeds 10
+"""
+
+import sys
+
+from harness.cli import compare, parser, runs_of
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser(__doc__.splitlines()[0], output="split_mnist", tasks=(2, 5, 10)).parse_args(argv)
+    return compare(runs_of(args, "split-mnist", [args.replay_buffer]), args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

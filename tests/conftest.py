@@ -1,0 +1,61 @@
+"""Real MNIST, in small slices, and a small network for all tests."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from avalanche_sp import permuted_mnist, split_mnist
+from avalanche_sp.classic import benchmark_of
+
+ROOT = Path(__file__).resolve().parents[1]
+MNIST = ROOT / "benchmarks" / "data" / "mnist"
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def quiet_avalanche():
+    """Avalanche's deprecation decorator resets the warning filters at every call; put them back."""
+    with warnings.catch_warnings():
+        yield
+
+
+def sliced(benchmark, train=600, test=200):
+    """The first samples of every experience."""
+    return benchmark_of(
+        [e.dataset[:train] for e in benchmark.train_stream], [e.dataset[:test] for e in benchmark.test_stream]
+    )
+
+
+@pytest.fixture(scope="session")
+def split2():
+    return sliced(split_mnist(2, dataset_root=MNIST))
+
+
+@pytest.fixture(scope="session")
+def split5():
+    return sliced(split_mnist(5, dataset_root=MNIST))
+
+
+@pytest.fixture(scope="session")
+def permuted3():
+    return sliced(permuted_mnist(3, dataset_root=MNIST))
+
+
+def mlp(hidden=32, bias=True, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(784, hidden, bias=bias),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden, bias=bias),
+        nn.ReLU(),
+        nn.Linear(hidden, 10, bias=bias),
+    )
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])

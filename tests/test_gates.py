@@ -1,0 +1,97 @@
+"""Gate mathematics against slow, obvious numpy versions."""
+
+import numpy as np
+import pytest
+import torch
+
+from avalanche_sp import gates
+
+RNG = np.random.default_rng(0)
+
+
+def tensor(*shape, positive=False):
+    a = RNG.normal(size=shape)
+    return torch.tensor(np.abs(a) if positive else a, dtype=torch.float64)
+
+
+def reference_elementwise_gate(g, m, v, k, threshold):
+    mean = np.mean([np.sqrt(x) for x in v.ravel()])
+    gate = np.empty_like(g)
+    for i in np.ndindex(g.shape):
+        e = np.sqrt(v[i]) / mean
+        aligned = g[i] * m[i] / v[i] > threshold
+        gate[i] = 1.0 if aligned else 1 / (1 + k * e)
+    return gate
+
+
+@pytest.mark.parametrize("shape", [(7,), (4, 5), (2, 3, 4)])
+def test_elementwise_gate_equals_reference(shape):
+    g, m, v = tensor(*shape), tensor(*shape), tensor(*shape, positive=True)
+    fast = gates.elementwise_gate(g, m, v, plasticity_k=3.0, alignment_threshold=0.2)
+    np.testing.assert_allclose(fast, reference_elementwise_gate(g.numpy(), m.numpy(), v.numpy(), 3.0, 0.2))
+
+
+def test_elementwise_gate_is_free_of_the_scale_of_the_loss():
+    g, m, v = tensor(50), tensor(50), tensor(50, positive=True)
+    args = {"plasticity_k": 5.0, "alignment_threshold": 0.1}
+    small = gates.elementwise_gate(g, m, v, **args)
+    large = gates.elementwise_gate(1000 * g, 1000 * m, 1e6 * v, **args)
+    torch.testing.assert_close(small, large)
+
+
+def test_elementwise_gate_without_any_gradient_is_open_and_finite():
+    zero = torch.zeros(5)
+    gate = gates.elementwise_gate(zero, zero, zero, plasticity_k=5.0, alignment_threshold=-1.0)
+    torch.testing.assert_close(gate, torch.ones(5))
+
+
+def test_eligibility_has_mean_one():
+    assert gates.eligibility(tensor(30, positive=True)).mean() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "loss, mean, variance, expected", [(2.0, 2.0, 1.0, 0), (5.0, 2.0, 1.0, 1), (3.5, 2.0, 1.0, 0.5), (1.0, 2.0, 1.0, 0)]
+)
+def test_loss_surprise(loss, mean, variance, expected):
+    assert gates.loss_surprise(*map(torch.tensor, (loss, mean, variance))) == pytest.approx(expected)
+
+
+def test_loss_surprise_of_the_first_loss_is_none():
+    assert gates.loss_surprise(torch.tensor(3.0), torch.tensor(3.0), torch.tensor(0.0)) == 0
+
+
+def test_claim_closes_where_activity_was_and_opens_with_openness():
+    values = torch.tensor([0.0, 1.0, 4.0])
+    f = gates.claim(values, torch.tensor(2.0), 0.5)
+    torch.testing.assert_close(f, torch.tensor([0.0, 0.5, 0.8]))
+    assert torch.equal(gates.claim(values, torch.tensor(2.0), float("inf")), torch.zeros(3))
+    assert torch.equal(gates.claim(torch.zeros(3), torch.tensor(0.0), 0.1), torch.zeros(3))
+
+
+@pytest.mark.parametrize("n, d", [(40, 6), (5, 30)])  # more samples than directions, and fewer
+def test_merge_eigenspace_equals_the_eigenspace_of_the_mixed_second_moment(n, d):
+    old_x, new_x = tensor(n, d), tensor(n, d)
+    nothing = (torch.zeros(0, dtype=torch.float64), torch.zeros(d, 0, dtype=torch.float64))
+    old = gates.merge_eigenspace(*nothing, 0.0, old_x, rank=d)
+    values, vectors = gates.merge_eigenspace(*old, 0.25, new_x, rank=d)
+    expected = 0.25 * old_x.T @ old_x / n + 0.75 * new_x.T @ new_x / n
+    torch.testing.assert_close(vectors @ torch.diag(values) @ vectors.T, expected)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(vectors.shape[1], dtype=torch.float64))
+
+
+def test_merge_eigenspace_keeps_the_leading_directions():
+    x = tensor(200, 8) * torch.tensor([5, 4, 3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3])
+    values, vectors = gates.merge_eigenspace(torch.zeros(0).double(), torch.zeros(8, 0).double(), 0.0, x, rank=3)
+    assert vectors.shape == (8, 3)
+    assert (vectors[3:].abs() < 1e-2).all()
+    assert (values.diff() > 0).all()
+
+
+def test_claimed_part_equals_gating_each_sample():
+    x, delta, v = tensor(9, 6), tensor(9, 4), torch.linalg.qr(tensor(6, 3)).Q
+    f = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
+    gated = torch.zeros(4, 6, dtype=torch.float64)
+    for x_i, delta_i in zip(x, delta):
+        x_gated = x_i - v @ torch.diag(f) @ v.T @ x_i
+        gated += torch.outer(delta_i, x_gated)
+    torch.testing.assert_close(delta.T @ x - gates.claimed_part(delta, x @ v, f, v), gated)

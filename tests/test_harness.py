@@ -1,0 +1,218 @@
+"""The harness that the benchmark scripts share, and the scripts themselves."""
+
+import importlib.metadata
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from avalanche.training import Naive
+from avalanche.training.plugins import SynapticIntelligencePlugin
+from torch import nn
+
+from conftest import MNIST, ROOT, mlp
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from harness import strategies as recipes  # noqa: E402
+from harness.jobs import append_result, read_results, run_all  # noqa: E402
+from harness.report import interval, summarize, table  # noqa: E402
+from harness.run import build_benchmark, execute  # noqa: E402
+from harness.settings import STRATEGIES, USES_REPLAY, Run, code_fingerprint  # noqa: E402
+
+
+def make_run(strategy="naive-sgd", benchmark="permuted-mnist", **kwargs):
+    settings = {"n_tasks": 2, "epochs": 1, "batch_size": 64, "replay_buffer": 0, "seed": 0, "train_per_task": 500}
+    return Run(benchmark, strategy, **{**settings, **kwargs})
+
+
+def script(name, *arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / name, *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("benchmark", ["split-mnist", "permuted-mnist"])
+def test_every_strategy_has_a_recipe(benchmark):
+    assert tuple(recipes.RECIPES[benchmark]) == STRATEGIES
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_runs_and_reports(strategy):
+    run = make_run(strategy, replay_buffer=50 if strategy in USES_REPLAY else 0)
+    record = execute(run, str(MNIST), "key")
+    matrix = np.array(record["accuracy_matrix"])
+    assert record["acc"] == pytest.approx(matrix[-1].mean())
+    assert 10 < record["acc"] < 100
+    if strategy == "joint":
+        assert record["bwt"] is None
+    else:
+        assert record["bwt"] == pytest.approx(matrix[1, 0] - matrix[0, 0])
+    keeps_something = strategy not in ("naive-sgd", "naive-adam", "sp-optimizer", "joint")
+    assert (record["extra_memory_bytes"] > 0) == keeps_something
+    # At every iteration where there are fewer than ten: 8 in each of two experiences.
+    assert len(record["curve"]) == (10 if strategy == "joint" else 16)
+    json.dumps(record)
+
+
+def test_extra_memory_is_what_is_stored():
+    run = make_run("replay-sgd", replay_buffer=50)
+    assert execute(run, str(MNIST), "key")["extra_memory_bytes"] == 50 * (784 * 4 + 8)
+    parameters = sum(p.numel() for p in recipes.build_model().parameters())
+    ewc = execute(make_run("ewc"), str(MNIST), "key")["extra_memory_bytes"]
+    assert ewc == 2 * 2 * parameters * 4  # importances and weights, for two tasks
+
+
+def test_equal_seeds_are_paired_and_repeat_bit_for_bit():
+    first, again = (execute(make_run(), str(MNIST), "key") for _ in range(2))
+    assert first["accuracy_matrix"] == again["accuracy_matrix"]
+    other = execute(make_run(seed=1), str(MNIST), "key")
+    assert first["accuracy_matrix"] != other["accuracy_matrix"]
+    # Same data and initial weights: one epoch of the first experience is the same with and without the gate.
+    gate_off = make_run("sp", overrides=(("lr", recipes.RECIPES["permuted-mnist"]["naive-sgd"].lr),))
+    if recipes.RECIPES["permuted-mnist"]["naive-sgd"].loss == recipes.recipe_of(gate_off).loss:
+        assert execute(gate_off, str(MNIST), "key")["accuracy_matrix"][0] == first["accuracy_matrix"][0]
+
+
+@pytest.mark.parametrize("benchmark, n", [("split-mnist", 5), ("permuted-mnist", 3)])
+def test_validation_images_are_taken_out_of_training(benchmark, n):
+    built = build_benchmark(make_run(benchmark=benchmark, n_tasks=n, validation=True), str(MNIST))
+    for train, valid in zip(built.train_stream, built.test_stream):
+        (rows,), (held_out,) = (
+            {tuple(d.row.tolist()) for d in (layout_of(e.dataset),)} for e in (train, valid)
+        )
+        assert not set(rows) & set(held_out)
+        assert len(rows) == pytest.approx(5 * len(held_out), rel=0.01)
+    if benchmark == "permuted-mnist":
+        assert len(built.train_stream[0].dataset) == 500
+
+
+def layout_of(dataset):
+    dataset.read_batch([0])
+    return dataset._layout
+
+
+def test_avalanches_si_measures_nothing_on_a_cpu_and_ours_does(split2):
+    importances = []
+    for plugin in (SynapticIntelligencePlugin(1.0), recipes.WorkingSynapticIntelligence(1.0)):
+        model = mlp()
+        strategy = Naive(
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
+            criterion=nn.CrossEntropyLoss(),
+            train_mb_size=32,
+            plugins=[plugin],
+            evaluator=None,
+        )
+        for experience in split2.train_stream:
+            strategy.train(experience)
+        importances.append(max(float(v.data.max()) for v in plugin.ewc_data[1].values()))
+    assert importances[0] == 0 < importances[1]
+
+
+# -- Results ---------------------------------------------------------------------------------------------------------
+
+
+def test_finished_runs_are_kept_and_not_run_again(tmp_path):
+    results = tmp_path / "results.jsonl"
+    runs = [make_run(seed=s, train_per_task=100) for s in (0, 1)]
+    records, failed = run_all(runs[:1], results, str(MNIST), jobs=1)
+    assert failed == 0 and len(read_results(results)) == 1
+    with open(results, "a") as file:
+        file.write('{"key": "cut sho')  # as a kill in the middle of a write leaves it
+    records, failed = run_all(runs, results, str(MNIST), jobs=2)
+    assert failed == 0 and [r["run"]["seed"] for r in records] == [0, 1]
+    assert len(read_results(results)) == 2
+    again, _ = run_all(runs, results, str(MNIST), jobs=2)
+    assert again == records and len(read_results(results)) == 2
+
+
+def test_a_result_of_other_code_or_settings_is_not_reused():
+    run = make_run()
+    keys = {run.key("code a"), run.key("code b"), make_run(epochs=2).key("code a"), make_run(seed=1).key("code a")}
+    assert len(keys) == 4
+    assert run.key(code_fingerprint()) == make_run().key(code_fingerprint())
+
+
+def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path, capsys):
+    results = tmp_path / "results.jsonl"
+    bad, good = make_run(seed=5, overrides=(("lr", 1e30),), strategy="sp"), make_run(train_per_task=100)
+    records, failed = run_all([bad, good], results, str(MNIST), jobs=1)
+    assert failed == 1 and [r["run"]["strategy"] for r in records] == ["naive-sgd"]
+    errors = [r for r in read_results(results) if "error" in r]
+    assert len(errors) == 1 and "FloatingPointError: the loss is" in errors[0]["error"]
+    assert "FAILED sp, seed 5" in capsys.readouterr().out
+
+
+def test_append_result_starts_a_new_line_after_one_cut_short(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"a": 1}\n{"b"')
+    append_result(path, {"c": 2})
+    assert read_results(path) == [{"a": 1}, {"c": 2}]
+
+
+def test_interval_by_hand():
+    value = interval([1.0, 2.0, 3.0])
+    assert value["mean"] == 2.0
+    assert value["ci95"] == pytest.approx(4.302653 * 1.0 / math.sqrt(3), rel=1e-5)
+    assert interval([5.0]) == {"mean": 5.0, "ci95": None}
+
+
+def test_summary_has_what_it_promises():
+    records = [execute(make_run(seed=s, train_per_task=100), str(MNIST), "key") for s in (0, 1)]
+    (summary,) = summarize(records)
+    for name in ("benchmark", "strategy", "n_tasks", "epochs", "replay_buffer", "loss", "optimizer"):
+        assert name in summary
+    assert summary["seeds"] == [0, 1]
+    for measure in ("acc", "bwt", "forgetting", "learning_acc"):
+        assert set(summary[measure]) == {"mean", "ci95"}
+        assert summary[measure]["mean"] == pytest.approx(np.mean([r[measure] for r in records]))
+    assert np.mean(summary["task_acc"]) == pytest.approx(summary["acc"]["mean"], abs=1e-3)
+    assert f"{summary['acc']['mean']:.1f} ± {summary['acc']['ci95']:.1f}" in table([summary])
+
+
+# -- Scripts ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_script_ends_with_table_results_and_figures(tmp_path):
+    arguments = ["--train-per-task", 200, "--tasks", 2, "--strategies", "naive-sgd,sp-replay", "--seeds", 2]
+    arguments += ["--replay-buffer", 50, "--first-seed", 3, "--batch-size", 32, "--output", tmp_path]
+    done = script("permuted_mnist.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "sp-replay" in done.stdout and "Warning" not in done.stderr
+    for name in ("summary.json", "table.md", "acc.png", "training.png"):
+        assert str(tmp_path / name) in done.stdout
+        assert (tmp_path / name).stat().st_size > 0
+    assert (tmp_path / "table.md").read_text() in done.stdout
+    records = read_results(tmp_path / "results.jsonl")
+    assert sorted(r["run"]["seed"] for r in records) == [3, 3, 4, 4]
+    assert all(r["versions"]["torch"] == importlib.metadata.version("torch") for r in records)
+    again = script("permuted_mnist.py", *arguments)
+    assert "4 of 4 runs are already in" in again.stdout
+
+
+@pytest.mark.parametrize(
+    "name, arguments, words",
+    [
+        ("split_mnist.py", ["--strategies", "sp,spp"], "unknown strategy 'spp' (allowed: naive-sgd, "),
+        ("split_mnist.py", ["--tasks", "3"], "invalid choice: 3 (choose from 2, 5, 10)"),
+        ("split_mnist.py", ["--epochs", "0"], "argument --epochs: 0 (allowed: an integer, 1 or more)"),
+        ("permuted_mnist.py", ["--train-per-task", "-1"], "argument --train-per-task: -1 (allowed"),
+        ("permuted_mnist.py", ["--set", "lr"], "argument --set: lr (allowed: name=number)"),
+        ("compare.py", ["--dataset-root", "/nowhere"], "no MNIST in /nowhere (expected /nowhere/MNIST/raw/"),
+    ],
+)
+def test_bad_arguments_end_a_script_with_status_2_and_no_traceback(name, arguments, words):
+    done = script(name, *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_failed_run_ends_a_script_with_status_1(tmp_path):
+    arguments = ["--tasks", 1, "--train-per-task", 100, "--strategies", "sp", "--seeds", 1, "--set", "lr=1e30"]
+    done = script("permuted_mnist.py", *arguments, "--output", tmp_path)
+    assert done.returncode == 1
+    assert "1 of 1 runs failed" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,366 @@
+"""The plugin with real Avalanche strategies on real MNIST."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from avalanche.models import IncrementalClassifier
+from avalanche.training import Naive
+from avalanche.training.plugins import LwFPlugin, ReplayPlugin, SupervisedPlugin
+from torch import nn
+
+from avalanche_sp import JointReplayLoss, OneHotMSELoss, SelectivePlasticityOptimizer, SelectivePlasticityPlugin
+from avalanche_sp.replay import stream_rows
+
+from conftest import mlp, weights
+
+
+def strategy_of(model, plugins, *, optimizer=None, criterion=None, batch=32, epochs=1):
+    return Naive(
+        model=model,
+        optimizer=optimizer or torch.optim.SGD(model.parameters(), lr=0.02),
+        criterion=criterion or OneHotMSELoss(),
+        train_mb_size=batch,
+        train_epochs=epochs,
+        eval_mb_size=500,
+        plugins=plugins,
+        evaluator=None,
+    )
+
+
+def trained(benchmark, plugins, seed=0, **kwargs):
+    model = mlp()
+    if "optimizer" in kwargs:
+        kwargs["optimizer"] = kwargs["optimizer"](model.parameters())
+    strategy = strategy_of(model, plugins, **kwargs)
+    torch.manual_seed(seed)
+    for experience in benchmark.train_stream:
+        strategy.train(experience)
+    return strategy
+
+
+def linear_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+class Spy(SelectivePlasticityPlugin):
+    """Compares every gated gradient with gating each sample by itself, the way the docstring says it."""
+
+    compared = 0
+
+    def before_backward(self, strategy, **kwargs):
+        super().before_backward(strategy, **kwargs)
+        if not self.layers:
+            return
+        model, n = strategy.model, stream_rows(strategy)
+        x, z, seen = strategy.mb_x, [], []
+        for module in model:
+            if isinstance(module, nn.Linear):
+                seen.append((module, x.detach()))
+            x = module(x)
+            if isinstance(module, nn.Linear):
+                z.append(x)
+        loss = strategy._criterion(x, strategy.mb_y)
+        deltas = torch.autograd.grad(loss, z)
+        self.expected = []
+        for (name, layer), (_, inputs), delta in zip(linear_layers(model).items(), seen, deltas):
+            activity = self.layers[name]
+            v = activity.vectors.numpy().astype(np.float64)
+            f = activity.closed.numpy().astype(np.float64)
+            total = np.zeros((layer.out_features, layer.in_features + 1))
+            for i in range(len(inputs)):
+                x_i = np.append(inputs[i].numpy(), 1.0).astype(np.float64)
+                if i < n:
+                    x_i = x_i - v @ (f * (v.T @ x_i))
+                total += np.outer(delta[i].numpy(), x_i)
+            self.expected.append((layer, total))
+
+    def before_update(self, strategy, **kwargs):
+        if not self.layers:
+            return
+        for layer, total in self.expected:
+            np.testing.assert_allclose(layer.weight.grad, total[:, :-1], atol=2e-5)
+            np.testing.assert_allclose(layer.bias.grad, total[:, -1], atol=2e-5)
+        self.compared += 1
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_gradients_equal_gating_every_stream_sample(split5, replay):
+    spy = Spy(openness=0.05, rank=20)
+    plugins = [spy] + ([ReplayPlugin(50, batch_size=20, batch_size_mem=12)] if replay else [])
+    criterion = JointReplayLoss(OneHotMSELoss()) if replay else OneHotMSELoss()
+    trained(split5, plugins, criterion=criterion, batch=20)
+    assert spy.compared > 50
+
+
+def test_it_remembers_where_naive_training_forgets(split2):
+    kept = []
+    for plugins in ([], [SelectivePlasticityPlugin()]):
+        strategy = trained(split2, plugins, epochs=3)
+        x, y, _ = split2.test_stream[0].dataset.read_batch(list(range(200)))
+        kept.append((strategy.model(x).argmax(1) == y).float().mean().item())
+    assert kept[0] < 0.3 < 0.6 < kept[1]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),
+        lambda p: torch.optim.Adam(p, lr=1e-3),
+        lambda p: SelectivePlasticityOptimizer(p, warmup_steps=5),
+    ],
+    ids=["momentum", "adam", "sp"],
+)
+@pytest.mark.parametrize("replay", [False, True])
+def test_switched_off_it_changes_nothing_bit_for_bit(split2, optimizer, replay):
+    def plugins():
+        return [ReplayPlugin(60)] if replay else []
+
+    without = trained(split2, plugins(), optimizer=optimizer, criterion=nn.CrossEntropyLoss())
+    off = SelectivePlasticityPlugin(openness=math.inf)
+    beside = trained(split2, [off, *plugins()], optimizer=optimizer, criterion=nn.CrossEntropyLoss())
+    assert torch.equal(weights(without.model), weights(beside.model))
+    assert not off.layers and off.state_bytes == 0
+
+
+def test_switched_on_the_first_experience_is_still_ungated_bit_for_bit(split2):
+    both = []
+    for plugins in ([], [SelectivePlasticityPlugin()]):
+        strategy = strategy_of(mlp(), plugins)
+        torch.manual_seed(0)
+        strategy.train(split2.train_stream[0])
+        both.append((weights(strategy.model), torch.random.get_rng_state()))
+    assert torch.equal(both[0][0], both[1][0])
+    assert torch.equal(both[0][1], both[1][1])  # consolidation draws no global random numbers
+
+
+def test_either_order_beside_replay_is_the_same(split5):
+    results = []
+    for order in (1, -1):
+        plugins = [ReplayPlugin(50), SelectivePlasticityPlugin()][::order]
+        results.append(weights(trained(split5, plugins).model))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("stored, batch", [(50, 32), (20, 32), (200, 64)])
+def test_stream_rows_counts_what_is_not_memory(split2, stored, batch):
+    """Labels tell stream from memory here, as the two experiences share no class; 600 % 64 leaves a remainder."""
+
+    class Check(SupervisedPlugin):
+        checked = 0
+
+        def before_backward(self, strategy, **kwargs):
+            current = torch.tensor(list(strategy.experience.classes_in_this_experience))
+            is_stream = torch.isin(strategy.mb_y, current)
+            n = stream_rows(strategy)
+            assert is_stream[:n].all() and not is_stream[n:].any()
+            self.checked += 1
+
+    check = Check()
+    trained(split2, [ReplayPlugin(stored), check], batch=batch, epochs=2)
+    assert check.checked == 4 * math.ceil(600 / batch)
+
+
+def test_the_model_is_left_as_it_was_found(split2):
+    model = mlp()
+    frozen = copy.deepcopy(model)
+    hooks_seen = []
+
+    class Look(SelectivePlasticityPlugin):
+        def after_training_iteration(self, strategy, **kwargs):
+            hooks_seen.append(sum(len(m._forward_hooks) for m in strategy.model.modules()))
+
+    strategy = strategy_of(model, [Look()])
+    for experience in split2.train_stream:
+        strategy.train(experience)
+    assert set(hooks_seen) == {0}
+    for module, original in zip(model.modules(), frozen.modules()):
+        assert type(module) is type(original)
+        assert set(vars(module)) == set(vars(original))
+        assert not module._forward_hooks and not module._forward_pre_hooks and not module._backward_hooks
+
+
+def test_an_error_in_the_forward_pass_leaves_no_trace_in_the_next_iteration(split2):
+    plugin = SelectivePlasticityPlugin()
+    strategy = trained(split2, [plugin])
+    strategy.mbatch = split2.train_stream[0].dataset.read_batch([0, 1])
+    plugin.before_forward(strategy)  # and no after_forward: the forward pass was interrupted
+    assert any(m._forward_hooks for m in strategy.model.modules())
+    strategy.train(split2.train_stream[0])
+    assert not any(m._forward_hooks for m in strategy.model.modules())
+
+
+def test_another_plugins_passes_through_the_model_are_not_gated(split2):
+    """Such as MIR's, between before_forward and the strategy's own forward pass, with a batch of another size."""
+
+    twin = mlp()
+
+    class Probe(SupervisedPlugin):
+        def before_forward(self, strategy, **kwargs):
+            for p in strategy.model.parameters():
+                p.grad = None
+            nn.functional.cross_entropy(strategy.model(strategy.mb_x[:7]), strategy.mb_y[:7]).backward()
+            seen = [p.grad.clone() for p in strategy.model.parameters()]
+            twin.load_state_dict(strategy.model.state_dict())
+            twin.zero_grad()
+            nn.functional.cross_entropy(twin(strategy.mb_x[:7]), strategy.mb_y[:7]).backward()
+            for a, p in zip(seen, twin.parameters()):
+                assert torch.equal(a, p.grad)
+            strategy.optimizer.zero_grad()
+
+    with_probe = trained(split2, [SelectivePlasticityPlugin(), Probe()])
+    assert torch.equal(weights(with_probe.model), weights(trained(split2, [SelectivePlasticityPlugin()]).model))
+
+
+def test_works_beside_a_plugin_that_copies_the_model(split2):
+    trained(split2, [LwFPlugin(1.0, 2.0), SelectivePlasticityPlugin()])
+    trained(split2, [SelectivePlasticityPlugin(), LwFPlugin(1.0, 2.0)])
+
+
+def test_weights_move_in_the_open_directions_only(split2):
+    strategy = strategy_of(mlp(), [SelectivePlasticityPlugin(openness=1e-6, rank=10)])
+    strategy.train(split2.train_stream[0])
+    plugin = strategy.plugins[0]
+    vectors = {name: activity.vectors.clone() for name, activity in plugin.layers.items()}
+    before = copy.deepcopy(strategy.model)
+    strategy.train(split2.train_stream[1])
+    old = linear_layers(before)
+    for name, layer in linear_layers(strategy.model).items():
+        change = torch.cat(
+            [layer.weight - old[name].weight, (layer.bias - old[name].bias).unsqueeze(1)], dim=1
+        ).detach()
+        assert change.norm() > 1e-3
+        assert (change @ vectors[name]).norm() < 1e-2 * change.norm()
+
+
+def test_layers_without_bias_shared_frozen_unused_and_with_sequences(split2):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(28, 16, bias=False)  # sees 28 rows an image
+            self.shared = nn.Linear(16, 16)
+            self.frozen = nn.Linear(16, 16).requires_grad_(False)
+            self.unused = nn.Linear(3, 3)
+            self.last = nn.Linear(16 * 28, 10)
+
+        def forward(self, x):
+            x = self.first(x.squeeze(1)).relu()
+            x = self.shared(self.shared(x).relu()).relu()
+            return self.last(self.frozen(x).flatten(1))
+
+    torch.manual_seed(0)
+    plugin = SelectivePlasticityPlugin(openness=1e-6, rank=5)
+    strategy = strategy_of(Net(), [ReplayPlugin(40), plugin])
+    for experience in split2.train_stream:
+        strategy.train(experience)
+    assert set(plugin.layers) == {"first", "shared", "last"}
+    assert plugin.layers["first"].vectors.shape == (28, 5)
+    assert plugin.layers["shared"].vectors.shape == (17, 5)
+
+
+def test_a_growing_head_is_followed(split5):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), IncrementalClassifier(16, 1))
+    strategy = strategy_of(model, [SelectivePlasticityPlugin()], criterion=nn.CrossEntropyLoss())
+    for experience in split5.train_stream:
+        strategy.train(experience)
+        strategy.eval(split5.test_stream[: experience.current_experience + 1])
+    assert model[3].classifier.out_features == 10
+
+
+def test_memory_stays_bounded_however_many_experiences_come(split5):
+    plugin = SelectivePlasticityPlugin(rank=7)
+    strategy = strategy_of(mlp(), [plugin])
+    sizes = []
+    for experience in split5.train_stream:
+        strategy.train(experience)
+        sizes.append(plugin.state_bytes)
+    assert len(set(sizes)) == 1
+    assert all(a.vectors.shape[1] == 7 for a in plugin.layers.values())
+    assert {a.samples for a in plugin.layers.values()} == {sum(len(e.dataset) for e in split5.train_stream)}
+
+
+def test_consolidated_activity_is_that_of_the_network(split2):
+    """Against a plain second moment over the same samples, for the first layer, whose input doesn't change."""
+    plugin = SelectivePlasticityPlugin(rank=785)
+    trained(split2, [plugin])
+    x = torch.cat([e.dataset.read_batch(list(range(600)))[0].flatten(1) for e in split2.train_stream])
+    x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
+    first = plugin.layers["1"]
+    expected = x.T @ x / len(x)
+    torch.testing.assert_close(first.vectors @ torch.diag(first.eigenvalues) @ first.vectors.T, expected, atol=1e-2, rtol=0)
+    torch.testing.assert_close(first.mean_eigenvalue, expected.trace() / 785)
+
+
+def test_consolidation_restores_modes_and_ignores_dropout(split2):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.Dropout(0.9), nn.ReLU(), nn.Linear(16, 10))
+    seen = []
+    model[4].register_forward_pre_hook(lambda m, inputs: seen.append(model.training))
+    strategy = strategy_of(model, [SelectivePlasticityPlugin()])
+    strategy.train(split2.train_stream[0])
+    assert model.training
+    assert seen.count(False) == 2  # 600 samples in batches of 512
+
+
+def test_stored_samples_open_the_gate(split2):
+    opened = []
+    for replay in ([], [ReplayPlugin(40)]):
+        plugin = SelectivePlasticityPlugin()
+        strategy = strategy_of(mlp(), [plugin, *replay])
+        strategy.train(split2.train_stream[0])
+        torch.manual_seed(0)
+
+        class Note(SelectivePlasticityPlugin):
+            def after_training_epoch(self, strategy, **kwargs):
+                opened.append(plugin.layers["1"].openness)
+
+        strategy.plugins.append(Note(openness=math.inf))
+        strategy.train(split2.train_stream[1])
+    assert opened[0] < opened[1]
+
+
+def test_the_optimizer_is_told_the_surprise(split2):
+    plugin = SelectivePlasticityPlugin()
+    strategy = trained(split2, [plugin], optimizer=SelectivePlasticityOptimizer)
+    surprise = strategy.optimizer.param_groups[0]["surprise"]
+    assert surprise is plugin.surprise or torch.equal(surprise, plugin.surprise)
+    assert 0 <= surprise <= 1
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        ({"rank": 0}, "Invalid rank value: 0 (allowed: an integer, 1 or more)"),
+        ({"rank": 2.5}, "Invalid rank value: 2.5"),
+        ({"openness": 0}, "Invalid openness value: 0 (allowed: greater than 0; math.inf is off)"),
+        ({"openness": -0.1}, "Invalid openness value: -0.1"),
+        ({"openness": float("nan")}, "Invalid openness value: nan"),
+        ({"consolidation_samples": 0}, "Invalid consolidation_samples value: 0"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, words):
+    with pytest.raises(ValueError) as error:
+        SelectivePlasticityPlugin(**kwargs)
+    assert words in str(error.value)
+
+
+def test_a_model_without_linear_layers_is_refused(split2):
+    model = nn.Sequential(nn.Conv2d(1, 10, 28), nn.Flatten())
+    with pytest.raises(ValueError, match=r"Invalid model: Sequential has no nn\.Linear layer"):
+        strategy_of(model, [SelectivePlasticityPlugin()]).train(split2.train_stream[0])
+
+
+def test_a_loss_that_is_not_finite_raises_before_the_step(split2):
+    class Sick(OneHotMSELoss):
+        calls = 0
+
+        def forward(self, outputs, targets):
+            self.calls += 1
+            return super().forward(outputs, targets) * (math.nan if self.calls == 4 else 1.0)
+
+    strategy = strategy_of(mlp(), [SelectivePlasticityPlugin()], criterion=Sick())
+    with pytest.raises(FloatingPointError, match="the loss is nan at iteration 3 of training experience 0"):
+        strategy.train(split2.train_stream[0])
+    assert weights(strategy.model).isfinite().all()
