@@ -17,7 +17,7 @@ from avalanche_sp.replay import memory_size, stream_rows
 __all__ = ["SelectivePlasticityPlugin", "LayerActivity"]
 
 # Stored samples of which the gate opens to twice its openness: see SelectivePlasticityPlugin.
-_MEMORY_SCALE = 20
+_MEMORY_SCALE = 14
 # Decay of the running mean and variance of the loss, against which surprise is measured.
 _LOSS_DECAY = 0.99
 
@@ -84,7 +84,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     Beside Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated, and
     stored samples, which show what would be forgotten, open the gate: with M of them the openness is
-    :math:`\alpha (1 + (M/20)^2)`, found on Split MNIST (``docs/experiments.md``).
+    :math:`\alpha (1 + (M/14)^2)`, found on Split MNIST (``docs/experiments.md``).
 
     It gates every trainable ``nn.Linear``, whatever the optimizer. The gate acts on gradients: with plain SGD the
     weights move in the open directions alone; momentum carried over from before a consolidation, adaptive step
@@ -94,7 +94,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     :class:`~avalanche_sp.SelectivePlasticityOptimizer` is told the surprise of the loss at every iteration.
 
     Args:
-        openness: :math:`\alpha` > 0, in units of the mean eigenvalue (default 0.1). Larger values learn the new
+        openness: :math:`\alpha` > 0, in units of the mean eigenvalue (default 0.05). Larger values learn the new
             faster and keep less of the old. ``math.inf`` switches the gate off: training is then bit for bit what
             it is without the plugin.
         rank: eigenvectors kept a layer, 1 or more (default 100).
@@ -114,11 +114,11 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     Example::
 
-        strategy = Naive(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
+        strategy = Naive(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
                          criterion=OneHotMSELoss(), train_mb_size=64, plugins=[SelectivePlasticityPlugin()])
     """
 
-    def __init__(self, openness: float = 0.1, rank: int = 100, consolidation_samples: int = 5000):
+    def __init__(self, openness: float = 0.05, rank: int = 100, consolidation_samples: int = 5000):
         super().__init__()
         if not openness > 0:
             raise ValueError(f"Invalid openness value: {openness} (allowed: greater than 0; math.inf is off)")

@@ -1,0 +1,46 @@
+"""What the README says is what the code and the result files say."""
+
+import json
+import re
+import sys
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from readme import README, TABLE, updated  # noqa: E402
+
+
+def test_the_readmes_table_is_the_commands():
+    text = README.read_text()
+    assert text == updated(text, TABLE.read_text())
+
+
+def test_the_committed_table_is_that_of_the_committed_results():
+    from harness.jobs import read_results
+    from harness.report import summarize, table, title
+
+    folder = TABLE.parent
+    records = read_results(folder / "results.jsonl")
+    assert json.loads((folder / "summary.json").read_text()) == summarize(records)
+    assert title(records) in TABLE.read_text() and table(summarize(records)) in TABLE.read_text()
+
+
+def test_the_readmes_lines_of_use_run(split2):
+    """The block as a reader pastes it, after what an Avalanche script has anyway."""
+    import torch
+    from torch import nn
+
+    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), nn.Linear(16, 10))
+    names = {"model": model, "torch": torch}
+    exec(block, names)
+    for experience in split2.train_stream:
+        names["strategy"].train(experience)
+    assert names["strategy"].plugins[1].layers
+
+
+def test_no_file_is_longer_than_it_should_be():
+    for folder in ("avalanche_sp", "benchmarks", "tests"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert len(file.read_text().splitlines()) <= 450, file
