@@ -73,12 +73,6 @@ class Recipe:
     settings: dict[str, float] = field(default_factory=dict)
     joint_weight: bool = False
 
-    def tuned_for(self, replay_buffer: int) -> Recipe:
-        """With the learning rate of the nearest buffer, in ratio, that it was tuned for."""
-        if not isinstance(self.lr, dict):
-            return self
-        return replace(self, lr=self.lr[min(self.lr, key=lambda tuned: abs(math.log(replay_buffer / tuned)))])
-
     def override(self, overrides: dict[str, float]) -> Recipe:
         unknown = set(overrides) - {"lr", *self.settings}
         if unknown:
@@ -91,37 +85,61 @@ class Recipe:
 
 _SP = {"openness": 0.05, "rank": 100}  # the plugin's defaults
 
-# Found by grids on validation images, seeds 100 and 101: docs/experiments.md.
-RECIPES: dict[str, dict[str, Recipe]] = {
+# By benchmark and number of tasks; found by grids on validation images, seeds 100 and 101: docs/experiments.md.
+RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {
     "split-mnist": {
-        "naive-sgd": Recipe("SGD", 0.1, "squared error"),
-        "naive-adam": Recipe("Adam", 1e-3),
-        "ewc": Recipe("SGD", 0.05, plugin="ewc", settings={"strength": 1000.0}),
-        "si": Recipe("SGD", 0.1, plugin="si", settings={"strength": 1000.0}),
-        "mas": Recipe("SGD", 0.01, plugin="mas", settings={"strength": 2.0}),
-        "sp-optimizer": Recipe("SelectivePlasticity", 3e-3),
-        "sp": Recipe("SGD", 0.1, "squared error", plugin="sp", settings=_SP),
-        "replay-sgd": Recipe("SGD", {200: 0.1, 2000: 0.2}),
-        "replay-adam": Recipe("Adam", {200: 5e-4, 2000: 1e-3}),
-        "replay-joint": Recipe("SGD", {200: 0.05, 2000: 0.1}, "squared error", joint_weight=True),
-        "sp-replay": Recipe("SGD", 0.1, "squared error", plugin="sp", settings=_SP, joint_weight=True),
-        "joint": Recipe("Adam", 1e-3),
+        2: {
+            "naive-sgd": Recipe("SGD", 0.1, "squared error"),
+            "naive-adam": Recipe("Adam", 1e-3),
+            "ewc": Recipe("SGD", 0.05, plugin="ewc", settings={"strength": 3000.0}),
+            "si": Recipe("SGD", 0.05, plugin="si", settings={"strength": 1000.0}),
+            "mas": Recipe("SGD", 0.005, plugin="mas", settings={"strength": 2.0}),
+            "sp-optimizer": Recipe("SelectivePlasticity", 3e-3),
+            "sp": Recipe("SGD", 0.1, "squared error", plugin="sp", settings=_SP),
+            "replay-sgd": Recipe("SGD", {200: 0.1, 2000: 0.3}),
+            "replay-adam": Recipe("Adam", {200: 5e-4, 2000: 1e-3}),
+            "replay-joint": Recipe("SGD", {200: 0.05, 2000: 0.15}, "squared error", joint_weight=True),
+            "sp-replay": Recipe(
+                "SGD", {200: 0.1, 2000: 0.15}, "squared error", plugin="sp", settings=_SP, joint_weight=True
+            ),
+            "joint": Recipe("Adam", 1e-3),
+        },
+        5: {
+            "naive-sgd": Recipe("SGD", 0.07, "squared error"),
+            "naive-adam": Recipe("Adam", 1e-3),
+            "ewc": Recipe("SGD", 0.02, plugin="ewc", settings={"strength": 10000.0}),
+            "si": Recipe("SGD", 0.1, plugin="si", settings={"strength": 1000.0}),
+            "mas": Recipe("SGD", 0.005, plugin="mas", settings={"strength": 5.0}),
+            "sp-optimizer": Recipe("SelectivePlasticity", 3e-3),
+            "sp": Recipe("SGD", 0.07, "squared error", plugin="sp", settings=_SP),
+            "replay-sgd": Recipe("SGD", 0.2),
+            "replay-adam": Recipe("Adam", {200: 2e-4, 2000: 1e-3}),
+            "replay-joint": Recipe("SGD", {200: 0.03, 2000: 0.1}, "squared error", joint_weight=True),
+            "sp-replay": Recipe("SGD", 0.1, "squared error", plugin="sp", settings=_SP, joint_weight=True),
+            "joint": Recipe("Adam", 1e-3),
+        },
     },
 }
-RECIPES["permuted-mnist"] = {
-    **RECIPES["split-mnist"],
-}
+RECIPES["permuted-mnist"] = {10: RECIPES["split-mnist"][5]}
+
+
+def nearest(tuned: dict[int, object], value: int):
+    """The entry that was tuned for the nearest value, in ratio."""
+    return tuned[min(tuned, key=lambda v: abs(math.log(value / v)))]
 
 
 def recipe_of(run: Run) -> Recipe:
-    """The run's recipe, for its buffer, its overrides applied.
+    """The run's recipe, for its number of tasks and its buffer, its overrides applied.
 
     Raises:
         ValueError: the strategy or an override doesn't exist.
     """
     if run.strategy not in STRATEGIES:
         raise ValueError(f"Invalid strategy: {run.strategy} (allowed: {', '.join(STRATEGIES)})")
-    return RECIPES[run.benchmark][run.strategy].tuned_for(run.replay_buffer).override(dict(run.overrides))
+    recipe = nearest(RECIPES[run.benchmark], run.n_tasks)[run.strategy]
+    if isinstance(recipe.lr, dict):
+        recipe = replace(recipe, lr=nearest(recipe.lr, run.replay_buffer))
+    return recipe.override(dict(run.overrides))
 
 
 def build_model() -> nn.Module:
