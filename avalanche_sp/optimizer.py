@@ -49,7 +49,8 @@ class SelectivePlasticityOptimizer(Optimizer):
     Raises:
         ValueError: at construction, for an argument out of range.
         RuntimeError: in :meth:`step`, for sparse gradients or complex parameters.
-        FloatingPointError: in :meth:`step`, for a gradient with NaN or infinity; parameters and state are untouched.
+        FloatingPointError: in :meth:`step`, for a gradient that is not finite or whose square is not (it would stay
+            in the second moment for good); parameters and state are untouched.
     """
 
     def __init__(
@@ -151,23 +152,27 @@ class SelectivePlasticityOptimizer(Optimizer):
                 raise RuntimeError("SelectivePlasticityOptimizer does not support sparse gradients")
             if p.is_complex():
                 raise RuntimeError("SelectivePlasticityOptimizer does not support complex parameters")
-        # The largest magnitude of a tensor is NaN or infinite if and only if one of its elements is.
-        peaks = torch._foreach_norm([p.grad for p in params if p.numel()], float("inf")) if params else []
-        if peaks and not torch.stack([peak.to(peaks[0]) for peak in peaks]).isfinite().all():
-            self._raise_non_finite()
+        # A finite norm has finite squares only. One that overflowed is looked into, element by element.
+        norms = torch._foreach_norm([p.grad for p in params]) if params else []
+        if norms and not torch.stack([n.to(norms[0]) for n in norms]).isfinite().all():
+            self._raise_if_non_finite()
 
-    def _raise_non_finite(self) -> None:
+    def _raise_if_non_finite(self) -> None:
         for g, group in enumerate(self.param_groups):
             names = group.get("param_names", range(len(group["params"])))
             for name, p in zip(names, group["params"]):
-                if p.grad is not None and not p.grad.isfinite().all():
-                    kind = "NaN" if p.grad.isnan().any() else "infinity"
-                    step = int(self.state[p]["step"]) + 1 if self.state.get(p) else 1
-                    raise FloatingPointError(
-                        f"{kind} in the gradient of parameter {name} (group {g}, shape {tuple(p.shape)}) at its "
-                        f"step {step}: nothing was updated. The usual causes are too high a learning rate or a "
-                        "loss that overflowed."
-                    )
+                if p.grad is None or p.grad.square().isfinite().all():
+                    continue
+                if p.grad.isnan().any():
+                    cause = "NaN"
+                else:
+                    cause = "infinity" if p.grad.isinf().any() else f"a value whose square overflows {p.grad.dtype}"
+                step = int(self.state[p]["step"]) + 1 if self.state.get(p) else 1
+                raise FloatingPointError(
+                    f"{cause} in the gradient of parameter {name} (group {g}, shape {tuple(p.shape)}) at its step "
+                    f"{step}: nothing was updated. The usual causes are too high a learning rate or a loss that "
+                    "overflowed."
+                )
 
 
 def _update(p: Tensor, grad: Tensor, state: dict, group: dict) -> None:

@@ -1,6 +1,7 @@
 """The optimizer against torch's Adam, against a numpy version of its rule, and against bad input."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -216,7 +217,7 @@ def test_bad_surprise_is_named():
         optimizer.observe_surprise(2.0)
 
 
-@pytest.mark.parametrize("bad, word", [(float("nan"), "NaN"), (float("inf"), "infinity"), (float("-inf"), "infinity")])
+@pytest.mark.parametrize("bad, word", [(math.nan, "NaN"), (math.inf, "infinity"), (-math.inf, "infinity"), (3e38, "a value whose square overflows")])
 def test_non_finite_gradients_raise_and_leave_everything_untouched(batch, bad, word):
     model = mlp()
     optimizer = SelectivePlasticityOptimizer(model.parameters())
@@ -233,12 +234,13 @@ def test_non_finite_gradients_raise_and_leave_everything_untouched(batch, bad, w
             assert torch.equal(value, state["state"][index][name])
 
 
-def test_huge_but_finite_gradients_are_accepted():
+@pytest.mark.parametrize("huge", [1e18, 1.5e19])  # the sum of squares of the second overflows
+def test_huge_but_finite_gradients_are_accepted(huge):
     p = nn.Parameter(torch.ones(4))
     optimizer = SelectivePlasticityOptimizer([p])
-    p.grad = torch.full((4,), 1e18)
+    p.grad = torch.full((4,), huge)
     optimizer.step()
-    assert p.isfinite().all()
+    assert p.isfinite().all() and optimizer.state[p]["exp_avg_sq"].isfinite().all()
 
 
 def test_sparse_and_complex_are_refused():
