@@ -91,9 +91,9 @@ RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {
         2: {
             "naive-sgd": Recipe("SGD", 0.1, "squared error"),
             "naive-adam": Recipe("Adam", 1e-3),
-            "ewc": Recipe("SGD", 0.05, plugin="ewc", settings={"strength": 3000.0}),
-            "si": Recipe("SGD", 0.05, plugin="si", settings={"strength": 1000.0}),
-            "mas": Recipe("SGD", 0.005, plugin="mas", settings={"strength": 2.0}),
+            "ewc": Recipe("SGD", 0.01, "squared error", plugin="ewc", settings={"strength": 20000.0}),
+            "si": Recipe("SGD", 0.05, "squared error", plugin="si", settings={"strength": 3000.0}),
+            "mas": Recipe("SGD", 0.005, "squared error", plugin="mas", settings={"strength": 400.0}),
             "sp-optimizer": Recipe("SelectivePlasticity", 3e-3),
             "sp": Recipe("SGD", 0.1, "squared error", plugin="sp", settings=_SP),
             "replay-sgd": Recipe("SGD", {200: 0.1, 2000: 0.3}),
@@ -107,8 +107,8 @@ RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {
         5: {
             "naive-sgd": Recipe("SGD", 0.07, "squared error"),
             "naive-adam": Recipe("Adam", 1e-3),
-            "ewc": Recipe("SGD", 0.02, plugin="ewc", settings={"strength": 10000.0}),
-            "si": Recipe("SGD", 0.1, plugin="si", settings={"strength": 1000.0}),
+            "ewc": Recipe("SGD", 0.02, "squared error", plugin="ewc", settings={"strength": 1000.0}),
+            "si": Recipe("SGD", 0.1, "squared error", plugin="si", settings={"strength": 5000.0}),
             "mas": Recipe("SGD", 0.005, plugin="mas", settings={"strength": 5.0}),
             "sp-optimizer": Recipe("SelectivePlasticity", 3e-3),
             "sp": Recipe("SGD", 0.07, "squared error", plugin="sp", settings=_SP),
@@ -120,7 +120,22 @@ RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {
         },
     },
 }
-RECIPES["permuted-mnist"] = {10: RECIPES["split-mnist"][5]}
+RECIPES["permuted-mnist"] = {
+    10: {
+        "naive-sgd": Recipe("SGD", 0.05, "squared error"),
+        "naive-adam": Recipe("Adam", 1e-4),
+        "ewc": Recipe("SGD", 0.05, "squared error", plugin="ewc", settings={"strength": 100.0}),
+        "si": Recipe("SGD", 0.05, "squared error", plugin="si", settings={"strength": 100.0}),
+        "mas": Recipe("SGD", 0.05, "squared error", plugin="mas", settings={"strength": 1.0}),
+        "sp-optimizer": Recipe("SelectivePlasticity", 3e-4),
+        "sp": Recipe("SGD", 0.1, "squared error", plugin="sp", settings=_SP),
+        "replay-sgd": Recipe("SGD", 0.2),
+        "replay-adam": Recipe("Adam", {200: 3e-4, 2000: 1e-3}),
+        "replay-joint": Recipe("SGD", 0.1, "squared error", joint_weight=True),
+        "sp-replay": Recipe("SGD", 0.1, "squared error", plugin="sp", settings=_SP, joint_weight=True),
+        "joint": Recipe("Adam", 1e-3),
+    },
+}
 
 
 def nearest(tuned: dict[int, object], value: int):
