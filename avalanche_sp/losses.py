@@ -19,6 +19,9 @@ class OneHotMSELoss(nn.Module):
     Softmax cross-entropy keeps pushing the outputs of absent classes down; squared error has a fixed point
     for them, zero, and stops there. That makes it the better loss where old classes are not replayed.
 
+    Its curvature doesn't shrink as the fit improves, so steps on batches of a few samples can overshoot: where a
+    stream's length leaves a remainder of a few samples, call ``strategy.train(experience, drop_last=True)``.
+
     Shape:
         outputs (N, C), class labels (N,) int64; returns a 0-dim tensor.
 

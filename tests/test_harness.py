@@ -63,9 +63,14 @@ def test_every_strategy_runs_and_reports(strategy):
         assert record["bwt"] == pytest.approx(matrix[1, 0] - matrix[0, 0])
     keeps_something = strategy not in ("naive-sgd", "naive-adam", "sp-optimizer", "joint")
     assert (record["extra_memory_bytes"] > 0) == keeps_something
-    # At every iteration where there are fewer than ten: 8 in each of two experiences.
-    assert len(record["curve"]) == (10 if strategy == "joint" else 16)
+    # At every iteration where there are fewer than ten: 7 whole batches of 64 in each of two experiences.
+    assert len(record["curve"]) == (10 if strategy == "joint" else 14)
     json.dumps(record)
+
+
+def test_a_batch_larger_than_an_experience_is_named():
+    with pytest.raises(ValueError, match=r"Invalid batch_size: 64 \(allowed: at most 50, the smallest experience\)"):
+        execute(make_run(train_per_task=50), str(MNIST), "key")
 
 
 def test_extra_memory_is_what_is_stored():
