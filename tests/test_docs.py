@@ -26,6 +26,14 @@ def test_the_committed_table_is_that_of_the_committed_results():
     assert title(records) in TABLE.read_text() and table(summarize(records)) in TABLE.read_text()
 
 
+def test_the_readmes_opening_quotes_the_table():
+    summary = json.loads((TABLE.parent / "summary.json").read_text())
+    opening = README.read_text().split("<!-- table")[0]
+    for strategy in ("sp", "naive-sgd", "ewc"):
+        (acc,) = [s["acc"]["mean"] for s in summary if s["strategy"] == strategy]
+        assert f"{acc:.1f}" in opening, strategy
+
+
 def test_the_readmes_lines_of_use_run(split2):
     """The block as a reader pastes it, after what an Avalanche script has anyway."""
     import torch
