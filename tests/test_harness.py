@@ -228,7 +228,7 @@ def test_bad_arguments_end_a_script_with_status_2_and_no_traceback(name, argumen
 
 
 def test_a_failed_run_ends_a_script_with_status_1(tmp_path):
-    arguments = ["--tasks", 1, "--train-per-task", 100, "--strategies", "sp", "--seeds", 1, "--set", "lr=1e30"]
+    arguments = ["--tasks", 1, "--train-per-task", 400, "--strategies", "sp", "--seeds", 1, "--set", "lr=1e30"]
     done = script("permuted_mnist.py", *arguments, "--output", tmp_path)
     assert done.returncode == 1
     assert "1 of 1 runs failed" in done.stderr and "Traceback" not in done.stderr
