@@ -20,7 +20,9 @@ __all__ = [
     "loss_surprise",
     "claim",
     "merge_eigenspace",
-    "claimed_part",
+    "held_back",
+    "pull_back",
+    "loss_curvature",
 ]
 
 
@@ -148,18 +150,58 @@ def merge_eigenspace(
     return values.clamp_min(0), basis.contiguous()
 
 
-def claimed_part(delta: Tensor, projection: Tensor, closed: Tensor, vectors: Tensor) -> Tensor:
-    """The part of dW = delta^T X that the coincidence gate holds back.
+def held_back(delta: Tensor, projection: Tensor, closed: Tensor) -> Tensor:
+    """What the coincidence gate holds back of dW = delta^T X, in the coordinates of the eigenvectors V.
 
-        X_gated = X - X V diag(f) V^T      so      dW_gated = delta^T X - (delta^T X V) diag(f) V^T
+        X_gated = X - X V diag(f) V^T      so      dW_gated = delta^T X - [(delta^T X V) diag(f)] V^T
 
     Args:
         delta: postsynaptic signal, shape (n, out).
         projection: X V, shape (n, r).
         closed: f, shape (r,).
-        vectors: V, shape (d, r).
 
     Returns:
-        Tensor of shape (out, d), to be subtracted from dW.
+        The bracket, shape (out, r).
     """
-    return (delta.T @ projection).mul_(closed) @ vectors.T
+    return (delta.T @ projection).mul_(closed)
+
+
+def pull_back(drift: Tensor, eigenvalues: Tensor, closed: Tensor, weight: float | Tensor) -> Tensor:
+    """Gradient of the old loss's quadratic surrogate, itself gated, in the coordinates of the eigenvectors V.
+
+        S = (w / 2) tr(D C D^T)      so      dS/dW gated = [w D V diag(lambda (1 - f))] V^T
+
+    D = W - W* is the drift since consolidation, C = V diag(lambda) V^T consolidated activity. For squared error on
+    fixed inputs S is the old loss itself, up to a linear term (compare the quadratic penalties of EWC, Kirkpatrick
+    et al., PNAS 2017, and of online structured Laplace, Ritter et al., NeurIPS 2018).
+
+    Args:
+        drift: D V, shape (out, r).
+        eigenvalues, closed: lambda and f, shape (r,).
+        weight: w, the loss's curvature times the number of old samples for each new one.
+
+    Returns:
+        The bracket, shape (out, r).
+    """
+    return drift * (weight * eigenvalues * (1 - closed))
+
+
+def loss_curvature(outputs: Tensor, loss: Tensor) -> Tensor:
+    """Mean curvature of a loss in one output of one sample, by one Hutchinson probe.
+
+        kappa = tr(d2 L / dz dz) / C = E_v [v^T H v] / C,   v of random signs
+
+    2 for :class:`~avalanche_sp.OneHotMSELoss`, the mean of p (1 - p) for softmax cross-entropy; 0 where the loss is
+    piecewise linear.
+
+    Args:
+        outputs: z, shape (n, C), requiring grad.
+        loss: 0-dim, the mean over n samples.
+    """
+    (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True)
+    if not gradient.requires_grad:
+        return outputs.new_zeros(())
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, outputs.shape, generator=generator).to(outputs) * 2 - 1
+    (product,) = torch.autograd.grad((gradient * signs).sum(), outputs)
+    return (product * signs).sum() / outputs.shape[-1]

@@ -10,14 +10,14 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from avalanche_sp.gates import claim, claimed_part, loss_surprise, merge_eigenspace
+from avalanche_sp.gates import claim, held_back, loss_curvature, loss_surprise, merge_eigenspace, pull_back
 from avalanche_sp.optimizer import SelectivePlasticityOptimizer
 from avalanche_sp.replay import memory_size, stream_rows
 
 __all__ = ["SelectivePlasticityPlugin", "LayerActivity"]
 
-# Stored samples of which the gate opens to twice its openness: see SelectivePlasticityPlugin.
-_MEMORY_SCALE = 14
+# Stored samples with which the gate opens to twice its openness: see SelectivePlasticityPlugin.
+_MEMORY_SCALE = 20
 # Decay of the running mean and variance of the loss, against which surprise is measured.
 _LOSS_DECAY = 0.99
 
@@ -31,6 +31,7 @@ class LayerActivity:
         vectors: (d, r), the eigenvectors.
         mean_eigenvalue: 0-dim, over all d directions.
         samples: how many samples stand behind them.
+        anchor: (out, r), the weights along the vectors when they were consolidated.
         closed: (r,), how far the gate is closed along each vector, in [0, 1].
         energy, passed, novel: 0-dim sums over the epoch of the stream's squared input, of the part that the gate
             let through, and of the part outside the stored eigenspace.
@@ -40,6 +41,7 @@ class LayerActivity:
     vectors: Tensor
     mean_eigenvalue: Tensor
     samples: int
+    anchor: Tensor
     closed: Tensor
     energy: Tensor
     passed: Tensor
@@ -47,9 +49,8 @@ class LayerActivity:
 
     @classmethod
     def empty(cls, inputs: int, like: Tensor) -> LayerActivity:
-        zero = like.new_zeros(())
-        nothing = like.new_zeros(0)
-        return cls(nothing, like.new_zeros(inputs, 0), zero, 0, nothing, zero, zero, zero)
+        zero, nothing = like.new_zeros(()), like.new_zeros(0)
+        return cls(nothing, like.new_zeros(inputs, 0), zero, 0, like.new_zeros(0, 0), nothing, zero, zero, zero)
 
     @property
     def openness(self) -> float:
@@ -80,11 +81,20 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         f_i = \frac{\lambda_i}{\lambda_i + \alpha \bar\lambda}
 
     New input is learned where it differs from the old; along the old directions, which carry the old answers, the
-    layer holds still. No sample is stored: the memory is ``rank`` vectors a layer.
+    layer holds still. What leaks all the same is pulled back, towards the weights :math:`W^*` at consolidation, by the
+    gradient of the quadratic that stands for the old loss,
+
+    .. math::
+        \tfrac{\kappa}{2} \frac{N_{old}}{N_{new}} \operatorname{tr}\big((W - W^*) C (W - W^*)^\top\big),
+        \qquad C = V \operatorname{diag}(\lambda) V^\top
+
+    where :math:`\kappa` is the loss's measured curvature in its outputs. So more steps don't add up to more leakage.
+    No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and for its outputs.
 
     Beside Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated, and
-    stored samples, which show what would be forgotten, open the gate: with M of them the openness is
-    :math:`\alpha (1 + (M/14)^2)`, found on Split MNIST (``docs/experiments.md``).
+    stored samples, which show what would be forgotten, open the gate and replace the pull-back: with M of them
+    the openness is multiplied, and the pull-back divided, by :math:`1 + (M/20)^2`, found on Split MNIST
+    (``docs/experiments.md``).
 
     It gates every trainable ``nn.Linear``, whatever the optimizer. The gate acts on gradients: with plain SGD the
     weights move in the open directions alone; momentum carried over from before a consolidation, adaptive step
@@ -94,9 +104,10 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     :class:`~avalanche_sp.SelectivePlasticityOptimizer` is told the surprise of the loss at every iteration.
 
     Args:
-        openness: :math:`\alpha` > 0, in units of the mean eigenvalue (default 0.05). Larger values learn the new
+        openness: :math:`\alpha` > 0, in units of the mean eigenvalue (default 0.1). Larger values learn the new
             faster and keep less of the old. ``math.inf`` switches the gate off: training is then bit for bit what
             it is without the plugin.
+        pull_back: weight of the pull-back, 0 or more (default 1); 0 leaves the gate alone.
         rank: eigenvectors kept a layer, 1 or more (default 100).
         consolidation_samples: samples of an experience, evenly spread over it, that are run through the network
             at its end, 1 or more (default 5000).
@@ -118,14 +129,19 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                          criterion=OneHotMSELoss(), train_mb_size=64, plugins=[SelectivePlasticityPlugin()])
     """
 
-    def __init__(self, openness: float = 0.05, rank: int = 100, consolidation_samples: int = 5000):
+    def __init__(
+        self, openness: float = 0.1, pull_back: float = 1.0, rank: int = 100, consolidation_samples: int = 5000
+    ):
         super().__init__()
         if not openness > 0:
             raise ValueError(f"Invalid openness value: {openness} (allowed: greater than 0; math.inf is off)")
+        if not 0 <= pull_back < float("inf"):
+            raise ValueError(f"Invalid pull_back value: {pull_back} (allowed: 0 or more)")
         for name, value in (("rank", rank), ("consolidation_samples", consolidation_samples)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"Invalid {name} value: {value} (allowed: an integer, 1 or more)")
         self.openness = openness
+        self.pull_back = pull_back
         self.rank = rank
         self.consolidation_samples = consolidation_samples
         self.layers: dict[str, LayerActivity] = {}
@@ -133,8 +149,10 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self.surprise: Tensor | None = None
         """Surprise of the last training loss: 0-dim tensor in [0, 1]."""
         self._loss_moments: tuple[Tensor, Tensor] | None = None
+        self._curvature = torch.zeros(())  # of the loss in its outputs, over all consolidated samples
+        self._pull_weight = 0.0  # for the present epoch: N_old / N_new and more
         self._handles: list = []
-        self._held_back: dict[nn.Linear, Tensor] = {}
+        self._held_back: dict[nn.Linear, tuple[LayerActivity, Tensor]] = {}
         self._batch: tuple[int, int] | None = None  # rows in the batch, rows of the stream; None outside backward
 
     @property
@@ -148,7 +166,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         return sum(
             t.numel() * t.element_size()
             for a in self.layers.values()
-            for t in (a.eigenvalues, a.vectors, a.mean_eigenvalue, a.closed)
+            for t in (a.eigenvalues, a.vectors, a.mean_eigenvalue, a.anchor, a.closed)
         )
 
     # -- Avalanche's callbacks, in the order of the training loop --------------------------------------------------
@@ -162,7 +180,9 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     def before_training_epoch(self, strategy, **kwargs):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
-        openness = self.openness * (1 + (memory_size(strategy) / _MEMORY_SCALE) ** 2)
+        opening = 1 + (memory_size(strategy) / _MEMORY_SCALE) ** 2
+        openness = self.openness * opening
+        self._pull_weight = self.pull_back / (opening * len(strategy.experience.dataset))
         for activity in self.layers.values():
             activity.closed = claim(activity.eigenvalues, activity.mean_eigenvalue, openness)
             activity.energy = activity.passed = activity.novel = torch.zeros_like(activity.mean_eigenvalue)
@@ -194,11 +214,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 f"the loss is {strategy.loss.item()} at iteration {clock.train_exp_iterations} of training experience "
                 f"{clock.train_exp_counter}: nothing was updated. The usual cause is too high a learning rate."
             )
-        for layer, held_back in self._held_back.items():
-            inputs = layer.in_features
-            layer.weight.grad.sub_(held_back[:, :inputs])
-            if layer.bias is not None and layer.bias.grad is not None:
-                layer.bias.grad.sub_(held_back[:, inputs])
+        for layer, (activity, held) in self._held_back.items():
+            self._correct(layer, activity, held)
         self._release()
         if self.active:
             self._observe(strategy.loss.detach().squeeze(), strategy.optimizer)
@@ -231,9 +248,21 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         activity.energy = activity.energy + energy
         activity.passed = activity.passed + energy - (power * (2 * f - f.square())).sum()
         activity.novel = activity.novel + energy - power.sum()
-        part = claimed_part(delta, projection, f, activity.vectors)
-        seen = self._held_back.get(layer)
-        self._held_back[layer] = part if seen is None else seen.add_(part)
+        held = held_back(delta, projection, f)
+        _, before = self._held_back.get(layer, (activity, None))
+        self._held_back[layer] = activity, held if before is None else before.add_(held)
+
+    def _correct(self, layer: nn.Linear, activity: LayerActivity, held: Tensor) -> None:
+        """Takes from a layer's gradient what the gate held back, and adds the pull-back."""
+        if self._pull_weight:
+            rows = len(activity.anchor)  # fewer than the layer's where a head has grown
+            drift = _along(layer, activity.vectors)[:rows] - activity.anchor
+            weight = self._pull_weight * activity.samples * self._curvature
+            held[:rows] -= pull_back(drift, activity.eigenvalues, activity.closed, weight)
+        correction = held @ activity.vectors.T
+        layer.weight.grad.sub_(correction[:, : layer.in_features])
+        if layer.bias is not None and layer.bias.grad is not None:
+            layer.bias.grad.sub_(correction[:, -1])
 
     def _stream_part(self, x: Tensor) -> Tensor:
         """Rows of ``x`` that belong to the stream: (..., d) to (rows, d). A sample may have several, in sequence."""
@@ -270,7 +299,9 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     def _consolidate(self, strategy) -> None:
         """Merges the experience's presynaptic activity into the layers' eigenspaces."""
         model, dataset = strategy.model, strategy.experience.dataset
-        activity = self._record_activity(strategy, model, dataset)
+        activity, curvature = self._record_activity(strategy, model, dataset)
+        seen = max((a.samples for a in self.layers.values()), default=0)
+        self._curvature = (seen * self._curvature + len(dataset) * curvature) / (seen + len(dataset))
         for name, layer in model.named_modules():
             if name not in activity:
                 continue
@@ -283,12 +314,17 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             values, vectors = merge_eigenspace(old.eigenvalues, old.vectors, share, x, self.rank)
             mean = share * old.mean_eigenvalue + (1 - share) * x.square().mean(0).mean()
             zero = torch.zeros_like(mean)
+            anchor = _along(layer, vectors)
             closed = claim(values, mean, self.openness)
-            self.layers[name] = LayerActivity(values, vectors, mean, samples, closed, zero, zero, zero)
+            self.layers[name] = LayerActivity(values, vectors, mean, samples, anchor, closed, zero, zero, zero)
 
-    def _record_activity(self, strategy, model: nn.Module, dataset) -> dict[str, list[Tensor]]:
-        """Inputs of each trainable linear layer over evenly spread samples; leaves modes and random state alone."""
+    def _record_activity(self, strategy, model: nn.Module, dataset) -> tuple[dict[str, list[Tensor]], Tensor]:
+        """Inputs of each trainable linear layer, and the loss's curvature, over evenly spread samples.
+
+        Leaves the modules' modes and the global random state alone.
+        """
         activity: dict[str, list[Tensor]] = {}
+        curvatures: list[Tensor] = []
 
         def recorder(name):
             def hook(layer, inputs):
@@ -314,10 +350,20 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             model.eval()
             with torch.random.fork_rng(devices):
                 for batch in loader:
-                    avalanche_forward(model, batch[0].to(strategy.device), batch[-1].to(strategy.device))
+                    x, y, task_labels = (batch[i].to(strategy.device) for i in (0, 1, -1))
+                    outputs = avalanche_forward(model, x, task_labels)
+                    with torch.enable_grad():
+                        outputs = outputs.detach().requires_grad_()
+                        curvatures.append(loss_curvature(outputs, strategy._criterion(outputs, y)))
         finally:
             for handle in handles:
                 handle.remove()
             for module, mode in modes.items():
                 module.training = mode
-        return activity
+        return activity, torch.stack(curvatures).mean()
+
+
+def _along(layer: nn.Linear, vectors: Tensor) -> Tensor:
+    """A layer's weights, its bias as one more column, along each vector: shape (out, r)."""
+    along = layer.weight.detach() @ vectors[: layer.in_features]
+    return along if layer.bias is None else along + torch.outer(layer.bias.detach(), vectors[-1])

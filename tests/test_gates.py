@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from avalanche_sp import gates
 
@@ -87,11 +88,36 @@ def test_merge_eigenspace_keeps_the_leading_directions():
     assert (values.diff() > 0).all()
 
 
-def test_claimed_part_equals_gating_each_sample():
+def test_held_back_equals_gating_each_sample():
     x, delta, v = tensor(9, 6), tensor(9, 4), torch.linalg.qr(tensor(6, 3)).Q
     f = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
     gated = torch.zeros(4, 6, dtype=torch.float64)
     for x_i, delta_i in zip(x, delta):
         x_gated = x_i - v @ torch.diag(f) @ v.T @ x_i
         gated += torch.outer(delta_i, x_gated)
-    torch.testing.assert_close(delta.T @ x - gates.claimed_part(delta, x @ v, f, v), gated)
+    torch.testing.assert_close(delta.T @ x - gates.held_back(delta, x @ v, f) @ v.T, gated)
+
+
+def test_pull_back_is_the_gated_gradient_of_the_surrogate():
+    v = torch.linalg.qr(tensor(6, 3)).Q
+    values, f = tensor(3, positive=True), torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
+    anchor, w = tensor(4, 6), tensor(4, 6).requires_grad_()
+    surrogate = 0.7 / 2 * torch.trace((w - anchor) @ v @ torch.diag(values) @ v.T @ (w - anchor).T)
+    (gradient,) = torch.autograd.grad(surrogate, w)
+    gated = gradient - gradient @ v @ torch.diag(f) @ v.T
+    drift = (w - anchor).detach() @ v
+    torch.testing.assert_close(gates.pull_back(drift, values, f, 0.7) @ v.T, gated)
+
+
+def test_loss_curvature():
+    z, y = tensor(40, 5).requires_grad_(), torch.randint(5, (40,))
+    one_hot = nn.functional.one_hot(y, 5).double()
+    squared = ((z - one_hot) ** 2).sum() / len(z)
+    assert gates.loss_curvature(z, squared) == pytest.approx(2.0)
+    p = z.softmax(1).detach()
+    exact = (p * (1 - p)).sum(1).mean() / 5
+    z_many, y_many = z.repeat(500, 1).detach().requires_grad_(), y.repeat(500)  # one probe for many samples
+    measured = gates.loss_curvature(z_many, nn.functional.cross_entropy(z_many, y_many))
+    assert measured == pytest.approx(exact.item(), rel=0.05)
+    assert gates.loss_curvature(z, z.abs().mean()) == 0
+    assert gates.loss_curvature(z, z.mean()) == 0

@@ -50,7 +50,7 @@ PLUGINS = {
     "ewc": lambda s: EWCPlugin(ewc_lambda=s["strength"]),
     "si": lambda s: WorkingSynapticIntelligence(si_lambda=s["strength"]),
     "mas": lambda s: MASPlugin(lambda_reg=s["strength"], alpha=0.5),
-    "sp": lambda s: SelectivePlasticityPlugin(openness=s["openness"], rank=int(s["rank"])),
+    "sp": lambda s: SelectivePlasticityPlugin(s["openness"], s["pull_back"], int(s["rank"])),
 }
 
 
@@ -83,7 +83,7 @@ class Recipe:
         )
 
 
-_SP = {"openness": 0.05, "rank": 100}  # the plugin's defaults
+_SP = {"openness": 0.1, "pull_back": 1.0, "rank": 100}  # the plugin's defaults
 
 # By benchmark and number of tasks; found on validation images, seeds 100 to 104: docs/experiments.md.
 RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {
