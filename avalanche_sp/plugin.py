@@ -93,8 +93,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     Beside Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated, and
     stored samples, which show what would be forgotten, open the gate and replace the pull-back: with M of them
-    the openness is multiplied, and the pull-back divided, by :math:`1 + (M/20)^2`, found on Split MNIST
-    (``docs/experiments.md``).
+    the openness is multiplied by :math:`o = 1 + (M/20)^2` and the pull-back divided by :math:`o^2`, found on Split
+    MNIST (``docs/experiments.md``).
 
     It gates every trainable ``nn.Linear``, whatever the optimizer. The gate acts on gradients: with plain SGD the
     weights move in the open directions alone; momentum carried over from before a consolidation, adaptive step
@@ -104,7 +104,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     :class:`~avalanche_sp.SelectivePlasticityOptimizer` is told the surprise of the loss at every iteration.
 
     Args:
-        openness: :math:`\alpha` > 0, in units of the mean eigenvalue (default 0.1). Larger values learn the new
+        openness: :math:`\alpha` > 0, in units of the mean eigenvalue (default 0.2). Larger values learn the new
             faster and keep less of the old. ``math.inf`` switches the gate off: training is then bit for bit what
             it is without the plugin.
         pull_back: weight of the pull-back, 0 or more (default 1); 0 leaves the gate alone.
@@ -130,7 +130,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     """
 
     def __init__(
-        self, openness: float = 0.1, pull_back: float = 1.0, rank: int = 100, consolidation_samples: int = 5000
+        self, openness: float = 0.2, pull_back: float = 1.0, rank: int = 100, consolidation_samples: int = 5000
     ):
         super().__init__()
         if not openness > 0:
@@ -182,7 +182,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
         opening = 1 + (memory_size(strategy) / _MEMORY_SCALE) ** 2
         openness = self.openness * opening
-        self._pull_weight = self.pull_back / (opening * len(strategy.experience.dataset))
+        self._pull_weight = self.pull_back / (opening**2 * len(strategy.experience.dataset))
         for activity in self.layers.values():
             activity.closed = claim(activity.eigenvalues, activity.mean_eigenvalue, openness)
             activity.energy = activity.passed = activity.novel = torch.zeros_like(activity.mean_eigenvalue)

@@ -85,7 +85,7 @@ class Spy(SelectivePlasticityPlugin):
                     x_i = x_i - v @ (f * (v.T @ x_i))
                 total += np.outer(delta[i].numpy(), x_i)
             stored = len(strategy.dataloader.datasets[1]) if n < len(inputs) else 0
-            w = self.pull_back * self.seen / len(strategy.experience.dataset) / (1 + (stored / 20) ** 2)
+            w = self.pull_back * self.seen / len(strategy.experience.dataset) / (1 + (stored / 20) ** 2) ** 2
             c = v @ np.diag(activity.eigenvalues.numpy().astype(np.float64)) @ v.T
             pull = 2 * w * (weight_and_bias(layer) - self.anchors[name]) @ c
             total += pull - pull @ v @ np.diag(f) @ v.T

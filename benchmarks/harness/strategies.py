@@ -83,19 +83,19 @@ class Recipe:
         )
 
 
-_SP = {"openness": 0.1, "pull_back": 1.0, "rank": 100}  # the plugin's defaults
+_SP = {"openness": 0.2, "pull_back": 1.0, "rank": 100}  # the plugin's defaults
 
 # By benchmark and number of tasks; found on validation images, seeds 100 to 104: docs/experiments.md.
 RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {
     "split-mnist": {
         2: {
-            "naive-sgd": Recipe("SGD", 0.07, "squared error"),
+            "naive-sgd": Recipe("SGD", 0.1, "squared error"),
             "naive-adam": Recipe("Adam", 1e-3),
             "ewc": Recipe("SGD", 0.01, "squared error", plugin="ewc", settings={"strength": 5000.0}),
             "si": Recipe("SGD", 0.02, "squared error", plugin="si", settings={"strength": 3000.0}),
             "mas": Recipe("SGD", 0.005, "squared error", plugin="mas", settings={"strength": 400.0}),
             "sp-optimizer": Recipe("SelectivePlasticity", 3e-3),
-            "sp": Recipe("SGD", 0.07, "squared error", plugin="sp", settings=_SP),
+            "sp": Recipe("SGD", 0.1, "squared error", plugin="sp", settings=_SP),
             "replay-sgd": Recipe("SGD", {200: 0.1, 2000: 0.3}),
             "replay-adam": Recipe("Adam", {200: 5e-4, 2000: 1e-3}),
             "replay-joint": Recipe("SGD", {200: 0.05, 2000: 0.15}, "squared error", joint_weight=True),
