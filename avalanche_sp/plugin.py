@@ -18,6 +18,8 @@ __all__ = ["SelectivePlasticityPlugin", "LayerActivity"]
 
 # Stored samples with which the gate opens to twice its openness: see SelectivePlasticityPlugin.
 _MEMORY_SCALE = 20
+# At most so many old samples for each new one pull: many small experiences would outrun the optimizer's step size.
+_MAX_PULL = 20
 # Decay of the running mean and variance of the loss, against which surprise is measured.
 _LOSS_DECAY = 0.99
 
@@ -88,7 +90,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         \tfrac{\kappa}{2} \frac{N_{old}}{N_{new}} \operatorname{tr}\big((W - W^*) C (W - W^*)^\top\big),
         \qquad C = V \operatorname{diag}(\lambda) V^\top
 
-    where :math:`\kappa` is the loss's measured curvature in its outputs. So more steps don't add up to more leakage.
+    where :math:`\kappa` is the loss's measured curvature in its outputs and the ratio is at most 20. So more steps don't add up to more leakage.
     No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and for its outputs.
 
     Beside Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated, and
@@ -114,6 +116,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     Raises:
         ValueError: at construction for an argument out of range; at ``train`` for a model without ``nn.Linear``.
+        TypeError: at ``train`` for a model whose output is not one tensor, unless ``pull_back`` is 0.
         FloatingPointError: at ``train`` when the loss is not finite, before the optimizer's step.
 
     References:
@@ -150,7 +153,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         """Surprise of the last training loss: 0-dim tensor in [0, 1]."""
         self._loss_moments: tuple[Tensor, Tensor] | None = None
         self._curvature = torch.zeros(())  # of the loss in its outputs, over all consolidated samples
-        self._pull_weight = 0.0  # for the present epoch: N_old / N_new and more
+        self._pull_weight = 0.0  # for the present epoch: N_old / N_new, and what a memory leaves of it
         self._handles: list = []
         self._held_back: dict[nn.Linear, tuple[LayerActivity, Tensor]] = {}
         self._batch: tuple[int, int] | None = None  # rows in the batch, rows of the stream; None outside backward
@@ -182,7 +185,9 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
         opening = 1 + (memory_size(strategy) / _MEMORY_SCALE) ** 2
         openness = self.openness * opening
-        self._pull_weight = self.pull_back / (opening**2 * len(strategy.experience.dataset))
+        new = len(strategy.experience.dataset)
+        old = min(max((a.samples for a in self.layers.values()), default=0), _MAX_PULL * new)
+        self._pull_weight = self.pull_back * old / new / opening**2
         for activity in self.layers.values():
             activity.closed = claim(activity.eigenvalues, activity.mean_eigenvalue, openness)
             activity.energy = activity.passed = activity.novel = torch.zeros_like(activity.mean_eigenvalue)
@@ -257,7 +262,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         if self._pull_weight:
             rows = len(activity.anchor)  # fewer than the layer's where a head has grown
             drift = _along(layer, activity.vectors)[:rows] - activity.anchor
-            weight = self._pull_weight * activity.samples * self._curvature
+            weight = self._pull_weight * self._curvature
             held[:rows] -= pull_back(drift, activity.eigenvalues, activity.closed, weight)
         correction = held @ activity.vectors.T
         layer.weight.grad.sub_(correction[:, : layer.in_features])
@@ -352,6 +357,13 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 for batch in loader:
                     x, y, task_labels = (batch[i].to(strategy.device) for i in (0, 1, -1))
                     outputs = avalanche_forward(model, x, task_labels)
+                    if not self.pull_back:
+                        continue
+                    if not isinstance(outputs, Tensor):
+                        raise TypeError(
+                            f"Invalid model: its output is a {type(outputs).__name__} (the pull-back measures the "
+                            "loss on one output tensor; pull_back=0 leaves the gate alone)"
+                        )
                     with torch.enable_grad():
                         outputs = outputs.detach().requires_grad_()
                         curvatures.append(loss_curvature(outputs, strategy._criterion(outputs, y)))
@@ -360,10 +372,10 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 handle.remove()
             for module, mode in modes.items():
                 module.training = mode
-        return activity, torch.stack(curvatures).mean()
+        return activity, torch.stack(curvatures).mean() if curvatures else torch.zeros(())
 
 
 def _along(layer: nn.Linear, vectors: Tensor) -> Tensor:
     """A layer's weights, its bias as one more column, along each vector: shape (out, r)."""
-    along = layer.weight.detach() @ vectors[: layer.in_features]
-    return along if layer.bias is None else along + torch.outer(layer.bias.detach(), vectors[-1])
+    along = layer.weight.detach().to(vectors.dtype) @ vectors[: layer.in_features]
+    return along if layer.bias is None else along + torch.outer(layer.bias.detach().to(vectors.dtype), vectors[-1])

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from avalanche.training import Naive
 from torch import nn
 
-from avalanche_sp import permuted_mnist, split_mnist
+from avalanche_sp import OneHotMSELoss, permuted_mnist, split_mnist
 from avalanche_sp.classic import benchmark_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,3 +60,16 @@ def mlp(hidden=32, bias=True, seed=0):
 
 def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def strategy_of(model, plugins, *, optimizer=None, criterion=None, batch=32, epochs=1):
+    return Naive(
+        model=model,
+        optimizer=optimizer or torch.optim.SGD(model.parameters(), lr=0.02),
+        criterion=criterion or OneHotMSELoss(),
+        train_mb_size=batch,
+        train_epochs=epochs,
+        eval_mb_size=500,
+        plugins=plugins,
+        evaluator=None,
+    )

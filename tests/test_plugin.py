@@ -6,28 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from avalanche.models import IncrementalClassifier
-from avalanche.training import Naive
 from avalanche.training.plugins import LwFPlugin, ReplayPlugin, SupervisedPlugin
 from torch import nn
 
 from avalanche_sp import JointReplayLoss, OneHotMSELoss, SelectivePlasticityOptimizer, SelectivePlasticityPlugin
 from avalanche_sp.replay import stream_rows
 
-from conftest import mlp, weights
-
-
-def strategy_of(model, plugins, *, optimizer=None, criterion=None, batch=32, epochs=1):
-    return Naive(
-        model=model,
-        optimizer=optimizer or torch.optim.SGD(model.parameters(), lr=0.02),
-        criterion=criterion or OneHotMSELoss(),
-        train_mb_size=batch,
-        train_epochs=epochs,
-        eval_mb_size=500,
-        plugins=plugins,
-        evaluator=None,
-    )
+from conftest import mlp, strategy_of, weights
 
 
 def trained(benchmark, plugins, seed=0, **kwargs):
@@ -259,41 +244,6 @@ def test_the_pull_back_keeps_more_of_what_was_learned(split2):
     assert kept[1] > kept[0] + 0.1
 
 
-def test_layers_without_bias_shared_frozen_unused_and_with_sequences(split2):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first = nn.Linear(28, 16, bias=False)  # sees 28 rows an image
-            self.shared = nn.Linear(16, 16)
-            self.frozen = nn.Linear(16, 16).requires_grad_(False)
-            self.unused = nn.Linear(3, 3)
-            self.last = nn.Linear(16 * 28, 10)
-
-        def forward(self, x):
-            x = self.first(x.squeeze(1)).relu()
-            x = self.shared(self.shared(x).relu()).relu()
-            return self.last(self.frozen(x).flatten(1))
-
-    torch.manual_seed(0)
-    plugin = SelectivePlasticityPlugin(openness=1e-6, rank=5)
-    strategy = strategy_of(Net(), [ReplayPlugin(40), plugin])
-    for experience in split2.train_stream:
-        strategy.train(experience)
-    assert set(plugin.layers) == {"first", "shared", "last"}
-    assert plugin.layers["first"].vectors.shape == (28, 5)
-    assert plugin.layers["shared"].vectors.shape == (17, 5)
-
-
-def test_a_growing_head_is_followed(split5):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), IncrementalClassifier(16, 1))
-    strategy = strategy_of(model, [SelectivePlasticityPlugin()], criterion=nn.CrossEntropyLoss())
-    for experience in split5.train_stream:
-        strategy.train(experience)
-        strategy.eval(split5.test_stream[: experience.current_experience + 1])
-    assert model[3].classifier.out_features == 10
-
-
 def test_memory_stays_bounded_however_many_experiences_come(split5):
     plugin = SelectivePlasticityPlugin(rank=7)
     strategy = strategy_of(mlp(), [plugin])
@@ -316,16 +266,6 @@ def test_consolidated_activity_is_that_of_the_network(split2):
     expected = x.T @ x / len(x)
     torch.testing.assert_close(first.vectors @ torch.diag(first.eigenvalues) @ first.vectors.T, expected, atol=1e-2, rtol=0)
     torch.testing.assert_close(first.mean_eigenvalue, expected.trace() / 785)
-
-
-def test_consolidation_restores_modes_and_ignores_dropout(split2):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.Dropout(0.9), nn.ReLU(), nn.Linear(16, 10))
-    seen = []
-    model[4].register_forward_pre_hook(lambda m, inputs: seen.append(model.training))
-    strategy = strategy_of(model, [SelectivePlasticityPlugin()])
-    strategy.train(split2.train_stream[0])
-    assert model.training
-    assert seen.count(False) == 2  # 600 samples in batches of 512
 
 
 def test_stored_samples_open_the_gate(split2):
@@ -369,12 +309,6 @@ def test_bad_arguments_are_named(kwargs, words):
     with pytest.raises(ValueError) as error:
         SelectivePlasticityPlugin(**kwargs)
     assert words in str(error.value)
-
-
-def test_a_model_without_linear_layers_is_refused(split2):
-    model = nn.Sequential(nn.Conv2d(1, 10, 28), nn.Flatten())
-    with pytest.raises(ValueError, match=r"Invalid model: Sequential has no nn\.Linear layer"):
-        strategy_of(model, [SelectivePlasticityPlugin()]).train(split2.train_stream[0])
 
 
 def test_a_loss_that_is_not_finite_raises_before_the_step(split2):

@@ -16,7 +16,6 @@ from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin, Supervise
 from avalanche_sp import (
     AccuracyMatrix,
     SelectivePlasticityPlugin,
-    average_accuracy,
     average_forgetting,
     backward_transfer,
     learning_accuracy,

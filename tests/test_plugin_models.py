@@ -1,0 +1,128 @@
+"""The plugin on all kinds of models, in all kinds of streams, and saved."""
+
+import pytest
+import torch
+from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
+from avalanche.models import IncrementalClassifier
+from avalanche.training.plugins import ReplayPlugin
+from torch import nn
+
+from avalanche_sp import SelectivePlasticityOptimizer, SelectivePlasticityPlugin
+from avalanche_sp.classic import benchmark_of
+
+from conftest import mlp, strategy_of, weights
+
+
+def test_layers_without_bias_shared_frozen_unused_and_with_sequences(split2):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(28, 16, bias=False)  # sees 28 rows an image
+            self.shared = nn.Linear(16, 16)
+            self.frozen = nn.Linear(16, 16).requires_grad_(False)
+            self.unused = nn.Linear(3, 3)
+            self.last = nn.Linear(16 * 28, 10)
+
+        def forward(self, x):
+            x = self.first(x.squeeze(1)).relu()
+            x = self.shared(self.shared(x).relu()).relu()
+            return self.last(self.frozen(x).flatten(1))
+
+    torch.manual_seed(0)
+    plugin = SelectivePlasticityPlugin(openness=1e-6, rank=5)
+    strategy = strategy_of(Net(), [ReplayPlugin(40), plugin])
+    for experience in split2.train_stream:
+        strategy.train(experience)
+    assert set(plugin.layers) == {"first", "shared", "last"}
+    assert plugin.layers["first"].vectors.shape == (28, 5)
+    assert plugin.layers["shared"].vectors.shape == (17, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_models_of_other_precision(split2, dtype):
+    class Cast(nn.Module):
+        def forward(self, x):
+            return x.to(dtype)
+
+    model = nn.Sequential(Cast(), *mlp().to(dtype))
+    strategy = strategy_of(model, [SelectivePlasticityPlugin(rank=10)])
+    for experience in split2.train_stream:
+        strategy.train(experience)
+    assert weights(model).isfinite().all() and weights(model).dtype == dtype
+
+
+def test_many_small_experiences_stay_stable(split2):
+    """Each is a hundredth of what came before: the pull-back must not outrun the step size."""
+    strategy = strategy_of(mlp(), [SelectivePlasticityPlugin(rank=10)], batch=5)
+    strategy.train(split2.train_stream[0])
+    strategy.train_epochs = 20
+    strategy.optimizer.param_groups[0]["lr"] = 0.1
+    for i in range(0, 100, 5):
+        small = benchmark_of([split2.train_stream[1].dataset[i : i + 5]], [])
+        strategy.train(small.train_stream[0])
+    assert weights(strategy.model).abs().max() < 10
+
+
+def test_a_model_with_several_outputs_is_named_unless_nothing_pulls(split2):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            return self.net(x), x
+
+    def criterion(outputs, targets):
+        return nn.functional.cross_entropy(outputs[0], targets)
+
+    with pytest.raises(TypeError, match="Invalid model: its output is a tuple"):
+        strategy_of(Two(), [SelectivePlasticityPlugin()], criterion=criterion).train(split2.train_stream[0])
+    strategy = strategy_of(Two(), [SelectivePlasticityPlugin(pull_back=0)], criterion=criterion)
+    for experience in split2.train_stream:
+        strategy.train(experience)
+
+
+def test_a_strategy_saved_between_experiences_resumes_bit_for_bit(split2, tmp_path):
+    def fresh():
+        model = mlp()
+        return strategy_of(
+            model,
+            [ReplayPlugin(30), SelectivePlasticityPlugin(rank=10)],
+            optimizer=SelectivePlasticityOptimizer(model.parameters()),
+        )
+
+    strategy = fresh()
+    torch.manual_seed(0)
+    strategy.train(split2.train_stream[0])
+    save_checkpoint(strategy, tmp_path / "strategy.pkl")
+    strategy.train(split2.train_stream[1])
+    resumed, experience = maybe_load_checkpoint(fresh(), tmp_path / "strategy.pkl")
+    assert experience == 1
+    resumed.train(split2.train_stream[1])
+    assert torch.equal(weights(strategy.model), weights(resumed.model))
+
+
+def test_a_growing_head_is_followed(split5):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), IncrementalClassifier(16, 1))
+    strategy = strategy_of(model, [SelectivePlasticityPlugin()], criterion=nn.CrossEntropyLoss())
+    for experience in split5.train_stream:
+        strategy.train(experience)
+        strategy.eval(split5.test_stream[: experience.current_experience + 1])
+    assert model[3].classifier.out_features == 10
+
+
+def test_consolidation_restores_modes_and_ignores_dropout(split2):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.Dropout(0.9), nn.ReLU(), nn.Linear(16, 10))
+    seen = []
+    model[4].register_forward_pre_hook(lambda m, inputs: seen.append(model.training))
+    strategy = strategy_of(model, [SelectivePlasticityPlugin()])
+    strategy.train(split2.train_stream[0])
+    assert model.training
+    assert seen.count(False) == 2  # 600 samples in batches of 512
+
+
+def test_a_model_without_linear_layers_is_refused(split2):
+    model = nn.Sequential(nn.Conv2d(1, 10, 28), nn.Flatten())
+    with pytest.raises(ValueError, match=r"Invalid model: Sequential has no nn\.Linear layer"):
+        strategy_of(model, [SelectivePlasticityPlugin()]).train(split2.train_stream[0])
