@@ -90,8 +90,9 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         \tfrac{\kappa}{2} \frac{N_{old}}{N_{new}} \operatorname{tr}\big((W - W^*) C (W - W^*)^\top\big),
         \qquad C = V \operatorname{diag}(\lambda) V^\top
 
-    where :math:`\kappa` is the loss's measured curvature in its outputs and the ratio is at most 20. So more steps don't add up to more leakage.
-    No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and for its outputs.
+    where :math:`\kappa` is the loss's measured curvature in its outputs and the ratio is at most 20. So more steps
+    don't add up to more leakage. No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and for
+    its outputs.
 
     Beside Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated, and
     stored samples, which show what would be forgotten, open the gate and replace the pull-back: with M of them

@@ -4,10 +4,14 @@ import json
 import re
 import sys
 
+import pytest
+
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from harness.jobs import read_results  # noqa: E402
+from harness.report import summarize, table, title  # noqa: E402
 from readme import README, TABLE, updated  # noqa: E402
 
 
@@ -16,14 +20,15 @@ def test_the_readmes_table_is_the_commands():
     assert text == updated(text, TABLE.read_text())
 
 
-def test_the_committed_table_is_that_of_the_committed_results():
-    from harness.jobs import read_results
-    from harness.report import summarize, table, title
+RESULTS = sorted((ROOT / "docs" / "results").rglob("results.jsonl"))
 
-    folder = TABLE.parent
-    records = read_results(folder / "results.jsonl")
+
+@pytest.mark.parametrize("results", RESULTS, ids=lambda path: path.parent.name)
+def test_a_committed_table_is_that_of_the_committed_results(results):
+    records, folder = read_results(results), results.parent
     assert json.loads((folder / "summary.json").read_text()) == summarize(records)
-    assert title(records) in TABLE.read_text() and table(summarize(records)) in TABLE.read_text()
+    text = (folder / "table.md").read_text()
+    assert title(records) in text and table(summarize(records)) in text
 
 
 def test_the_readmes_opening_quotes_the_table():

@@ -217,7 +217,15 @@ def test_bad_surprise_is_named():
         optimizer.observe_surprise(2.0)
 
 
-@pytest.mark.parametrize("bad, word", [(math.nan, "NaN"), (math.inf, "infinity"), (-math.inf, "infinity"), (3e38, "a value whose square overflows torch.float32")])
+@pytest.mark.parametrize(
+    "bad, word",
+    [
+        (math.nan, "NaN"),
+        (math.inf, "infinity"),
+        (-math.inf, "infinity"),
+        (3e38, "a value whose square overflows torch.float32"),
+    ],
+)
 def test_non_finite_gradients_raise_and_leave_everything_untouched(batch, bad, word):
     model = mlp()
     optimizer = SelectivePlasticityOptimizer(model.parameters())

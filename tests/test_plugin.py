@@ -264,7 +264,8 @@ def test_consolidated_activity_is_that_of_the_network(split2):
     x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
     first = plugin.layers["1"]
     expected = x.T @ x / len(x)
-    torch.testing.assert_close(first.vectors @ torch.diag(first.eigenvalues) @ first.vectors.T, expected, atol=1e-2, rtol=0)
+    consolidated = first.vectors @ torch.diag(first.eigenvalues) @ first.vectors.T
+    torch.testing.assert_close(consolidated, expected, atol=1e-2, rtol=0)
     torch.testing.assert_close(first.mean_eigenvalue, expected.trace() / 785)
 
 
