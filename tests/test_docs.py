@@ -31,12 +31,19 @@ def test_a_committed_table_is_that_of_the_committed_results(results):
     assert title(records) in text and table(summarize(records)) in text
 
 
-def test_the_readmes_opening_quotes_the_table():
-    summary = json.loads((TABLE.parent / "summary.json").read_text())
-    opening = README.read_text().split("<!-- table")[0]
+def acc(folder, strategy):
+    summary = json.loads((ROOT / "docs" / "results" / folder / "summary.json").read_text())
+    (mean,) = [s["acc"]["mean"] for s in summary if s["strategy"] == strategy]
+    return f"{mean:.1f}"
+
+
+def test_the_readmes_prose_quotes_the_results():
+    text = README.read_text()
+    opening, after = text.split("<!-- table")[0], text.split("**Five tasks of two classes**")[1].split("\n\n")[0]
     for strategy in ("sp", "naive-sgd", "ewc"):
-        (acc,) = [s["acc"]["mean"] for s in summary if s["strategy"] == strategy]
-        assert f"{acc:.1f}" in opening, strategy
+        assert acc("compare", strategy) in opening
+    for strategy in ("sp", "si", "mas", "replay-adam", "replay-joint", "sp-replay", "joint"):
+        assert re.search(rf"`{strategy}`( has)?\s+{acc('split5', strategy)}", after), strategy
 
 
 def test_the_readmes_lines_of_use_run(split2):
