@@ -49,10 +49,10 @@ class TensorSource(Dataset):
 
     def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The images (B, ...) and labels (B,) at ``indices`` (int64, shape (B,))."""
-        x = self.images.index_select(0, self.rows[indices])
+        x = self.images.index_select(0, self.rows.index_select(0, indices))
         if self.pixels is not None:
             x = x.flatten(1).index_select(1, self.pixels).view_as(x)
-        return x, self.labels[indices]
+        return x, self.labels.index_select(0, indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         x, y = self.gather(torch.tensor([index]))
@@ -125,7 +125,7 @@ class _Layout:
             self.task_label = torch.as_tensor(list(labels))
 
     def gather(self, indices: Tensor) -> list[Tensor]:
-        row = self.row[indices]
+        row = self.row.index_select(0, indices)
         if len(self.sources) == 1:
             x, y = self.sources[0].gather(row)
         else:
@@ -136,7 +136,7 @@ class _Layout:
             for s in which.unique().tolist():
                 here = which == s
                 x[here], y[here] = self.sources[s].gather(row[here])
-        return [x, y, self.task_label[indices]]
+        return [x, y, self.task_label.index_select(0, indices)]
 
 
 class _NotPlain(Exception):
@@ -217,7 +217,7 @@ class TensorClassificationDataset(TaskAwareSupervisedClassificationDataset):
                 self._layout = _Layout(self)
             except _NotPlain:
                 return default_collate([self.read(i) for i in indices])
-        return self._layout.gather(torch.as_tensor(indices))
+        return self._layout.gather(torch.from_numpy(np.array(indices, dtype=np.int64)))  # faster than from a list
 
     def __getitem__(self, index):
         # Called for every sample of every batch: no more than this.
