@@ -165,6 +165,11 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         return self.openness != float("inf")
 
     @property
+    def _samples_seen(self) -> int:
+        """Samples of all experiences consolidated so far."""
+        return max((a.samples for a in self.layers.values()), default=0)
+
+    @property
     def state_bytes(self) -> int:
         """Bytes that consolidated activity takes."""
         return sum(
@@ -187,7 +192,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         opening = 1 + (memory_size(strategy) / _MEMORY_SCALE) ** 2
         openness = self.openness * opening
         new = len(strategy.experience.dataset)
-        old = min(max((a.samples for a in self.layers.values()), default=0), _MAX_PULL * new)
+        old = min(self._samples_seen, _MAX_PULL * new)
         self._pull_weight = self.pull_back * old / new / opening**2
         for activity in self.layers.values():
             activity.closed = claim(activity.eigenvalues, activity.mean_eigenvalue, openness)
@@ -306,7 +311,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         """Merges the experience's presynaptic activity into the layers' eigenspaces."""
         model, dataset = strategy.model, strategy.experience.dataset
         activity, curvature = self._record_activity(strategy, model, dataset)
-        seen = max((a.samples for a in self.layers.values()), default=0)
+        seen = self._samples_seen
         self._curvature = (seen * self._curvature + len(dataset) * curvature) / (seen + len(dataset))
         for name, layer in model.named_modules():
             if name not in activity:

@@ -7,7 +7,6 @@ import torch
 from avalanche.benchmarks import PermutedMNIST, SplitMNIST, benchmark_with_validation_stream
 from avalanche.benchmarks.utils import DataAttribute
 from avalanche.benchmarks.utils.classification_dataset import _make_taskaware_classification_dataset
-from avalanche.training import Naive
 from avalanche.training.plugins import ReplayPlugin
 from avalanche.training.storage_policy import ClassBalancedBuffer, ReservoirSamplingBuffer
 from torch import nn
@@ -17,7 +16,7 @@ from torchvision.datasets import MNIST as TorchvisionMNIST
 from avalanche_sp import permuted_mnist, split_mnist
 from avalanche_sp.classic import TensorClassificationDataset, TensorSource, benchmark_of
 
-from conftest import MNIST, mlp, weights
+from conftest import MNIST, mlp, strategy_of, weights
 
 
 def all_of(dataset):
@@ -156,15 +155,8 @@ def test_training_ends_in_the_weights_of_the_slow_route(permuted3, policy):
     for benchmark in (permuted3, slow(permuted3)):
         model = mlp()
         plugins = [] if policy is None else [ReplayPlugin(60, storage_policy=policy())]
-        strategy = Naive(
-            model=model,
-            optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
-            criterion=nn.CrossEntropyLoss(),
-            train_mb_size=32,
-            eval_mb_size=100,
-            plugins=plugins,
-            evaluator=None,
-        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        strategy = strategy_of(model, plugins, optimizer=optimizer, criterion=nn.CrossEntropyLoss())
         torch.manual_seed(0)
         for experience in benchmark.train_stream:
             strategy.train(experience, num_workers=0)

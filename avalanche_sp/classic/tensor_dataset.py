@@ -197,10 +197,11 @@ class TensorClassificationDataset(TaskAwareSupervisedClassificationDataset):
         )
 
     _layout: _Layout | None = None  # made when the first batch is read
+    _plain = True  # until the first batch shows a transform or a foreign dataset
 
     def _shallow_clone_dataset(self):
         clone = super()._shallow_clone_dataset()
-        clone._layout = None  # the clone is about to get other transforms or attributes
+        clone._layout, clone._plain = None, True  # the clone is about to get other transforms or attributes
         return clone
 
     def __getstate__(self):
@@ -212,11 +213,13 @@ class TensorClassificationDataset(TaskAwareSupervisedClassificationDataset):
 
     def read_batch(self, indices: list[int]) -> list[Tensor]:
         """[x, y, task labels] of the samples at ``indices``, in that order."""
-        if self._layout is None:
+        if self._layout is None and self._plain:
             try:
                 self._layout = _Layout(self)
             except _NotPlain:
-                return default_collate([self.read(i) for i in indices])
+                self._plain = False
+        if not self._plain:
+            return default_collate([self.read(i) for i in indices])
         return self._layout.gather(torch.from_numpy(np.array(indices, dtype=np.int64)))  # faster than from a list
 
     def __getitem__(self, index):

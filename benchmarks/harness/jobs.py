@@ -29,9 +29,11 @@ def read_results(path: Path) -> list[dict]:
 def append_result(path: Path, record: dict) -> None:
     """One line, in one write, on disk before this returns; several processes may append to one file."""
     line = json.dumps(record) + "\n"
-    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        line = "\n" + line  # after a line that was cut short
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "a+b", buffering=0) as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = "\n" + line  # after a line that was cut short
         file.write(line.encode())
         os.fsync(file.fileno())
 

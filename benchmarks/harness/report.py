@@ -57,8 +57,8 @@ def table(summary: list[dict]) -> str:
             {
                 "strategy": s["strategy"],
                 "buffer": s["replay_buffer"] or "-",
-                "ACC %": _mean(s["acc"], "±"),
-                "BWT %": _mean(s["bwt"], "±"),
+                "ACC %": _mean(s["acc"]),
+                "BWT %": _mean(s["bwt"]),
                 "each task %": _tasks(s["task_acc"]),
                 "seconds": f"{s['seconds_per_run']:.1f}",
                 "extra kB": f"{s['extra_memory_bytes'] / 1000:.0f}",
@@ -68,10 +68,10 @@ def table(summary: list[dict]) -> str:
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def _mean(value: dict | None, sign: str) -> str:
+def _mean(value: dict | None) -> str:
     if value is None:
         return "-"
-    return f"{value['mean']:.1f}" + (f" {sign} {value['ci95']:.1f}" if value["ci95"] is not None else "")
+    return f"{value['mean']:.1f}" + (f" ± {value['ci95']:.1f}" if value["ci95"] is not None else "")
 
 
 def _tasks(accuracies: list[float]) -> str:
@@ -96,7 +96,8 @@ def title(records: list[dict]) -> str:
 def write_report(records: list[dict], output: Path) -> list[Path]:
     """Writes summary.json, table.md and the figures, prints the table; returns the paths of what it wrote."""
     summary = summarize(records)
-    text = f"{title(records)}; mean ± 95% interval (Student's t)\n\n{table(summary)}\n"
+    heading = title(records)
+    text = f"{heading}; mean ± 95% interval (Student's t)\n\n{table(summary)}\n"
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (output / "table.md").write_text(text)
     print("\n" + text)
@@ -105,6 +106,6 @@ def write_report(records: list[dict], output: Path) -> list[Path]:
     return [
         output / "summary.json",
         output / "table.md",
-        figures.acc_by_strategy(summary, title(records), output / "acc.png"),
-        figures.accuracy_over_training(records, title(records), output / "training.png"),
+        figures.acc_by_strategy(summary, heading, output / "acc.png"),
+        figures.accuracy_over_training(records, heading, output / "training.png"),
     ]

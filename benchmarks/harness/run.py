@@ -122,7 +122,7 @@ def memory_bytes(plugin: SupervisedPlugin) -> int:
         buffer = plugin.storage_policy.buffer
         if not len(buffer):
             return 0
-        x, y, task_label = buffer[0]
+        x = buffer[0][0]
         return len(buffer) * (x.numel() * x.element_size() + 8)
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in _tensors(vars(plugin))}.values())
 

@@ -44,7 +44,7 @@ class Run:
         replay_buffer: stored samples; 0 for strategies without replay.
         seed: fixes data order, initial weights and permutations; runs with equal seeds are paired.
         train_per_task: training images a task (Permuted MNIST); None is all.
-        validation: score on 10,000 held-out training images instead of the test set, for tuning.
+        validation: score on 1/6 of the training images, held out, instead of the test set, for tuning.
         overrides: (name, value) pairs that replace the strategy's settings, for tuning.
     """
 
