@@ -1,6 +1,7 @@
 """Selective plasticity for continual learning: an Avalanche plugin and a PyTorch optimizer."""
 
 from avalanche_sp.classic import permuted_mnist, split_mnist
+from avalanche_sp.consolidation import ConsolidationPlugin
 from avalanche_sp.losses import JointReplayLoss, OneHotMSELoss
 from avalanche_sp.metrics import (
     AccuracyMatrix,
@@ -19,6 +20,7 @@ from avalanche_sp.plugin import SelectivePlasticityPlugin
 __all__ = [
     "AccuracyMatrix",
     "ClaimedRank",
+    "ConsolidationPlugin",
     "GateOpenness",
     "JointReplayLoss",
     "OneHotMSELoss",

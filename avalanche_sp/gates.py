@@ -15,8 +15,9 @@ from torch import Tensor
 
 __all__ = [
     "eligibility",
+    "trace_floor",
     "coincidence",
-    "elementwise_gate",
+    "resistance",
     "loss_surprise",
     "claim",
     "merge_eigenspace",
@@ -26,23 +27,28 @@ __all__ = [
 ]
 
 
-def eligibility(exp_avg_sq: Tensor) -> Tensor:
-    """How much each synapse has recently taken part in learning, relative to its tensor's mean.
+def eligibility(trace: Tensor) -> Tensor:
+    """How much each synapse has taken part in learning, relative to its tensor's mean.
 
-        e = sqrt(v) / mean(sqrt(v))
+        e = a / mean(a)
 
-    The trace is Adam's second moment v, an exponential average of squared gradients; dividing by the mean makes
-    it free of the loss's scale. The eligibility trace: Gerstner et al., Eligibility traces and plasticity on
-    behavioral time scales, Frontiers in Neural Circuits 2018.
+    The trace a is an average of squared gradients, the diagonal of the empirical Fisher information; dividing by its
+    mean makes it free of the loss's scale. The eligibility trace: Gerstner et al., Eligibility traces and plasticity
+    on behavioral time scales, Frontiers in Neural Circuits 2018.
 
     Args:
-        exp_avg_sq: running mean of squared gradients, any shape.
+        trace: not negative, any shape.
 
     Returns:
         Tensor of the same shape, mean 1 (all zeros where there has been no gradient at all).
     """
-    trace = exp_avg_sq.sqrt()
-    return trace.div_(trace.mean().clamp_min_(torch.finfo(trace.dtype).tiny))
+    return trace / trace.mean().clamp_min(trace_floor(trace.dtype))
+
+
+def trace_floor(dtype: torch.dtype) -> float:
+    """Mean trace below which there has been no gradient to speak of: far enough from 0 to divide by."""
+    limits = torch.finfo(dtype)
+    return max(1e-32, limits.tiny * limits.eps)
 
 
 def coincidence(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
@@ -56,28 +62,21 @@ def coincidence(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
     return (grad * exp_avg).div_(exp_avg_sq.clamp_min(torch.finfo(grad.dtype).tiny))
 
 
-def elementwise_gate(
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    plasticity_k: float,
-    alignment_threshold: float,
-) -> Tensor:
-    """Gate in (0, 1] on an optimizer's update.
+def resistance(eligibility: Tensor, plasticity_k: float | Tensor) -> Tensor:
+    """What the elementwise gate divides an optimizer's update by.
 
-        gate = 1 / (1 + k e [c <= threshold])
+        r = 1 + k e,   gate = 1 / r in (0, 1]
 
-    with eligibility e and coincidence c as above. Synapses whose present gradient coincides with their recent one
-    are fully plastic (the NMDA receptor's AND); the others resist, the more so the more eligible they are.
+    A synapse's step shrinks in proportion to its importance, as in Bayesian gradient descent, where a weight's step is
+    proportional to its posterior variance (Zeno et al., Task-agnostic continual learning using online variational
+    Bayes, Neural Computation 2021), and as with a natural gradient whose metric is the diagonal Fisher information of
+    what was learned before (NCL, Kao et al., NeurIPS 2021).
 
     Args:
-        grad, exp_avg, exp_avg_sq: gradient and Adam's two moments, one shape.
-        plasticity_k: sharpness of the gate, 0 or more; 0 leaves it open.
-        alignment_threshold: coincidence above which a synapse is fully plastic.
+        eligibility: e, not negative, any shape.
+        plasticity_k: sharpness k of the gate, 0 or more; 0 leaves it open. A float or a 0-dim tensor.
     """
-    resisting = coincidence(grad, exp_avg, exp_avg_sq) <= alignment_threshold
-    return eligibility(exp_avg_sq).mul_(resisting).mul_(plasticity_k).add_(1).reciprocal_()
+    return (eligibility * plasticity_k).add_(1)
 
 
 def loss_surprise(loss: Tensor, mean: Tensor, variance: Tensor) -> Tensor:

@@ -2,71 +2,103 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from avalanche_sp.gates import elementwise_gate
+from avalanche_sp.functional import selective_plasticity, warmup
+from avalanche_sp.gates import eligibility, resistance
 
 __all__ = ["SelectivePlasticityOptimizer"]
 
 
 class SelectivePlasticityOptimizer(Optimizer):
-    r"""Adam whose update passes a gate: synapses that matter resist, unless activity coincides.
+    r"""Adam whose update passes a gate: synapses that mattered to what was learned before resist change.
 
     .. math::
         m_t &= \beta_1 m_{t-1} + (1-\beta_1) g_t, \qquad
         v_t = \tau v_{t-1} + (1-\tau) g_t^2 \\
-        e_t &= \sqrt{v_t} / \operatorname{mean}(\sqrt{v_t})
+        e_t &= C \text{ where consolidated, else } v_t / \operatorname{mean}(v_t)
             &&\text{eligibility, the mean over the tensor} \\
-        c_t &= g_t \hat m_t / \hat v_t &&\text{coincidence} \\
-        k_t &= k \min(1, t/T)\,(1 - \omega s_t) &&\text{warm-up and surprise} \\
+        k_t &= k\, w_t\,(1 - \omega s_t)
+            &&\text{surprise; warm-up } w_t = \min(1, t/T) \text{ where not consolidated, else } 1 \\
+        c_t &= g_t \hat m_t / \hat v_t &&\text{coincidence of the present gradient with the running one} \\
         G_t &= 1 / (1 + k_t\, e_t\, [c_t \le \theta]) &&\text{gate} \\
         p_t &= p_{t-1} - \eta\, G_t\, \hat m_t / (\sqrt{\hat v_t} + \epsilon)
 
-    with Adam's bias-corrected :math:`\hat m, \hat v` (Kingma and Ba, ICLR 2015). The gate is on the update, as
-    Adam would divide a rescaled gradient right back. It is computed from Adam's own two buffers, so it takes no
-    memory of its own, and no quantity in it carries the scale of the loss. With ``plasticity_k=0`` the result is
-    ``torch.optim.Adam(betas=(beta1, trace_decay))``, bit for bit.
+    with Adam's bias-corrected :math:`\hat m, \hat v` (Kingma and Ba, ICLR 2015). The gate is on the update, as Adam
+    would divide a rescaled gradient right back. No quantity in it carries the scale of the loss. With
+    ``plasticity_k=0`` the result is ``torch.optim.AdamW(betas=(beta1, trace_decay))``, bit for bit.
+
+    **Consolidation.** :meth:`consolidate`, called when something has been learned that is to stay, keeps the present
+    eligibility in one buffer more:
+
+    .. math:: C \leftarrow \max\big(C,\; v_t / \operatorname{mean}(v_t)\big)
+
+    From then on a synapse resists as it did for the experience that it mattered to most. This is what protects: on
+    Permuted MNIST the running trace alone, which forgets the past as fast as it learns the present, is worth no more
+    than a lower learning rate (``docs/experiments.md``). Without :meth:`consolidate` the state is Adam's own: step,
+    exp_avg and exp_avg_sq.
+
+    **From Adam to SGD.** A larger ``eps`` makes the step less like Adam's and more like SGD's, whose larger steps settle
+    where forgetting is less: ``beta1=0, eps=1, lr=0.3`` is all but SGD at 0.3, gated. Only then does the loss's scale
+    matter.
 
     Args:
         params: parameters or parameter groups; every setting below can be given per group.
-        lr: learning rate :math:`\eta`, 0 or more (default 1e-3).
+        lr: learning rate :math:`\eta`, 0 or more; a float or a 1-element tensor (default 1e-3).
         trace_decay: decay :math:`\tau` of the eligibility trace, which is Adam's second moment (``betas[1]``);
             in [0, 1) (default 0.99, useful .95 to .999).
         plasticity_k: sharpness :math:`k` of the gate, 0 or more (default 5, useful 1 to 10).
-        warmup_steps: steps :math:`T` over which the gate comes into force, 0 or more (default 1000).
+        warmup_steps: steps :math:`T` over which an unconsolidated gate comes into force, as the trace settles; 0 or more
+            (default 1000).
         surprise_weight: how far full surprise opens the gate again, :math:`\omega` in [0, 1] (default 0.3). Surprise
             :math:`s_t` is what :meth:`observe_surprise` was last told; 0 until then.
-        alignment_threshold: coincidence :math:`\theta` above which a synapse is fully plastic (default 0.1).
+        alignment_threshold: coincidence :math:`\theta` above which a synapse is fully plastic (default ``math.inf``:
+            none is. The rule as first published has one; it has cost retention wherever we tried it).
         beta1: decay of the running gradient, in [0, 1) (default 0.9).
         eps: added to the denominator, 0 or more (default 1e-8).
-        weight_decay: decoupled weight decay as in AdamW, 0 or more (default 0).
+        weight_decay: decoupled weight decay as in AdamW, 0 or more (default 0). It is not gated.
         maximize: maximise the objective (default False).
+        foreach: compute on all tensors at once (default None: on CUDA).
+        fused: compile the whole step into one kernel, by ``torch.compile``: the fastest, for some seconds at the first
+            step and a C++ compiler on a CPU (default None: no).
+        nonfinite: what a gradient that is not finite, or whose square is not, does: "raise" (default), or "skip" the
+            step with a warning. Either way parameters and state are untouched. Looking costs one device sync a step.
 
     Raises:
         ValueError: at construction, for an argument out of range.
         RuntimeError: in :meth:`step`, for sparse gradients or complex parameters.
         FloatingPointError: in :meth:`step`, for a gradient that is not finite or whose square is not (it would stay
-            in the second moment for good); parameters and state are untouched.
+            in the second moment for good), unless ``nonfinite="skip"``.
+
+    References:
+        D. Kingma, J. Ba: Adam, ICLR 2015. J. Kirkpatrick et al.: Overcoming catastrophic forgetting (EWC), PNAS 2017.
+        C. Zeno et al.: Task-agnostic continual learning using online variational Bayes, Neural Computation 2021.
+        T.-C. Kao et al.: Natural continual learning (NCL), NeurIPS 2021.
     """
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         trace_decay: float = 0.99,
         plasticity_k: float = 5.0,
         warmup_steps: int = 1000,
         surprise_weight: float = 0.3,
-        alignment_threshold: float = 0.1,
+        alignment_threshold: float = math.inf,
         *,
         beta1: float = 0.9,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        nonfinite: str = "raise",
     ):
         defaults = {
             "lr": lr,
@@ -79,25 +111,54 @@ class SelectivePlasticityOptimizer(Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "nonfinite": nonfinite,
             "surprise": 0.0,
+            "differentiable": False,  # torch.optim.Optimizer looks for it
         }
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
-        group = {**self.defaults, **param_group}
-        for name in ("lr", "plasticity_k", "warmup_steps", "eps", "weight_decay"):
-            if not 0.0 <= group[name] < float("inf"):
-                raise ValueError(f"Invalid {name} value: {group[name]} (allowed: 0 or more)")
-        for name in ("trace_decay", "beta1"):
-            if not 0.0 <= group[name] < 1.0:
-                raise ValueError(f"Invalid {name} value: {group[name]} (allowed: 0 <= {name} < 1)")
-        if not 0.0 <= group["surprise_weight"] <= 1.0:
-            raise ValueError(f"Invalid surprise_weight value: {group['surprise_weight']} (allowed: 0 to 1)")
-        if not abs(group["alignment_threshold"]) < float("inf"):
-            raise ValueError(
-                f"Invalid alignment_threshold value: {group['alignment_threshold']} (allowed: a finite number)"
-            )
+        _validate({**self.defaults, **param_group})
         super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict) -> None:
+        """Takes states of older versions too, and Adam's: a run can switch from Adam to this in mid-training."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            if "betas" in group:
+                group["beta1"], group["trace_decay"] = group.pop("betas")
+                if group["weight_decay"] != 0 and not group.get("decoupled_weight_decay", False):
+                    warnings.warn("Adam's weight decay in this state goes on as decoupled weight decay", stacklevel=3)
+                for name in ("amsgrad", "capturable", "differentiable", "decoupled_weight_decay"):
+                    group.pop(name, None)
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+            for p in group["params"]:
+                if self.state.get(p):
+                    self.state[p].pop("max_exp_avg_sq", None)
+                    self.state[p]["step"] = torch.as_tensor(self.state[p]["step"], dtype=torch.float32, device="cpu")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None):
+        """Performs one step.
+
+        Args:
+            closure: reevaluates the model and returns the loss (optional).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        square_sums = self._square_sums()
+        if square_sums is None:
+            return loss
+        for group, sums in zip(self.param_groups, square_sums):
+            lists: tuple[list, ...] = ([], [], [], [], [], [])
+            self._init_group(group, *lists)
+            selective_plasticity(*lists, sums, **{name: group[name] for name in _STEP_SETTINGS})
+        return loss
 
     def observe_surprise(self, value: float | Tensor) -> None:
         """Tells the gate how unexpected the present data is, from 0 (as usual) to 1.
@@ -119,48 +180,114 @@ class SelectivePlasticityOptimizer(Optimizer):
             group["surprise"] = value
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None):
-        """Performs one step.
+    def consolidate(self) -> None:
+        """Keeps the present eligibility: what has been learned so far is to stay.
 
-        Args:
-            closure: reevaluates the model and returns the loss (optional).
+        Call it at the end of a task (:class:`~avalanche_sp.ConsolidationPlugin` does). It takes one more buffer of each
+        parameter's size, ``state["consolidated"]``. From then on the gate reads that buffer alone, in full force. A
+        parameter that has not been trained is left out.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._check_gradients()
+        for state in self.state.values():
+            if "exp_avg_sq" in state:
+                present = eligibility(state["exp_avg_sq"])
+                state["consolidated"] = torch.maximum(state.get("consolidated", present), present)
+
+    def reset_eligibility(self) -> None:
+        """Forgets all eligibility, consolidated or running, so that every synapse is as plastic as a new one.
+
+        The running trace is Adam's second moment, which shares its step count with the first: all three start anew.
+        """
+        for state in self.state.values():
+            state.clear()
+
+    @torch.no_grad()
+    def get_param_eligibility(self, param: Tensor) -> Tensor:
+        """Eligibility e of a parameter's synapses as the gate reads it, of the parameter's shape; zeros before a step.
+
+        Raises:
+            ValueError: the parameter is not one of this optimizer's.
+        """
+        if not any(param is p for group in self.param_groups for p in group["params"]):
+            raise ValueError(f"Invalid param: a tensor of shape {tuple(param.shape)} that this optimizer doesn't train")
+        state = self.state.get(param)
+        if not state:
+            return torch.zeros_like(param)
+        return state["consolidated"].clone() if "consolidated" in state else eligibility(state["exp_avg_sq"])
+
+    @torch.no_grad()
+    def get_diagnostics(self) -> dict[str, dict[str, float]]:
+        """The gate's state, parameter by parameter, computed when asked.
+
+        Returns:
+            For each parameter, by its name where it was given one, else by its number: its ``step``; ``openness``, the
+            mean of the gate (alignment, which lets more through, left aside); ``protected``, the share of synapses
+            whose gate is less than half open; ``max_eligibility``; ``consolidated``, 1 or 0; and ``surprise``.
+        """
+        diagnostics = {}
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    _update(p, p.grad, self._state_of(p), group)
-        return loss
+            for name, p in zip(_names(group, len(diagnostics)), group["params"]):
+                state = self.state.get(p) or {}
+                e = self.get_param_eligibility(p)
+                k = group["plasticity_k"] * (1 - group["surprise_weight"] * float(group["surprise"]))
+                if "consolidated" not in state:
+                    k *= warmup(state["step"] - 1, group["warmup_steps"]) if state else 0.0
+                gate = 1 / resistance(e, k)
+                diagnostics[str(name)] = {
+                    "step": float(state["step"]) if state else 0.0,
+                    "openness": gate.mean().item(),
+                    "protected": (gate < 0.5).float().mean().item(),
+                    "max_eligibility": e.max().item(),
+                    "consolidated": float("consolidated" in state),
+                    "surprise": float(group["surprise"]),
+                }
+        return diagnostics
 
-    def _state_of(self, p: Tensor) -> dict:
-        state = self.state[p]
-        if len(state) == 0:  # also the case for a head that has grown: Avalanche leaves it an empty state
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return state
+    def _init_group(self, group: dict, params, grads, exp_avgs, exp_avg_sqs, consolidated, state_steps) -> bool:
+        """Fills the lists with the group's tensors that take part in a step. (torch.compile knows this by its name.)"""
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if len(state) == 0:  # also the case for a head that has grown: Avalanche leaves it an empty state
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            params.append(p)
+            grads.append(p.grad)
+            exp_avgs.append(state["exp_avg"])
+            exp_avg_sqs.append(state["exp_avg_sq"])
+            consolidated.append(state.get("consolidated"))
+            state_steps.append(state["step"])
+        return False  # no complex parameters
 
-    def _check_gradients(self) -> None:
-        """Refuses what a step could not undo, before anything has changed."""
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for p in params:
-            if p.grad.is_sparse:
-                raise RuntimeError("SelectivePlasticityOptimizer does not support sparse gradients")
-            if p.is_complex():
-                raise RuntimeError("SelectivePlasticityOptimizer does not support complex parameters")
-        # A finite norm has finite squares only. One that overflowed is looked into, element by element.
-        norms = torch._foreach_norm([p.grad for p in params]) if params else []
-        if norms and not torch.stack([n.to(norms[0]) for n in norms]).isfinite().all():
-            self._raise_if_non_finite()
+    def _square_sums(self) -> list[list[Tensor]] | None:
+        """Every gradient's sum of squares, by group; refuses what a step could not undo, before anything has changed.
 
-    def _raise_if_non_finite(self) -> None:
+        Returns:
+            None where the step is to be skipped.
+        """
+        sums = []
+        for group in self.param_groups:
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            for grad in grads:
+                if grad.is_sparse:
+                    raise RuntimeError("SelectivePlasticityOptimizer does not support sparse gradients")
+                if grad.is_complex():
+                    raise RuntimeError("SelectivePlasticityOptimizer does not support complex parameters")
+                if group["fused"] and not (grad.is_floating_point() and grad.device.type in ("cpu", "cuda")):
+                    raise RuntimeError("`fused=True` requires all the params to be floating point Tensors on CPU or CUDA")
+            sums.append(_squared_norms(grads))
+        # A finite sum of squares has finite squares only. One that overflowed is looked into, element by element.
+        if _all_finite([s for group in sums for s in group]) or self._look_for_non_finite():
+            return sums
+        return None
+
+    def _look_for_non_finite(self) -> bool:
+        """False, or an error, where a gradient is not finite or its square is not."""
+        number = 0
         for g, group in enumerate(self.param_groups):
-            names = group.get("param_names", range(len(group["params"])))
-            for name, p in zip(names, group["params"]):
+            for name, p in zip(_names(group, number), group["params"]):
+                number += 1
                 if p.grad is None or p.grad.square().isfinite().all():
                     continue
                 if p.grad.isnan().any():
@@ -168,34 +295,61 @@ class SelectivePlasticityOptimizer(Optimizer):
                 else:
                     cause = "infinity" if p.grad.isinf().any() else f"a value whose square overflows {p.grad.dtype}"
                 step = int(self.state[p]["step"]) + 1 if self.state.get(p) else 1
-                raise FloatingPointError(
+                message = (
                     f"{cause} in the gradient of parameter {name} (group {g}, shape {tuple(p.shape)}) at its step "
                     f"{step}: nothing was updated. The usual causes are too high a learning rate or a loss that "
                     "overflowed."
                 )
+                if group["nonfinite"] == "raise":
+                    raise FloatingPointError(message)
+                warnings.warn(message, stacklevel=4)
+                return False
+        return True
 
 
-def _update(p: Tensor, grad: Tensor, state: dict, group: dict) -> None:
-    """One parameter's step, in the order of torch.optim's single-tensor Adam (its bits, where k = 0)."""
-    lr, beta1, beta2 = group["lr"], group["beta1"], group["trace_decay"]
-    m, v = state["exp_avg"], state["exp_avg_sq"]
-    if group["maximize"]:
-        grad = -grad
-    state["step"] += 1
-    step = state["step"].item()  # lies on the CPU: no device sync
-    if group["weight_decay"] != 0:
-        p.mul_(1 - lr * group["weight_decay"])
+_STEP_SETTINGS = (
+    "foreach", "fused", "lr", "beta1", "trace_decay", "eps", "weight_decay", "maximize", "plasticity_k",
+    "warmup_steps", "surprise_weight", "surprise", "alignment_threshold",
+)  # fmt: skip
 
-    m.lerp_(grad, 1 - beta1)
-    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
 
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    denominator = (v.sqrt() / correction2**0.5).add_(group["eps"])
-    update = m
-    if group["plasticity_k"] != 0:
-        warmup = min(1.0, step / group["warmup_steps"]) if group["warmup_steps"] else 1.0
-        k = group["plasticity_k"] * warmup * (1 - group["surprise_weight"] * group["surprise"])
-        # The threshold is on g m^ / v^: the bias corrections move to its side.
-        threshold = group["alignment_threshold"] * correction1 / correction2
-        update = m * elementwise_gate(grad, m, v, plasticity_k=k, alignment_threshold=threshold)
-    p.addcdiv_(update, denominator, value=-lr / correction1)
+def _names(group: dict, first: int):
+    return group.get("param_names", range(first, first + len(group["params"])))
+
+
+def _squared_norms(grads: list[Tensor]) -> list[Tensor]:
+    if all(g.device.type == "cpu" and g.dtype in (torch.float32, torch.float64) for g in grads):
+        flat = [g.view(-1) if g.is_contiguous() else g.flatten() for g in grads]
+        return [torch.dot(g, g) for g in flat]
+    return [norm.float().square() for norm in torch._foreach_norm(grads)]
+
+
+def _all_finite(values: list[Tensor]) -> bool:
+    if all(v.device.type == "cpu" for v in values):
+        return all(math.isfinite(v.item()) for v in values)
+    return bool(torch.stack([v.to(values[0].device) for v in values]).isfinite().all())
+
+
+def _validate(group: dict) -> None:
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if group["foreach"]:
+            raise ValueError("lr as a Tensor is not supported for foreach=True")
+        if lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+    for name in ("lr", "plasticity_k", "warmup_steps", "eps", "weight_decay"):
+        if not 0.0 <= group[name] < math.inf:
+            raise ValueError(f"Invalid {name} value: {group[name]} (allowed: 0 or more)")
+    for name in ("trace_decay", "beta1"):
+        if not 0.0 <= group[name] < 1.0:
+            raise ValueError(f"Invalid {name} value: {group[name]} (allowed: 0 <= {name} < 1)")
+    if not 0.0 <= group["surprise_weight"] <= 1.0:
+        raise ValueError(f"Invalid surprise_weight value: {group['surprise_weight']} (allowed: 0 to 1)")
+    if not -math.inf < group["alignment_threshold"]:
+        raise ValueError(
+            f"Invalid alignment_threshold value: {group['alignment_threshold']} (allowed: a number, or math.inf)"
+        )
+    if group["nonfinite"] not in ("raise", "skip"):
+        raise ValueError(f"Invalid nonfinite value: {group['nonfinite']!r} (allowed: 'raise' or 'skip')")
+    if group["foreach"] and group["fused"]:
+        raise ValueError("`fused` and `foreach` cannot be `True` together.")

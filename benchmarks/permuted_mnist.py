@@ -9,7 +9,7 @@ from harness.cli import compare, parser, positive, runs_of
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = parser(__doc__.splitlines()[0], output="permuted_mnist", tasks=None)
+    p = parser(__doc__.splitlines()[0], benchmark="permuted-mnist", output="permuted_mnist", tasks=None)
     p.add_argument("--train-per-task", type=positive, default=None, help="training images a task (all: 60000)")
     args = p.parse_args(argv)
     return compare(runs_of(args, "permuted-mnist", [args.replay_buffer]), args)

@@ -9,7 +9,7 @@ from harness.cli import compare, parser, runs_of
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser(__doc__.splitlines()[0], output="split_mnist", tasks=(2, 5, 10)).parse_args(argv)
+    args = parser(__doc__.splitlines()[0], benchmark="split-mnist", output="split_mnist", tasks=(2, 5, 10)).parse_args(argv)
     return compare(runs_of(args, "split-mnist", [args.replay_buffer]), args)
 
 

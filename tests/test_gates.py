@@ -15,39 +15,28 @@ def tensor(*shape, positive=False):
     return torch.tensor(np.abs(a) if positive else a, dtype=torch.float64)
 
 
-def reference_elementwise_gate(g, m, v, k, threshold):
-    mean = np.mean([np.sqrt(x) for x in v.ravel()])
-    gate = np.empty_like(g)
-    for i in np.ndindex(g.shape):
-        e = np.sqrt(v[i]) / mean
-        aligned = g[i] * m[i] / v[i] > threshold
-        gate[i] = 1.0 if aligned else 1 / (1 + k * e)
-    return gate
-
-
 @pytest.mark.parametrize("shape", [(7,), (4, 5), (2, 3, 4)])
-def test_elementwise_gate_equals_reference(shape):
+def test_eligibility_coincidence_and_resistance_equal_reference(shape):
     g, m, v = tensor(*shape), tensor(*shape), tensor(*shape, positive=True)
-    fast = gates.elementwise_gate(g, m, v, plasticity_k=3.0, alignment_threshold=0.2)
-    np.testing.assert_allclose(fast, reference_elementwise_gate(g.numpy(), m.numpy(), v.numpy(), 3.0, 0.2))
+    mean = np.mean([x for x in v.numpy().ravel()])
+    e, c, r = gates.eligibility(v), gates.coincidence(g, m, v), gates.resistance(gates.eligibility(v), 3.0)
+    for i in np.ndindex(shape):
+        assert float(e[i]) == pytest.approx(float(v[i]) / mean)
+        assert float(c[i]) == pytest.approx(float(g[i]) * float(m[i]) / float(v[i]))
+        assert float(r[i]) == pytest.approx(1 + 3.0 * float(v[i]) / mean)
 
 
-def test_elementwise_gate_is_free_of_the_scale_of_the_loss():
-    g, m, v = tensor(50), tensor(50), tensor(50, positive=True)
-    args = {"plasticity_k": 5.0, "alignment_threshold": 0.1}
-    small = gates.elementwise_gate(g, m, v, **args)
-    large = gates.elementwise_gate(1000 * g, 1000 * m, 1e6 * v, **args)
-    torch.testing.assert_close(small, large)
+def test_eligibility_is_free_of_the_scale_of_the_loss_and_has_mean_one():
+    v = tensor(50, positive=True)
+    torch.testing.assert_close(gates.eligibility(1e6 * v), gates.eligibility(v))
+    assert gates.eligibility(v).mean() == pytest.approx(1.0)
 
 
-def test_elementwise_gate_without_any_gradient_is_open_and_finite():
-    zero = torch.zeros(5)
-    gate = gates.elementwise_gate(zero, zero, zero, plasticity_k=5.0, alignment_threshold=-1.0)
-    torch.testing.assert_close(gate, torch.ones(5))
-
-
-def test_eligibility_has_mean_one():
-    assert gates.eligibility(tensor(30, positive=True)).mean() == pytest.approx(1.0)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_without_any_gradient_the_gate_is_open_and_finite(dtype):
+    zero = torch.zeros(5, dtype=dtype)
+    assert torch.equal(gates.resistance(gates.eligibility(zero), 5.0), torch.ones(5, dtype=dtype))
+    assert torch.equal(gates.coincidence(zero, zero, zero), zero)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from harness import strategies as recipes  # noqa: E402
 from harness.jobs import append_result, read_results, run_all  # noqa: E402
 from harness.report import interval, summarize, table  # noqa: E402
 from harness.run import build_benchmark, execute  # noqa: E402
-from harness.settings import STRATEGIES, USES_REPLAY, Run, code_fingerprint  # noqa: E402
+from harness.settings import STRATEGIES, STUDIES, USES_REPLAY, Run, code_fingerprint  # noqa: E402
 
 
 def make_run(strategy="naive-sgd", benchmark="permuted-mnist", **kwargs):
@@ -37,8 +37,11 @@ def script(name, *arguments):
 
 @pytest.mark.parametrize("benchmark", ["split-mnist", "permuted-mnist"])
 def test_every_strategy_has_a_recipe(benchmark):
+    studied = set()
     for recipe in recipes.RECIPES[benchmark].values():
-        assert tuple(recipe) == STRATEGIES
+        assert tuple(recipe)[: len(STRATEGIES)] == STRATEGIES
+        studied |= set(tuple(recipe)[len(STRATEGIES) :])
+    assert studied == set(STUDIES[benchmark])
 
 
 def test_recipes_are_those_tuned_for_the_nearest_number_of_tasks_and_buffer():
@@ -50,7 +53,7 @@ def test_recipes_are_those_tuned_for_the_nearest_number_of_tasks_and_buffer():
     assert lr(10, 200) == lr(5, 200) == five[200]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES + STUDIES["permuted-mnist"])
 def test_every_strategy_runs_and_reports(strategy):
     run = make_run(strategy, replay_buffer=50 if strategy in USES_REPLAY else 0)
     record = execute(run, str(MNIST), "key")
@@ -61,11 +64,18 @@ def test_every_strategy_runs_and_reports(strategy):
         assert record["bwt"] is None
     else:
         assert record["bwt"] == pytest.approx(matrix[1, 0] - matrix[0, 0])
-    keeps_something = strategy not in ("naive-sgd", "naive-adam", "sp-optimizer", "joint")
+    nothing_kept = ("naive-sgd", "naive-adam", "sp-optimizer", "sp-running", "gate-off", "joint")
+    keeps_something = strategy not in nothing_kept
     assert (record["extra_memory_bytes"] > 0) == keeps_something
     # At every iteration where there are fewer than ten: 7 whole batches of 64 in each of two experiences.
     assert len(record["curve"]) == (10 if strategy == "joint" else 14)
     json.dumps(record)
+
+
+@pytest.mark.parametrize("strategy", ["legacy-sp-replay", "legacy-adam-replay"])
+def test_the_published_protocol_runs(strategy):
+    record = execute(make_run(strategy, "split-mnist", batch_size=128, replay_buffer=300), str(MNIST), "key")
+    assert record["acc"] > 10 and record["extra_memory_bytes"] >= 300 * (784 * 4 + 8)
 
 
 def test_a_batch_larger_than_an_experience_is_named():

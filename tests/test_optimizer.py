@@ -29,43 +29,50 @@ def batch(request):
     return x, y
 
 
-def reference_step(p, g, m, v, t, s, *, lr=1e-3, decay=0.99, k=5.0, warmup=1000, weight=0.3, threshold=0.1):
+def reference_step(p, g, m, v, c, t, s, *, lr=1e-3, decay=0.99, k=5.0, warmup=1000, weight=0.3, threshold=math.inf):
     """The docstring's equations, one synapse at a time."""
     m[:] = 0.9 * m + 0.1 * g
     v[:] = decay * v + (1 - decay) * g**2
-    mean = np.sqrt(v).mean()
     m_hat, v_hat = m / (1 - 0.9**t), v / (1 - decay**t)
-    k = k * min(1, t / warmup) * (1 - weight * s)
+    k = k * (1 - weight * s) * (1 if c is not None else min(1, t / warmup))
     for i in np.ndindex(p.shape):
-        e = np.sqrt(v[i]) / mean
+        e = v[i] / v.mean() if c is None else c[i]
         gate = 1 / (1 + k * e * (g[i] * m_hat[i] / v_hat[i] <= threshold))
         p[i] -= lr * gate * m_hat[i] / (np.sqrt(v_hat[i]) + 1e-8)
 
 
-def test_equals_the_reference():
+@pytest.mark.parametrize("threshold", [math.inf, 0.1])
+@pytest.mark.parametrize("path", [{"foreach": False}, {}])
+def test_equals_the_reference(path, threshold):
     rng = np.random.default_rng(0)
     p = rng.normal(size=(4, 3))
     parameter = nn.Parameter(torch.tensor(p))
-    optimizer = SelectivePlasticityOptimizer([parameter], warmup_steps=4)
+    optimizer = SelectivePlasticityOptimizer([parameter], warmup_steps=4, alignment_threshold=threshold, **path)
     optimizer.observe_surprise(0.5)
-    m, v = np.zeros_like(p), np.zeros_like(p)
-    for t in range(1, 9):
+    m, v, c = np.zeros_like(p), np.zeros_like(p), None
+    for t in range(1, 15):
         g = rng.normal(size=p.shape)
         parameter.grad = torch.tensor(g)
         optimizer.step()
-        reference_step(p, g, m, v, t, 0.5, warmup=4)
+        reference_step(p, g, m, v, c, t, 0.5, warmup=4, threshold=threshold)
         np.testing.assert_allclose(parameter.detach().numpy(), p, rtol=1e-12)
+        if t in (6, 10):  # the end of a task
+            optimizer.consolidate()
+            c = np.maximum(v / v.mean(), 0 if c is None else c)
+            np.testing.assert_allclose(optimizer.get_param_eligibility(parameter).numpy(), c, rtol=1e-12)
 
 
+@pytest.mark.parametrize("path", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_without_gate_it_is_adam_bit_for_bit(batch, maximize, weight_decay):
+def test_without_gate_it_is_adam_bit_for_bit(batch, maximize, weight_decay, path):
     ours, theirs = mlp(), mlp()
-    kwargs = {"lr": 1e-3, "weight_decay": weight_decay, "maximize": maximize}
+    kwargs = {"lr": 1e-3, "weight_decay": weight_decay, "maximize": maximize, **path}
     a = SelectivePlasticityOptimizer(ours.parameters(), plasticity_k=0, trace_decay=0.99, **kwargs)
-    b = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.99), foreach=False, **kwargs)
+    b = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.99), **kwargs)
     for _ in range(3):
         assert torch.equal(train(ours, a, *batch), train(theirs, b, *batch))
+        a.consolidate()  # nothing to hold on to where the gate is off
 
 
 @pytest.mark.parametrize(
@@ -76,7 +83,7 @@ def test_without_gate_it_is_adam_bit_for_bit(batch, maximize, weight_decay):
         {"plasticity_k": 1.0},
         {"warmup_steps": 0},
         {"surprise_weight": 1.0},
-        {"alignment_threshold": 2.0},
+        {"alignment_threshold": 0.1},
         {"beta1": 0.5},
         {"eps": 1e-3},
         {"weight_decay": 0.1},
@@ -123,6 +130,8 @@ def test_lr_zero_and_zero_gradients_change_nothing(batch):
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
+    optimizer.consolidate()
+    optimizer.step()
     assert torch.equal(weights(model), before)
 
 
@@ -141,7 +150,6 @@ def test_groups_have_their_own_settings(batch):
         optimizer = SelectivePlasticityOptimizer(
             [{"params": model[1].parameters(), "plasticity_k": k}, {"params": model[3].parameters()}],
             warmup_steps=0,
-            alignment_threshold=100.0,  # nothing is exempt, from the first step on
         )
         train(model, optimizer, *batch, steps=1)
         both.append(model)
@@ -149,12 +157,67 @@ def test_groups_have_their_own_settings(batch):
     assert torch.equal(both[0][3].weight, both[1][3].weight)
 
 
+def test_consolidated_synapses_resist_and_the_others_do_not():
+    moved = []
+    for consolidating in (False, True):
+        p = nn.Parameter(torch.zeros(100))
+        optimizer = SelectivePlasticityOptimizer([p], lr=0.1)
+        for task in range(2):
+            used = slice(0, 50) if task == 0 else slice(0, 100)
+            for _ in range(5):
+                p.grad = torch.zeros(100)
+                p.grad[used] = 1.0
+                optimizer.step()
+            if consolidating and task == 0:
+                optimizer.consolidate()
+                learned = p.detach().clone()
+            elif task == 0:
+                learned = p.detach().clone()
+        moved.append((p - learned).detach().abs())
+    assert (moved[1][:50] < moved[0][:50] / 5).all()  # k = 5, e = 2: a gate of 1 / 11
+    assert (moved[1][50:] >= moved[0][50:]).all()
+
+
+def test_consolidation_remembers_the_task_that_a_synapse_mattered_to_most():
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = SelectivePlasticityOptimizer([p])
+    for gradient in ((3.0, 1.0), (1.0, 1.0), (0.0, 1e-3)):  # the loss's scale does not count
+        if optimizer.state[p]:
+            optimizer.state[p]["exp_avg_sq"].zero_()
+        p.grad = torch.tensor(gradient)
+        optimizer.step()
+        optimizer.consolidate()
+    torch.testing.assert_close(optimizer.get_param_eligibility(p), torch.tensor([1.8, 2.0]))
+
+
+def test_diagnostics_say_what_the_gate_does():
+    a, b = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(3))
+    optimizer = SelectivePlasticityOptimizer([("a", a), ("b", b)], warmup_steps=10)
+    assert optimizer.get_diagnostics()["a"]["openness"] == 1.0
+    a.grad = torch.tensor([2.0, 0.0, 0.0, 0.0])
+    optimizer.step()
+    torch.testing.assert_close(optimizer.get_param_eligibility(a), torch.tensor([4.0, 0.0, 0.0, 0.0]))
+    found = optimizer.get_diagnostics()
+    assert found["a"]["openness"] == pytest.approx((1 / (1 + 5 * 0.1 * 4) + 3) / 4)
+    assert found["a"]["step"] == 1 and found["a"]["consolidated"] == 0 and found["a"]["max_eligibility"] == 4
+    optimizer.consolidate()
+    optimizer.observe_surprise(1.0)
+    found = optimizer.get_diagnostics()
+    assert found["a"]["openness"] == pytest.approx((1 / (1 + 5 * 0.7 * 4) + 3) / 4)
+    assert found["a"]["protected"] == 0.25 and found["a"]["consolidated"] == 1 and found["a"]["surprise"] == 1
+    assert found["b"]["step"] == 0 and found["b"]["openness"] == 1.0
+    optimizer.reset_eligibility()
+    assert not optimizer.get_param_eligibility(a).any() and optimizer.get_diagnostics()["a"]["step"] == 0
+    with pytest.raises(ValueError, match="Invalid param"):
+        optimizer.get_param_eligibility(torch.zeros(4))
+
+
 def test_surprise_opens_the_gate():
     moved = []
     for surprise in (0.0, 1.0):
         torch.manual_seed(0)
         p = nn.Parameter(torch.zeros(100))
-        optimizer = SelectivePlasticityOptimizer([p], warmup_steps=0, alignment_threshold=100.0)
+        optimizer = SelectivePlasticityOptimizer([p], warmup_steps=0)
         optimizer.observe_surprise(surprise)
         p.grad = torch.randn(100)
         optimizer.step()
@@ -197,7 +260,11 @@ def test_closure_and_state_dict_resume_bit_for_bit(batch):
         ({"beta1": 1.0}, "Invalid beta1 value: 1.0"),
         ({"warmup_steps": -5}, "Invalid warmup_steps value: -5"),
         ({"surprise_weight": 1.1}, "Invalid surprise_weight value: 1.1 (allowed: 0 to 1)"),
-        ({"alignment_threshold": float("inf")}, "Invalid alignment_threshold value: inf"),
+        ({"alignment_threshold": math.nan}, "Invalid alignment_threshold value: nan"),
+        ({"lr": torch.ones(2)}, "Tensor lr must be 1-element"),
+        ({"lr": torch.tensor(0.1), "foreach": True}, "lr as a Tensor is not supported for foreach=True"),
+        ({"foreach": True, "fused": True}, "`fused` and `foreach` cannot be `True` together."),
+        ({"nonfinite": "ignore"}, "Invalid nonfinite value: 'ignore' (allowed: 'raise' or 'skip')"),
         ({"eps": -1e-8}, "Invalid eps value: -1e-08"),
         ({"weight_decay": -0.1}, "Invalid weight_decay value: -0.1"),
     ],
@@ -234,12 +301,21 @@ def test_non_finite_gradients_raise_and_leave_everything_untouched(batch, bad, w
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     model[3].weight.grad[0, 0] = bad
+
+    def untouched():
+        after = optimizer.state_dict()["state"]
+        same = (torch.equal(v, state["state"][i][name]) for i in after for name, v in after[i].items())
+        return torch.equal(weights(model), before) and all(same)
+
     with pytest.raises(FloatingPointError, match=f"{word} in the gradient of parameter 2 .* step 3"):
         optimizer.step()
-    assert torch.equal(weights(model), before)
-    for index, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
-            assert torch.equal(value, state["state"][index][name])
+    assert untouched()
+
+    for group in optimizer.param_groups:
+        group["nonfinite"] = "skip"
+    with pytest.warns(UserWarning, match=f"{word} in the gradient of parameter 2 .* step 3"):
+        optimizer.step()
+    assert untouched()
 
 
 @pytest.mark.parametrize("huge", [1e18, 1.5e19])  # the sum of squares of the second overflows

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from harness.jobs import run_all
-from harness.settings import MNIST, ROOT, STRATEGIES, USES_REPLAY, Run
+from harness.settings import MNIST, ROOT, STRATEGIES, STUDIES, USES_REPLAY, Run
 
 
 def positive(text: str) -> int:
@@ -26,12 +26,15 @@ def natural(text: str) -> int:
     return value
 
 
-def strategies(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in STRATEGIES:
-            raise argparse.ArgumentTypeError(f"unknown strategy {name!r} (allowed: {', '.join(STRATEGIES)})")
-    return names
+def strategies(allowed: tuple[str, ...]):
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"unknown strategy {name!r} (allowed: {', '.join(allowed)})")
+        return names
+
+    return parse
 
 
 def dataset_root(text: str) -> str:
@@ -48,14 +51,19 @@ def override(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{text} (allowed: name=number)") from None
 
 
-def parser(description: str, *, output: str, tasks: tuple[int, ...] | None) -> argparse.ArgumentParser:
+def parser(
+    description: str, *, benchmark: str, output: str, tasks: tuple[int, ...] | None
+) -> argparse.ArgumentParser:
     """Arguments that every script takes; ``tasks`` lists the numbers of tasks allowed (None: any)."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--tasks", type=positive, choices=tasks, default=tasks[0] if tasks else 10, help="experiences")
     p.add_argument("--epochs", type=positive, default=1, help="epochs an experience")
     p.add_argument("--batch-size", type=positive, default=64, help="stream samples in a mini-batch")
     p.add_argument("--replay-buffer", type=positive, default=200, help="stored samples of the replay strategies")
-    p.add_argument("--strategies", type=strategies, default=list(STRATEGIES), metavar="A,B", help=", ".join(STRATEGIES))
+    names = STRATEGIES + STUDIES[benchmark]
+    p.add_argument(
+        "--strategies", type=strategies(names), default=list(STRATEGIES), metavar="A,B", help=", ".join(names)
+    )
     add_common(p, seeds=3, output=output)
     p.add_argument("--validation", action="store_true", help="score on held-out training images, for tuning")
     p.add_argument("--set", type=override, action="append", default=[], metavar="NAME=VALUE", help="override a setting")

@@ -12,14 +12,18 @@ import numpy as np
 
 from harness.settings import STRATEGIES, position
 
-# P. Tol, Colour schemes, 2021: "muted" for the others, vermilion for selective plasticity.
-COLOURS = dict(
+# P. Tol, Colour schemes, 2021: "muted" for the others, vermilion for selective plasticity, grey for the rest.
+_COLOURS = dict(
     zip(
         STRATEGIES,
         ("#bbbbbb", "#888888", "#88ccee", "#44aa99", "#117733", "#ee9955", "#cc3311")
         + ("#ddcc77", "#999933", "#332288", "#cc3311", "#000000"),
     )
 )
+
+
+def colour(strategy: str) -> str:
+    return _COLOURS.get(strategy, "#cc3311" if strategy.startswith("sp-") else "#777777")
 
 
 def label(strategy: str, replay_buffer: int) -> str:
@@ -32,7 +36,7 @@ def acc_by_strategy(summary: list[dict], title: str, path: Path) -> Path:
     y = np.arange(len(summary))[::-1]
     means = [s["acc"]["mean"] for s in summary]
     errors = [s["acc"]["ci95"] or 0.0 for s in summary]
-    ax.barh(y, means, xerr=errors, color=[COLOURS[s["strategy"]] for s in summary], height=0.75, capsize=2)
+    ax.barh(y, means, xerr=errors, color=[colour(s["strategy"]) for s in summary], height=0.75, capsize=2)
     for yi, mean, error in zip(y, means, errors):
         ax.text(min(mean + error, 100) + 0.8, yi, f"{mean:.1f}", va="center", fontsize=8)
     ax.set_yticks(y, [label(s["strategy"], s["replay_buffer"]) for s in summary], fontsize=9)

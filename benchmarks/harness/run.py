@@ -92,7 +92,7 @@ def execute(run: Run, dataset_root: str, key: str) -> dict:
         "accuracy_matrix": accuracy.round(4).tolist(),
         "curve": curve.points,
         "seconds": seconds - curve.seconds,
-        "extra_memory_bytes": sum(memory_bytes(p) for p in plugins),
+        "extra_memory_bytes": sum(memory_bytes(p) for p in plugins) + optimizer_bytes(strategy.optimizer),
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -125,6 +125,17 @@ def memory_bytes(plugin: SupervisedPlugin) -> int:
         x = buffer[0][0]
         return len(buffer) * (x.numel() * x.element_size() + 8)
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in _tensors(vars(plugin))}.values())
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What a method adds to SGD's or Adam's own state."""
+    own = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+    return sum(
+        t.numel() * t.element_size()
+        for state in optimizer.state.values()
+        for name, t in state.items()
+        if isinstance(t, torch.Tensor) and name not in own
+    )
 
 
 def _tensors(value) -> list[torch.Tensor]:

@@ -25,12 +25,29 @@ STRATEGIES = (
     "sp-replay",
     "joint",
 )
-USES_REPLAY = ("replay-sgd", "replay-adam", "replay-joint", "sp-replay")
+# What else can be asked for by name: studies of a part, each on its benchmark.
+STUDIES = {
+    "split-mnist": ("legacy-adam", "legacy-sp", "legacy-adam-replay", "legacy-control", "legacy-sp-replay"),
+    "permuted-mnist": (
+        "upgd",
+        "gate-off",
+        "gate-constant",
+        "gate-random",
+        "sp-running",
+        "sp-consolidated-adam",
+        "sp-consolidated",
+    ),
+}
+USES_REPLAY = (
+    "replay-sgd", "replay-adam", "replay-joint", "sp-replay",
+    "legacy-adam-replay", "legacy-control", "legacy-sp-replay",
+)  # fmt: skip
 
 
 def position(strategy: str, replay_buffer: int) -> tuple:
     """Sort key of tables and figures: by buffer, then as listed; the upper bound last."""
-    return strategy == "joint", replay_buffer, STRATEGIES.index(strategy)
+    names = STRATEGIES + tuple(name for study in STUDIES.values() for name in study)
+    return strategy == "joint", replay_buffer, names.index(strategy)
 
 
 @dataclass(frozen=True)
@@ -39,7 +56,7 @@ class Run:
 
     Attributes:
         benchmark: "split-mnist" or "permuted-mnist".
-        strategy: one of STRATEGIES.
+        strategy: one of STRATEGIES, or of the benchmark's STUDIES.
         n_tasks, epochs, batch_size: experiences, epochs an experience, samples of the stream in a mini-batch.
         replay_buffer: stored samples; 0 for strategies without replay.
         seed: fixes data order, initial weights and permutations; runs with equal seeds are paired.
@@ -70,7 +87,7 @@ class Run:
 def code_fingerprint() -> str:
     """Hash of the code that determines a run's result: the library, and how the harness trains with it."""
     files = sorted((ROOT / "avalanche_sp").rglob("*.py"))
-    files += [ROOT / "benchmarks" / "harness" / name for name in ("run.py", "strategies.py")]
+    files += [ROOT / "benchmarks" / "harness" / name for name in ("controls.py", "legacy.py", "recipes.py", "run.py", "strategies.py")]
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())

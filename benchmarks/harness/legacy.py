@@ -1,0 +1,57 @@
+"""The originally published rule and buffer, to reproduce what was published. Not a part of the library.
+
+See docs/original.md. The rule gates plain SGD: protection is the running mean of |g| times one minus |g|, each divided by
+its tensor's maximum. The buffer is first in, first out, and takes replayed samples in again.
+"""
+
+from __future__ import annotations
+
+import torch
+from avalanche.training.plugins import SupervisedPlugin
+from torch.optim import Optimizer
+
+
+class LegacySelectivePlasticity(Optimizer):
+    """gate = clamp(1 - w (k / 10) e (1 - |g| / max |g|), 0.1, 1), w the warm-up, e = EMA(|g|) / max EMA(|g|).
+
+    ``plasticity_k=0`` fixes the gate at 1: the same SGD without it.
+    """
+
+    def __init__(self, params, lr: float, trace_decay: float = 0.99, plasticity_k: float = 5.0, warmup_steps: int = 1000):
+        defaults = {"lr": lr, "trace_decay": trace_decay, "plasticity_k": plasticity_k, "warmup_steps": warmup_steps}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"], state["trace"] = 0, torch.zeros_like(p)
+                state["step"] += 1
+                size = p.grad.abs()
+                trace = state["trace"].lerp_(size, 1 - group["trace_decay"])
+                protection = trace / trace.max().clamp_min(1e-12) * (1 - size / size.max().clamp_min(1e-12))
+                strength = group["plasticity_k"] / 10 * min(1.0, state["step"] / group["warmup_steps"])
+                p.sub_(group["lr"] * p.grad * (1 - strength * protection).clamp_(0.1, 1))
+
+
+class LegacyReplay(SupervisedPlugin):
+    """Half a batch of stored samples joins every batch; the joint batch is stored, the oldest samples fall out."""
+
+    def __init__(self, mem_size: int):
+        super().__init__()
+        self.mem_size = mem_size
+        self.memory: list[torch.Tensor] = []
+
+    def before_training_iteration(self, strategy, **kwargs):
+        if self.memory:
+            n = len(self.memory[0])
+            rows = torch.randperm(n)[: strategy.train_mb_size // 2]
+            strategy.mbatch = [torch.cat([new, old[rows]]) for new, old in zip(strategy.mbatch, self.memory)]
+
+    def after_training_iteration(self, strategy, **kwargs):
+        memory = self.memory or [t[:0] for t in strategy.mbatch]
+        self.memory = [torch.cat([old, new])[-self.mem_size :] for old, new in zip(memory, strategy.mbatch)]

@@ -1,0 +1,127 @@
+"""What each strategy trains with, as found on validation images: docs/experiments.md."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a strategy trains with.
+
+    Attributes:
+        optimizer, loss: names from the strategies module's OPTIMIZERS and LOSSES.
+        lr: learning rate, or learning rates by the buffer that they were tuned for.
+        plugin: name from its PLUGINS, or None.
+        settings: the plugin's settings.
+        optimizer_settings: the optimizer's, besides its learning rate.
+        joint_weight: weigh replayed samples as joint training would.
+    """
+
+    optimizer: str
+    lr: float | dict[int, float]
+    loss: str = "cross-entropy"
+    plugin: str | None = None
+    settings: dict[str, float] = field(default_factory=dict)
+    joint_weight: bool = False
+    optimizer_settings: dict[str, float] = field(default_factory=dict)
+
+    def override(self, overrides: dict[str, float]) -> Recipe:
+        allowed = ["lr", *self.settings, *self.optimizer_settings]
+        unknown = sorted(set(overrides) - set(allowed))
+        if unknown:
+            raise ValueError(
+                f"Invalid override: {', '.join(unknown)} (allowed for this strategy: {', '.join(allowed)})"
+            )
+        return replace(
+            self,
+            lr=overrides.get("lr", self.lr),
+            settings={k: overrides.get(k, v) for k, v in self.settings.items()},
+            optimizer_settings={k: overrides.get(k, v) for k, v in self.optimizer_settings.items()},
+        )
+
+
+_SP = {"openness": 0.2, "pull_back": 1.0, "rank": 100}  # the plugin's defaults
+
+# By benchmark and number of tasks; found on validation images, seeds 100 to 104: docs/experiments.md.
+RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {
+    "split-mnist": {
+        2: {
+            "naive-sgd": Recipe("SGD", 0.1, "squared error"),
+            "naive-adam": Recipe("Adam", 1e-3),
+            "ewc": Recipe("SGD", 0.01, "squared error", plugin="ewc", settings={"strength": 5000.0}),
+            "si": Recipe("SGD", 0.02, "squared error", plugin="si", settings={"strength": 3000.0}),
+            "mas": Recipe("SGD", 0.005, "squared error", plugin="mas", settings={"strength": 400.0}),
+            "sp-optimizer": Recipe("SelectivePlasticity", 3e-3),
+            "sp": Recipe("SGD", 0.1, "squared error", plugin="sp", settings=_SP),
+            "replay-sgd": Recipe("SGD", {200: 0.1, 2000: 0.3}),
+            "replay-adam": Recipe("Adam", {200: 5e-4, 2000: 1e-3}),
+            "replay-joint": Recipe("SGD", {200: 0.05, 2000: 0.15}, "squared error", joint_weight=True),
+            "sp-replay": Recipe(
+                "SGD", {200: 0.1, 2000: 0.15}, "squared error", plugin="sp", settings=_SP, joint_weight=True
+            ),
+            "joint": Recipe("Adam", 1e-3),
+        },
+        5: {
+            "naive-sgd": Recipe("SGD", 0.07, "squared error"),
+            "naive-adam": Recipe("Adam", 1e-3),
+            "ewc": Recipe("SGD", 0.02, "squared error", plugin="ewc", settings={"strength": 1000.0}),
+            "si": Recipe("SGD", 0.1, "squared error", plugin="si", settings={"strength": 5000.0}),
+            "mas": Recipe("SGD", 0.005, plugin="mas", settings={"strength": 5.0}),
+            "sp-optimizer": Recipe("SelectivePlasticity", 3e-3),
+            "sp": Recipe("SGD", 0.07, "squared error", plugin="sp", settings=_SP),
+            "replay-sgd": Recipe("SGD", 0.2),
+            "replay-adam": Recipe("Adam", {200: 2e-4, 2000: 1e-3}),
+            "replay-joint": Recipe("SGD", {200: 0.03, 2000: 0.1}, "squared error", joint_weight=True),
+            "sp-replay": Recipe("SGD", 0.1, "squared error", plugin="sp", settings=_SP, joint_weight=True),
+            "joint": Recipe("Adam", 1e-3),
+        },
+    },
+}
+RECIPES["permuted-mnist"] = {
+    10: {
+        "naive-sgd": Recipe("SGD", 0.05, "squared error"),
+        "naive-adam": Recipe("Adam", 1e-4, "squared error"),
+        "ewc": Recipe("SGD", 0.05, "squared error", plugin="ewc", settings={"strength": 100.0}),
+        "si": Recipe("SGD", 0.05, "squared error", plugin="si", settings={"strength": 100.0}),
+        "mas": Recipe("SGD", 0.05, "squared error", plugin="mas", settings={"strength": 1.0}),
+        "sp-optimizer": Recipe("SelectivePlasticity", 3e-4, "squared error"),
+        "sp": Recipe("SGD", 0.1, "squared error", plugin="sp", settings=_SP),
+        "replay-sgd": Recipe("SGD", 0.2),
+        "replay-adam": Recipe("Adam", {200: 3e-4, 2000: 1e-3}),
+        "replay-joint": Recipe("SGD", 0.1, "squared error", joint_weight=True),
+        "sp-replay": Recipe("SGD", 0.1, "squared error", plugin="sp", settings=_SP, joint_weight=True),
+        "joint": Recipe("Adam", 1e-3),
+    },
+}
+
+# The elementwise gate and its controls: between Adam (eps 1e-8) and SGD (eps 1), without momentum.
+_GATED = {"plasticity_k": 5.0, "beta1": 0.0, "eps": 1e-3}
+_CONSOLIDATED = {"loss": "squared error", "plugin": "consolidation", "optimizer_settings": _GATED}
+RECIPES["permuted-mnist"][10] |= {
+    "upgd": Recipe("UPGD", 0.02, "squared error", optimizer_settings={"sigma": 1e-3}),
+    "gate-off": Recipe(
+        "SelectivePlasticity", 3e-4, "squared error", optimizer_settings=_GATED | {"plasticity_k": 0.0}
+    ),
+    "gate-constant": Recipe("constant gate", 3e-3, **_CONSOLIDATED),
+    "gate-random": Recipe("random gate", 3e-3, **_CONSOLIDATED),
+    "sp-running": Recipe("SelectivePlasticity", 1e-3, "squared error", optimizer_settings=_GATED),
+    "sp-consolidated-adam": Recipe(
+        "SelectivePlasticity", 1e-3, "squared error", plugin="consolidation", optimizer_settings={"plasticity_k": 5.0}
+    ),
+    "sp-consolidated": Recipe("SelectivePlasticity", 3e-3, **_CONSOLIDATED),
+}
+# As published: plain SGD or Adam, cross-entropy; docs/original.md.
+RECIPES["split-mnist"][2] |= {
+    "legacy-adam": Recipe("Adam", 1e-3),
+    "legacy-sp": Recipe("legacy", 1e-3, optimizer_settings={"plasticity_k": 5.0}),
+    "legacy-adam-replay": Recipe("Adam", 1e-3),
+    "legacy-control": Recipe("legacy", 1e-3, optimizer_settings={"plasticity_k": 0.0}),
+    "legacy-sp-replay": Recipe("legacy", 1e-3, optimizer_settings={"plasticity_k": 5.0}),
+}
+
+
+def nearest(tuned: dict[int, object], value: int):
+    """The entry that was tuned for the nearest value, in ratio."""
+    return tuned[min(tuned, key=lambda v: abs(math.log(value / v)))]

@@ -1,0 +1,193 @@
+"""The optimizer inside what people use it with: schedulers, scaling, compilation, several processes, checkpoints."""
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
+from torch import nn
+
+from avalanche_sp import ConsolidationPlugin, SelectivePlasticityOptimizer
+
+from conftest import mlp, strategy_of, weights
+
+
+@pytest.fixture(scope="module")
+def batch(request):
+    x, y, _ = request.getfixturevalue("split2").train_stream[0].dataset.read_batch(list(range(200)))
+    return x, y
+
+
+def loss_of(model, batch, rows=slice(None)):
+    x, y = batch
+    return nn.functional.cross_entropy(model(x[rows]), y[rows])
+
+
+def run(model, optimizer, batch, steps, after=lambda: None):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+        after()
+    return weights(model)
+
+
+def test_gradient_accumulation_equals_the_whole_batch(batch):
+    whole, parts = mlp(), mlp()
+    run(whole, SelectivePlasticityOptimizer(whole.parameters(), lr=1e-3), batch, 1)
+    optimizer = SelectivePlasticityOptimizer(parts.parameters(), lr=1e-3)
+    for i in range(4):
+        (loss_of(parts, batch, slice(50 * i, 50 * i + 50)) / 4).backward()
+    optimizer.step()
+    torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", [{}, {"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
+def test_learning_rate_schedules_take_effect(batch, path):
+    steady, scheduled = mlp(), mlp()
+    a = SelectivePlasticityOptimizer(steady.parameters(), lr=1e-3, **path)
+    b = SelectivePlasticityOptimizer(scheduled.parameters(), lr=1e-3, **path)
+    schedule = torch.optim.lr_scheduler.StepLR(b, step_size=2, gamma=0.0)
+    run(steady, a, batch, 2)
+    run(scheduled, b, batch, 5, schedule.step)  # the rate is 0 from the third step on
+    assert torch.equal(weights(scheduled), weights(steady))
+
+
+def test_a_tensor_lr_is_a_number_lr(batch):
+    number, tensor = mlp(), mlp()
+    run(number, SelectivePlasticityOptimizer(number.parameters(), lr=1e-2), batch, 3)
+    run(tensor, SelectivePlasticityOptimizer(tensor.parameters(), lr=torch.tensor(1e-2)), batch, 3)
+    torch.testing.assert_close(weights(tensor), weights(number))
+
+
+def test_grad_scaler_skips_overflow_and_changes_nothing_else(batch):
+    plain, scaled = mlp(), mlp()
+    run(plain, SelectivePlasticityOptimizer(plain.parameters()), batch, 2)
+    optimizer = SelectivePlasticityOptimizer(scaled.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(scaled, batch)).backward()
+        if step == 1:
+            next(scaled.parameters()).grad[0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+    torch.testing.assert_close(weights(scaled), weights(plain), rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_step_is_the_same_step(batch):
+    eager, compiled = mlp(), mlp()
+    a, b = (SelectivePlasticityOptimizer(m.parameters(), warmup_steps=2) for m in (eager, compiled))
+    step = torch.compile(b.step, backend="eager")
+    for _ in range(3):
+        for model in (eager, compiled):
+            model.zero_grad()
+            loss_of(model, batch).backward()
+        a.step()
+        step()
+    torch.testing.assert_close(weights(compiled), weights(eager))
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_run_can_switch_from_adam(batch, fused):
+    straight, switched = mlp(), mlp()
+    adam = torch.optim.Adam(straight.parameters(), lr=2e-3, betas=(0.8, 0.95), fused=fused)
+    run(straight, adam, batch, 3)
+    switched.load_state_dict(straight.state_dict())
+    ours = SelectivePlasticityOptimizer(switched.parameters(), plasticity_k=0.0)
+    ours.load_state_dict(copy.deepcopy(adam.state_dict()))
+    group = ours.param_groups[0]
+    assert (group["lr"], group["beta1"], group["trace_decay"], group["plasticity_k"]) == (2e-3, 0.8, 0.95, 0.0)
+    assert not {"betas", "amsgrad", "capturable"} & set(group)
+    assert torch.equal(run(straight, adam, batch, 3), run(switched, ours, batch, 3))
+
+
+def test_switching_from_adam_says_that_weight_decay_is_decoupled(batch):
+    model = mlp()
+    ours = SelectivePlasticityOptimizer(model.parameters())
+    with pytest.warns(UserWarning, match="decoupled"):
+        ours.load_state_dict(torch.optim.Adam(mlp().parameters(), weight_decay=0.1).state_dict())
+
+
+def test_older_states_take_the_defaults(batch):
+    model = mlp()
+    optimizer = SelectivePlasticityOptimizer(model.parameters())
+    run(model, optimizer, batch, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    for name in ("nonfinite", "fused", "foreach", "surprise"):
+        del state["param_groups"][0][name]
+    fresh = SelectivePlasticityOptimizer(mlp().parameters(), nonfinite="skip")
+    fresh.load_state_dict(state)
+    assert fresh.param_groups[0]["nonfinite"] == "skip" and fresh.param_groups[0]["surprise"] == 0.0
+
+
+@pytest.mark.parametrize("path", [{}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_torch_save_resumes_bit_for_bit(batch, path, tmp_path):
+    whole, first = mlp(), mlp()
+    runs = []
+    for model in (whole, first):
+        optimizer = SelectivePlasticityOptimizer(model.parameters(), lr=1e-2, warmup_steps=4, **path)
+        run(model, optimizer, batch, 3)
+        optimizer.consolidate()
+        optimizer.observe_surprise(0.4)
+        run(model, optimizer, batch, 2)
+        runs.append(optimizer)
+    torch.save({"model": first.state_dict(), "optimizer": runs[1].state_dict()}, tmp_path / "checkpoint.pt")
+    saved = torch.load(tmp_path / "checkpoint.pt")
+    resumed = mlp(seed=1)
+    resumed.load_state_dict(saved["model"])
+    optimizer = SelectivePlasticityOptimizer(resumed.parameters())
+    optimizer.load_state_dict(saved["optimizer"])
+    assert torch.equal(run(whole, runs[0], batch, 3), run(resumed, optimizer, batch, 3))
+
+
+def test_avalanche_checkpoint_resumes_bit_for_bit(split5, tmp_path):
+    def strategy():
+        model = mlp()
+        optimizer = SelectivePlasticityOptimizer(model.parameters(), lr=0.05, beta1=0.0, eps=1.0)
+        return strategy_of(model, [ConsolidationPlugin()], optimizer=optimizer)
+
+    whole = strategy()
+    path = tmp_path / "checkpoint.pkl"
+    for i, experience in enumerate(split5.train_stream):
+        whole.train(experience)
+        if i == 1:
+            save_checkpoint(whole, path)
+    resumed, first = maybe_load_checkpoint(strategy(), path)
+    assert first == 2
+    for experience in split5.train_stream[first:]:
+        resumed.train(experience)
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert "consolidated" in next(iter(resumed.optimizer.state.values()))
+
+
+def test_consolidation_plugin_needs_our_optimizer(split2):
+    with pytest.raises(TypeError, match="Invalid optimizer: SGD"):
+        strategy_of(mlp(), [ConsolidationPlugin()]).train(split2.train_stream[0])
+
+
+def one_process(rank, world, port, x, y, results):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    model = nn.parallel.DistributedDataParallel(mlp())
+    optimizer = SelectivePlasticityOptimizer(model.parameters(), lr=1e-3, warmup_steps=2)
+    half = len(x) // world
+    run(model, optimizer, (x[rank * half : (rank + 1) * half], y[rank * half : (rank + 1) * half]), 3)
+    results[rank] = weights(model)
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one_on_the_whole_batch(batch):
+    model = mlp()
+    run(model, SelectivePlasticityOptimizer(model.parameters(), lr=1e-3, warmup_steps=2), batch, 3)
+    port = 20000 + os.getpid() % 20000
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(one_process, (2, port, *batch, results), nprocs=2)
+        first, second = results[0], results[1]
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, weights(model), rtol=1e-3, atol=1e-5)

@@ -1,0 +1,136 @@
+"""Every fast path of the optimizer against the plain loop, over shapes, dtypes, strides and odd gradients."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from avalanche_sp import SelectivePlasticityOptimizer
+from avalanche_sp import functional
+
+LOOP = {"foreach": False}
+FAST = [{}, {"foreach": True}, {"fused": True}]
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+def laid_out(shape, layout):
+    """A tensor of the shape with other strides than the usual ones."""
+    t = torch.randn(shape)
+    if layout == "channels_last" and t.dim() == 4:
+        return t.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed" and t.dim() >= 2:
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "strided":
+        return torch.randn(*shape, 2)[..., 0]
+    return t
+
+
+def trained(path, shapes, dtype, layouts, gradients, seed, consolidate_at, **kwargs):
+    torch.manual_seed(seed)
+    params = [nn.Parameter(laid_out(s, a).to(dtype)) for s, (a, _) in zip(shapes, layouts)]
+    optimizer = SelectivePlasticityOptimizer(params, **kwargs, **path)
+    for t, kinds in enumerate(gradients):
+        for p, shape, kind, (_, layout) in zip(params, shapes, kinds, layouts):
+            size = {"none": None, "zero": 0.0, "usual": 1.0, "huge": 1e15, "tiny": 1e-15}[kind]
+            p.grad = None if size is None else (laid_out(shape, layout) * size).to(dtype)
+        optimizer.step()
+        if t == consolidate_at:
+            optimizer.consolidate()
+    return params, [optimizer.state[p] for p in params]
+
+
+def assert_same(one, other, dtype):
+    rtol = TOLERANCE[dtype]
+    for a, b in zip(one[0], other[0]):
+        assert a.stride() == b.stride()
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
+    for a, b in zip(one[1], other[1]):
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=0 if name == "step" else math.inf)
+
+
+shape = st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple)
+layout = st.sampled_from(["usual", "channels_last", "transposed", "strided"])
+gradient = st.sampled_from(["none", "zero", "usual", "usual", "huge", "tiny"])
+SETTINGS = st.fixed_dictionaries(
+    {
+        "lr": st.sampled_from([0.0, 1e-3, 0.1]),
+        "plasticity_k": st.sampled_from([0.0, 1.0, 10.0]),
+        "warmup_steps": st.sampled_from([0, 3]),
+        "alignment_threshold": st.sampled_from([math.inf, -math.log(3)]),
+        "beta1": st.sampled_from([0.0, 0.9]),
+        "eps": st.sampled_from([1e-8, 1.0]),
+        "weight_decay": st.sampled_from([0.0, 0.1]),
+        "maximize": st.booleans(),
+    }
+)
+
+
+@pytest.mark.parametrize("path", FAST[:2], ids=str)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_fast_paths_equal_the_loop(path, data):
+    shapes = data.draw(st.lists(shape, min_size=1, max_size=3))
+    layouts = [data.draw(st.tuples(layout, layout)) for _ in shapes]
+    gradients = [data.draw(st.tuples(*[gradient] * len(shapes))) for _ in range(4)]
+    arguments = {
+        "shapes": shapes,
+        "dtype": data.draw(st.sampled_from(list(TOLERANCE))),
+        "layouts": layouts,
+        "gradients": gradients,
+        "seed": data.draw(st.integers(0, 100)),
+        "consolidate_at": data.draw(st.sampled_from([None, 1])),
+        **data.draw(SETTINGS),
+    }
+    assert_same(trained(path, **arguments), trained(LOOP, **arguments), arguments["dtype"])
+
+
+@pytest.mark.parametrize("consolidate_at", [None, 2])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"alignment_threshold": -1.0, "maximize": True, "weight_decay": 0.1, "beta1": 0.5}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_path_equals_the_loop(dtype, kwargs, consolidate_at):
+    layouts = [("usual", "usual"), ("channels_last", "usual"), ("usual", "transposed"), ("usual", "usual")]
+    arguments = {
+        "shapes": [(), (2, 3, 4, 5), (6, 7), (300, 20)],
+        "layouts": layouts,
+        "gradients": [("usual",) * 4, ("usual", "huge", "tiny", "zero"), ("zero",) * 4, ("usual",) * 4, ("usual",) * 4],
+        "seed": 0,
+        "consolidate_at": consolidate_at,
+        "warmup_steps": 3,
+        "dtype": dtype,
+        **kwargs,
+    }
+    assert_same(trained({"fused": True}, **arguments), trained(LOOP, **arguments), dtype)
+
+
+@pytest.mark.parametrize("numel", [functional._BLOCK - 1, functional._BLOCK, 2 * functional._BLOCK + 1])
+def test_blocks_cover_a_large_tensor(numel):
+    arguments = {
+        "shapes": [(numel,)],
+        "layouts": [("usual", "usual")],
+        "gradients": [("usual",)] * 3,
+        "seed": 0,
+        "consolidate_at": 1,
+        "dtype": torch.float32,
+    }
+    assert_same(trained({}, **arguments), trained(LOOP, **arguments), torch.float32)
+
+
+def test_half_precision_trains_where_torchs_loop_overflows():
+    """With float16, torch's loop divides by sqrt(v) + eps, which underflows to 0; the default path doesn't."""
+    a, b = (nn.Parameter(torch.ones(4, dtype=torch.float16)) for _ in range(2))
+    for p, optimizer in (
+        (a, SelectivePlasticityOptimizer([a], lr=0.01)),
+        (b, torch.optim.AdamW([b], lr=0.01, betas=(0.9, 0.99))),
+    ):
+        for _ in range(5):
+            p.grad = torch.full((4,), 1e-4, dtype=torch.float16)
+            optimizer.step()
+    assert a.isfinite().all() and (a < 1).all()
+    assert not b.isfinite().all()
