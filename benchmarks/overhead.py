@@ -22,12 +22,13 @@ from avalanche.benchmarks import SplitMNIST
 from avalanche.training import Naive
 from tabulate import tabulate
 from torch import nn
+from torch.optim import Optimizer
 
 from avalanche_sp import OneHotMSELoss, SelectivePlasticityOptimizer, SelectivePlasticityPlugin, split_mnist
 from harness.cli import dataset_root, positive
 from harness.run import quiet
 from harness.settings import MNIST, ROOT
-from harness.strategies import build_model
+from harness.strategies import build_mlp, build_model
 
 BATCH = 128
 Timer = Callable[[], float]  # does the work once, returns seconds
@@ -83,19 +84,61 @@ def data_path(root: str) -> dict[str, Timer]:
     }
 
 
-def optimizer_step() -> dict[str, Timer]:
-    """200 steps on the comparison's network (269,322 parameters), gradients ready."""
+def steps_alone(width: int) -> tuple[dict[str, Timer], dict[str, int]]:
+    """100 steps of each optimizer, gradients ready; and the bytes of state that each keeps beyond Adam's."""
 
-    def steps(make) -> Timer:
-        model = build_model()
+    def steps(make, consolidated: bool = False) -> tuple[Timer, Optimizer]:
+        torch.manual_seed(0)
+        model = build_mlp(width)
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         optimizer = make(model.parameters())
-        return lambda: seconds(lambda: [optimizer.step() for _ in range(200)])
+        optimizer.step()
+        if consolidated:
+            optimizer.consolidate()
+        return lambda: seconds(lambda: [optimizer.step() for _ in range(100)]), optimizer
+
+    optimizers = {
+        "torch.optim.Adam": steps(torch.optim.Adam),
+        "SelectivePlasticityOptimizer": steps(SelectivePlasticityOptimizer),
+        "SelectivePlasticityOptimizer, consolidated": steps(SelectivePlasticityOptimizer, True),
+        "torch.optim.Adam(fused=True)": steps(lambda p: torch.optim.Adam(p, fused=True)),
+        "SelectivePlasticityOptimizer(fused=True)": steps(lambda p: SelectivePlasticityOptimizer(p, fused=True)),
+        "SelectivePlasticityOptimizer(fused=True), consolidated": steps(
+            lambda p: SelectivePlasticityOptimizer(p, fused=True), True
+        ),
+    }
+    state = {name: state_bytes(optimizer) for name, (_, optimizer) in optimizers.items()}
+    adams = state["torch.optim.Adam"]
+    return {name: timer for name, (timer, _) in optimizers.items()}, {n: b - adams for n, b in state.items()}
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    return sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values())
+
+
+def training_steps() -> dict[str, Timer]:
+    """100 whole training steps on a batch: forward, backward and the optimizer's."""
+
+    def steps(make) -> Timer:
+        torch.manual_seed(0)
+        model, loss = build_model(), nn.CrossEntropyLoss()
+        x, y = torch.randn(BATCH, 784), torch.randint(10, (BATCH,))
+        optimizer = make(model.parameters())
+
+        def train():
+            for _ in range(100):
+                optimizer.zero_grad()
+                loss(model(x), y).backward()
+                optimizer.step()
+
+        return lambda: seconds(train)
 
     return {
         "torch.optim.Adam": steps(torch.optim.Adam),
         "SelectivePlasticityOptimizer": steps(SelectivePlasticityOptimizer),
+        "torch.optim.Adam(fused=True)": steps(lambda p: torch.optim.Adam(p, fused=True)),
+        "SelectivePlasticityOptimizer(fused=True)": steps(lambda p: SelectivePlasticityOptimizer(p, fused=True)),
     }
 
 
@@ -115,21 +158,29 @@ def gated_training(root: str) -> dict[str, Timer]:
 
 
 def measure(timers: dict[str, Timer], rounds: int) -> list[dict]:
-    """Median seconds of each, and the median of its ratio to the first, round by round."""
+    """Median seconds of each, and the median of its ratio to the first, round by round.
+
+    Optimizers called fused are set against torch's fused one.
+    """
     for timer in timers.values():
         timer()  # warm-up
     times = [{name: timer() for name, timer in timers.items()} for _ in range(rounds)]
-    reference = next(iter(timers))
-    return [
-        {
-            "name": name,
-            "seconds": statistics.median(t[name] for t in times),
-            "ratio": statistics.median(t[name] / t[reference] for t in times),
-            "ratio_min": min(t[name] / t[reference] for t in times),
-            "ratio_max": max(t[name] / t[reference] for t in times),
-        }
-        for name in timers
-    ]
+    first = next(iter(timers))
+    rows = []
+    for name in timers:
+        reference = "torch.optim.Adam(fused=True)" if "fused" in name else first
+        ratios = [t[name] / t[reference] for t in times]
+        rows.append(
+            {
+                "name": name,
+                "seconds": statistics.median(t[name] for t in times),
+                "reference": reference,
+                "ratio": statistics.median(ratios),
+                "ratio_min": min(ratios),
+                "ratio_max": max(ratios),
+            }
+        )
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,23 +191,33 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     torch.set_num_threads(1)
     quiet()
+    small, small_bytes = steps_alone(256)
+    large, large_bytes = steps_alone(1000)
     parts = {
-        "data": ("an epoch of 30,596 images", data_path(args.dataset_root)),
-        "optimizer": ("200 steps, 269,322 parameters", optimizer_step()),
-        "plugin": ("an epoch of 29,404 images, consolidation included", gated_training(args.dataset_root)),
+        "data": ("an epoch of 30,596 images", data_path(args.dataset_root), {}),
+        "step": ("100 steps, 269,322 parameters", small, small_bytes),
+        "large step": ("100 steps, 1,796,010 parameters", large, large_bytes),
+        "training step": ("100 training steps, 269,322 parameters", training_steps(), {}),
+        "plugin": ("an epoch of 29,404 images, consolidation included", gated_training(args.dataset_root), {}),
     }
     results = {}
-    for part, (what, timers) in parts.items():
-        results[part] = {"what": what, "batch_size": BATCH, "rounds": args.rounds, "rows": measure(timers, args.rounds)}
-        rows = [
+    for part, (what, timers, extra_bytes) in parts.items():
+        rows = measure(timers, args.rounds)
+        for row in rows:
+            if row["name"] in extra_bytes:
+                row["extra_bytes"] = extra_bytes[row["name"]]
+        results[part] = {"what": what, "batch_size": BATCH, "rounds": args.rounds, "rows": rows}
+        table = [
             {
                 what: r["name"],
                 "seconds": f"{r['seconds']:.3f}",
-                "times the first": f"{r['ratio']:.2f} ({r['ratio_min']:.2f} to {r['ratio_max']:.2f})",
+                "ratio": f"{r['ratio']:.2f} ({r['ratio_min']:.2f} to {r['ratio_max']:.2f})",
+                "to": r["reference"],
+                **({"extra bytes": r["extra_bytes"]} if extra_bytes else {}),
             }
-            for r in results[part]["rows"]
+            for r in rows
         ]
-        print(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True) + "\n", flush=True)
+        print(tabulate(table, headers="keys", tablefmt="github", disable_numparse=True) + "\n", flush=True)
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "overhead.json"
     path.write_text(json.dumps({"torch": torch.__version__, **results}, indent=1) + "\n")

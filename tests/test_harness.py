@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from conftest import MNIST, ROOT, mlp
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from harness import strategies as recipes  # noqa: E402
+from harness.legacy import LegacyReplay  # noqa: E402
 from harness.jobs import append_result, read_results, run_all  # noqa: E402
 from harness.report import interval, summarize, table  # noqa: E402
 from harness.run import build_benchmark, execute  # noqa: E402
@@ -53,6 +55,14 @@ def test_recipes_are_those_tuned_for_the_nearest_number_of_tasks_and_buffer():
     assert lr(10, 200) == lr(5, 200) == five[200]
 
 
+def test_rates_tuned_for_other_amounts_of_data_are_taken_from_there():
+    def lr(images):
+        return recipes.recipe_of(Run("permuted-mnist", "naive-sgd", 10, 1, 64, 0, 0, images)).lr
+
+    tuned = recipes.RECIPES["permuted-mnist"][10]["naive-sgd"].lr
+    assert [lr(1000), lr(10000), lr(50000), lr(None)] == [tuned[10000], tuned[10000], tuned[60000], tuned[60000]]
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES + STUDIES["permuted-mnist"])
 def test_every_strategy_runs_and_reports(strategy):
     run = make_run(strategy, replay_buffer=50 if strategy in USES_REPLAY else 0)
@@ -76,6 +86,21 @@ def test_every_strategy_runs_and_reports(strategy):
 def test_the_published_protocol_runs(strategy):
     record = execute(make_run(strategy, "split-mnist", batch_size=128, replay_buffer=300), str(MNIST), "key")
     assert record["acc"] > 10 and record["extra_memory_bytes"] >= 300 * (784 * 4 + 8)
+
+
+def test_the_published_buffer_loses_the_old_samples_and_one_filled_at_the_end_keeps_them():
+    old, new = torch.zeros(600, dtype=torch.long), torch.ones(600, dtype=torch.long)
+    shares = {}
+    for fifo in (True, False):
+        memory = LegacyReplay(200, fifo=fifo)
+        for labels in (old, new):
+            for y in labels.split(100):
+                strategy = SimpleNamespace(train_mb_size=100, mbatch=[y.float(), y, y])
+                memory.before_training_iteration(strategy)
+                memory.after_training_iteration(strategy)
+            shares[fifo] = (memory.memory[1] == 0).float().mean().item() if memory.memory else None
+            memory.after_training_exp(strategy)
+    assert shares[True] < 0.2 and shares[False] == 1.0
 
 
 def test_a_batch_larger_than_an_experience_is_named():

@@ -39,19 +39,35 @@ class LegacySelectivePlasticity(Optimizer):
 
 
 class LegacyReplay(SupervisedPlugin):
-    """Half a batch of stored samples joins every batch; the joint batch is stored, the oldest samples fall out."""
+    """Half a batch of stored samples joins every batch.
 
-    def __init__(self, mem_size: int):
+    Args:
+        mem_size: samples stored.
+        fifo: the joint batch is stored at once and the oldest samples fall out, as published. False: an experience's
+            last samples are stored at its end, so that what was learned before is there while the next is learned.
+    """
+
+    def __init__(self, mem_size: int, fifo: bool = True):
         super().__init__()
         self.mem_size = mem_size
+        self.fifo = fifo
         self.memory: list[torch.Tensor] = []
+        self.latest: list[torch.Tensor] = []
 
     def before_training_iteration(self, strategy, **kwargs):
+        if not self.fifo:
+            self.latest = self._joined(self.latest, strategy.mbatch)
         if self.memory:
-            n = len(self.memory[0])
-            rows = torch.randperm(n)[: strategy.train_mb_size // 2]
+            rows = torch.randperm(len(self.memory[0]))[: strategy.train_mb_size // 2]
             strategy.mbatch = [torch.cat([new, old[rows]]) for new, old in zip(strategy.mbatch, self.memory)]
 
     def after_training_iteration(self, strategy, **kwargs):
-        memory = self.memory or [t[:0] for t in strategy.mbatch]
-        self.memory = [torch.cat([old, new])[-self.mem_size :] for old, new in zip(memory, strategy.mbatch)]
+        if self.fifo:
+            self.memory = self._joined(self.memory, strategy.mbatch)
+
+    def after_training_exp(self, strategy, **kwargs):
+        if not self.fifo:
+            self.memory, self.latest = self.latest, []
+
+    def _joined(self, old: list[torch.Tensor], new: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.cat([a, b])[-self.mem_size :] for a, b in zip(old, new)] if old else list(new)

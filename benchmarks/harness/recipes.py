@@ -12,7 +12,8 @@ class Recipe:
 
     Attributes:
         optimizer, loss: names from the strategies module's OPTIMIZERS and LOSSES.
-        lr: learning rate, or learning rates by the buffer that they were tuned for.
+        lr: learning rate, or learning rates by what they were tuned for: the buffer, of strategies with replay; else the
+            training images a task.
         plugin: name from its PLUGINS, or None.
         settings: the plugin's settings.
         optimizer_settings: the optimizer's, besides its learning rate.
@@ -81,11 +82,11 @@ RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {
 }
 RECIPES["permuted-mnist"] = {
     10: {
-        "naive-sgd": Recipe("SGD", 0.05, "squared error"),
-        "naive-adam": Recipe("Adam", 1e-4, "squared error"),
-        "ewc": Recipe("SGD", 0.05, "squared error", plugin="ewc", settings={"strength": 100.0}),
-        "si": Recipe("SGD", 0.05, "squared error", plugin="si", settings={"strength": 100.0}),
-        "mas": Recipe("SGD", 0.05, "squared error", plugin="mas", settings={"strength": 1.0}),
+        "naive-sgd": Recipe("SGD", {10000: 0.05, 60000: 0.01}, "squared error"),
+        "naive-adam": Recipe("Adam", {10000: 1e-4, 60000: 5e-5}, "squared error"),
+        "ewc": Recipe("SGD", {10000: 0.05, 60000: 0.02}, "squared error", plugin="ewc", settings={"strength": 100.0}),
+        "si": Recipe("SGD", {10000: 0.05, 60000: 0.02}, "squared error", plugin="si", settings={"strength": 100.0}),
+        "mas": Recipe("SGD", {10000: 0.05, 60000: 0.02}, "squared error", plugin="mas", settings={"strength": 10.0}),
         "sp-optimizer": Recipe("SelectivePlasticity", 3e-4, "squared error"),
         "sp": Recipe("SGD", 0.1, "squared error", plugin="sp", settings=_SP),
         "replay-sgd": Recipe("SGD", 0.2),
@@ -98,27 +99,32 @@ RECIPES["permuted-mnist"] = {
 
 # The elementwise gate and its controls: between Adam (eps 1e-8) and SGD (eps 1), without momentum.
 _GATED = {"plasticity_k": 5.0, "beta1": 0.0, "eps": 1e-3}
+_RATES = {10000: 3e-3, 60000: 2e-3}
 _CONSOLIDATED = {"loss": "squared error", "plugin": "consolidation", "optimizer_settings": _GATED}
 RECIPES["permuted-mnist"][10] |= {
-    "upgd": Recipe("UPGD", 0.02, "squared error", optimizer_settings={"sigma": 1e-3}),
+    "upgd": Recipe("UPGD", {10000: 0.02, 60000: 0.01}, "squared error", optimizer_settings={"sigma": 1e-3}),
     "gate-off": Recipe(
-        "SelectivePlasticity", 3e-4, "squared error", optimizer_settings=_GATED | {"plasticity_k": 0.0}
+        "SelectivePlasticity",
+        {10000: 3e-4, 60000: 1e-4},
+        "squared error",
+        optimizer_settings=_GATED | {"plasticity_k": 0.0},
     ),
-    "gate-constant": Recipe("constant gate", 3e-3, **_CONSOLIDATED),
-    "gate-random": Recipe("random gate", 3e-3, **_CONSOLIDATED),
-    "sp-running": Recipe("SelectivePlasticity", 1e-3, "squared error", optimizer_settings=_GATED),
+    "gate-constant": Recipe("constant gate", _RATES, **_CONSOLIDATED),
+    "gate-random": Recipe("random gate", _RATES, **_CONSOLIDATED),
+    "sp-running": Recipe("SelectivePlasticity", {10000: 2e-3, 60000: 1e-3}, "squared error", optimizer_settings=_GATED),
     "sp-consolidated-adam": Recipe(
         "SelectivePlasticity", 1e-3, "squared error", plugin="consolidation", optimizer_settings={"plasticity_k": 5.0}
     ),
-    "sp-consolidated": Recipe("SelectivePlasticity", 3e-3, **_CONSOLIDATED),
+    "sp-consolidated": Recipe("SelectivePlasticity", _RATES, **_CONSOLIDATED),
 }
-# As published: plain SGD or Adam, cross-entropy; docs/original.md.
+# As published, plain SGD or Adam with cross-entropy: docs/original.md.
+_BUFFER = {"plugin": "legacy", "settings": {"fifo": 1.0}}
 RECIPES["split-mnist"][2] |= {
     "legacy-adam": Recipe("Adam", 1e-3),
-    "legacy-sp": Recipe("legacy", 1e-3, optimizer_settings={"plasticity_k": 5.0}),
-    "legacy-adam-replay": Recipe("Adam", 1e-3),
-    "legacy-control": Recipe("legacy", 1e-3, optimizer_settings={"plasticity_k": 0.0}),
-    "legacy-sp-replay": Recipe("legacy", 1e-3, optimizer_settings={"plasticity_k": 5.0}),
+    "legacy-sp": Recipe("legacy", 3e-3, optimizer_settings={"plasticity_k": 5.0}),
+    "legacy-adam-replay": Recipe("Adam", 1e-3, **_BUFFER),
+    "legacy-control": Recipe("legacy", 3e-3, optimizer_settings={"plasticity_k": 0.0}, **_BUFFER),
+    "legacy-sp-replay": Recipe("legacy", 3e-3, optimizer_settings={"plasticity_k": 5.0}, **_BUFFER),
 }
 
 

@@ -37,7 +37,7 @@ def summarize(records: list[dict]) -> list[dict]:
                 "loss": recipe["loss"],
                 "optimizer": recipe["optimizer"],
                 "lr": recipe["lr"],
-                "settings": recipe["settings"] | recipe["optimizer_settings"],
+                "settings": recipe["settings"] | recipe.get("optimizer_settings", {}),
                 "seeds": sorted(r["run"]["seed"] for r in group),
                 **{m: interval([r[m] for r in group]) if group[0][m] is not None else None for m in MEASURES},
                 "task_acc": np.mean([r["accuracy_matrix"][-1] for r in group], axis=0).round(4).tolist(),

@@ -59,11 +59,12 @@ class WorkingSynapticIntelligence(SynapticIntelligencePlugin):
 
 
 PLUGINS = {
-    "ewc": lambda s: EWCPlugin(ewc_lambda=s["strength"]),
-    "si": lambda s: WorkingSynapticIntelligence(si_lambda=s["strength"]),
-    "mas": lambda s: MASPlugin(lambda_reg=s["strength"], alpha=0.5),
-    "consolidation": lambda s: ConsolidationPlugin(),
-    "sp": lambda s: SelectivePlasticityPlugin(s["openness"], s["pull_back"], int(s["rank"])),
+    "legacy": lambda s, run: LegacyReplay(run.replay_buffer, fifo=bool(s["fifo"])),
+    "ewc": lambda s, run: EWCPlugin(ewc_lambda=s["strength"]),
+    "si": lambda s, run: WorkingSynapticIntelligence(si_lambda=s["strength"]),
+    "mas": lambda s, run: MASPlugin(lambda_reg=s["strength"], alpha=0.5),
+    "consolidation": lambda s, run: ConsolidationPlugin(),
+    "sp": lambda s, run: SelectivePlasticityPlugin(s["openness"], s["pull_back"], int(s["rank"])),
 }
 
 
@@ -79,14 +80,18 @@ def recipe_of(run: Run) -> Recipe:
     tuned = {n: recipes for n, recipes in RECIPES[run.benchmark].items() if run.strategy in recipes}
     recipe = nearest(tuned, run.n_tasks)[run.strategy]
     if isinstance(recipe.lr, dict):
-        recipe = replace(recipe, lr=nearest(recipe.lr, run.replay_buffer))
+        recipe = replace(recipe, lr=nearest(recipe.lr, run.replay_buffer or run.train_per_task or 60000))
     return recipe.override(dict(run.overrides))
 
 
 def build_model() -> nn.Module:
     """The 784-256-256-10 perceptron of the comparison."""
+    return build_mlp(256)
+
+
+def build_mlp(width: int) -> nn.Module:
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
+        nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
     )
 
 
@@ -97,14 +102,12 @@ def build_strategy(run: Run, model: nn.Module, extra_plugins: list, evaluator):
     if recipe.joint_weight:
         criterion = JointReplayLoss(criterion)
     plugins = []
-    if run.strategy.startswith("legacy") and run.strategy in USES_REPLAY:
-        plugins.append(LegacyReplay(run.replay_buffer))
-    elif run.strategy in USES_REPLAY:
+    if run.strategy in USES_REPLAY and recipe.plugin != "legacy":
         # Runs drop incomplete batches: a memory smaller than its batch would never be seen.
         memory_batch = min(run.batch_size, run.replay_buffer)
         plugins.append(ReplayPlugin(mem_size=run.replay_buffer, batch_size_mem=memory_batch))
     if recipe.plugin is not None:
-        plugins.append(PLUGINS[recipe.plugin](recipe.settings))
+        plugins.append(PLUGINS[recipe.plugin](recipe.settings, run))
     template = JointTraining if run.strategy == "joint" else Naive
     strategy = template(
         model=model,
