@@ -21,7 +21,7 @@ class ConsolidationPlugin(SupervisedPlugin):
 
     Example::
 
-        optimizer = SelectivePlasticityOptimizer(model.parameters(), lr=0.01, beta1=0.0, eps=0.01)
+        optimizer = SelectivePlasticityOptimizer(model.parameters(), lr=3e-3, beta1=0.0, eps=1e-3)
         strategy = Naive(model=model, optimizer=optimizer, criterion=OneHotMSELoss(), train_mb_size=64,
                          plugins=[ConsolidationPlugin()])
     """

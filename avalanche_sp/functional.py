@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from avalanche_sp.gates import coincidence, eligibility, resistance, trace_floor
 
-__all__ = ["selective_plasticity", "warmup"]
+__all__ = ["selective_plasticity", "is_plain", "warmup"]
 
 _BLOCK = 262144  # elements: with 4 bytes each, what an operation writes is still in the cache for the next
 
@@ -52,7 +52,8 @@ def selective_plasticity(
         state_steps: n singleton tensors, the steps done so far.
         square_sums: each gradient's sum of squares, 0-dim.
         foreach, fused: as in ``torch.optim.Adam``; ``fused=True`` compiles one kernel for Adam and the gate
-            (``torch.compile``). With neither given, foreach on CUDA, and on a CPU a loop over torch's fused Adam.
+            (``torch.compile``). With neither given, foreach on CUDA, blocks of torch's fused Adam on a
+            CPU, and the loop for sharded tensors.
 
     The other arguments are those of :class:`~avalanche_sp.SelectivePlasticityOptimizer`.
     """
@@ -62,6 +63,8 @@ def selective_plasticity(
         lr = lr.squeeze()
     adam = {"beta1": beta1, "beta2": trace_decay, "eps": eps, "maximize": maximize}
     if plasticity_k == 0:
+        if fused:
+            grads = [_as_laid_out(g, p) for g, p in zip(grads, params)]
         _adam(params, grads, exp_avgs, exp_avg_sqs, state_steps, foreach, fused, lr, weight_decay, **adam)
         return
     opening = 1 - surprise_weight * surprise
@@ -78,7 +81,7 @@ def selective_plasticity(
 
     if foreach is None:
         foreach = all(p.is_cuda for p in params) and not isinstance(lr, Tensor)
-        if fused is None and all(p.device.type == "cpu" and p.is_floating_point() for p in params):
+        if fused is None and all(is_plain(p) and p.device.type == "cpu" and p.is_floating_point() for p in params):
             _blockwise(
                 params, grads, exp_avgs, exp_avg_sqs, consolidated, state_steps, square_sums,
                 lr, weight_decay, sharpness, alignment_threshold, **adam,
@@ -104,11 +107,21 @@ def selective_plasticity(
         p.addcdiv_(displacement, resistance(e, k))
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """False for a sharded tensor (DTensor) and other subclasses, which know the usual operations only."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
 def _adam(params, grads, exp_avgs, exp_avg_sqs, state_steps, foreach, fused, lr, weight_decay, **settings) -> None:
     adamw(
         params, grads, exp_avgs, exp_avg_sqs, [], state_steps,
         foreach=foreach, fused=fused, amsgrad=False, lr=lr, weight_decay=weight_decay, **settings,
     )  # fmt: skip
+
+
+def _as_laid_out(grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient, in memory as the parameter is: torch's fused kernels run along memory and would not notice."""
+    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 
 
 def warmup(step: Tensor, warmup_steps: int) -> float:
@@ -153,8 +166,7 @@ def _blockwise(
         limit = None
         if alignment_threshold != math.inf:
             limit = _threshold(alignment_threshold, beta1, beta2, step)
-        if g.stride() != p.stride():
-            g = torch.empty_like(p).copy_(g)  # the fused kernel runs along memory, and would not notice
+        g = _as_laid_out(g, p)
         if weight_decay != 0:
             p.mul_(1 - lr * weight_decay)
         tensors = (p, g, m, v, v if c is None else c)

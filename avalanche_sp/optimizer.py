@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from avalanche_sp.functional import selective_plasticity, warmup
+from avalanche_sp.functional import is_plain, selective_plasticity, warmup
 from avalanche_sp.gates import eligibility, resistance
 
 __all__ = ["SelectivePlasticityOptimizer"]
@@ -39,14 +39,14 @@ class SelectivePlasticityOptimizer(Optimizer):
 
     .. math:: C \leftarrow \max\big(C,\; v_t / \operatorname{mean}(v_t)\big)
 
-    From then on a synapse resists as it did for the experience that it mattered to most. This is what protects: on
-    Permuted MNIST the running trace alone, which forgets the past as fast as it learns the present, is worth no more
-    than a lower learning rate (``docs/experiments.md``). Without :meth:`consolidate` the state is Adam's own: step,
-    exp_avg and exp_avg_sq.
+    From then on a synapse resists as it did for the experience that it mattered to most. This is what protects: the
+    running trace forgets the past as fast as it learns the present. Without :meth:`consolidate` the state is Adam's own:
+    step, exp_avg and exp_avg_sq.
 
-    **From Adam to SGD.** A larger ``eps`` makes the step less like Adam's and more like SGD's, whose larger steps settle
-    where forgetting is less: ``beta1=0, eps=1, lr=0.3`` is all but SGD at 0.3, gated. Only then does the loss's scale
-    matter.
+    **For continual learning** take ``beta1=0, eps=1e-3, lr=3e-3`` and :meth:`consolidate`, or lr 1e-3 and
+    ``plasticity_k=1`` beside a :class:`~avalanche_sp.SelectivePlasticityPlugin`. ``eps`` leads from Adam (1e-8) to SGD (1, with
+    SGD's learning rates): between them, without momentum, the gate holds most (``docs/experiments.md``). Where ``eps`` is
+    not small beside the gradient, the loss's scale matters as it does to SGD.
 
     Args:
         params: parameters or parameter groups; every setting below can be given per group.
@@ -274,7 +274,7 @@ class SelectivePlasticityOptimizer(Optimizer):
                     raise RuntimeError("SelectivePlasticityOptimizer does not support sparse gradients")
                 if grad.is_complex():
                     raise RuntimeError("SelectivePlasticityOptimizer does not support complex parameters")
-                if group["fused"] and not (grad.is_floating_point() and grad.device.type in ("cpu", "cuda")):
+                if group["fused"] and not (grad.is_floating_point() and is_plain(grad) and grad.device.type in ("cpu", "cuda")):
                     raise RuntimeError("`fused=True` requires all the params to be floating point Tensors on CPU or CUDA")
             sums.append(_squared_norms(grads))
         # A finite sum of squares has finite squares only. One that overflowed is looked into, element by element.
@@ -318,10 +318,12 @@ def _names(group: dict, first: int):
 
 
 def _squared_norms(grads: list[Tensor]) -> list[Tensor]:
-    if all(g.device.type == "cpu" and g.dtype in (torch.float32, torch.float64) for g in grads):
+    if all(is_plain(g) and g.device.type == "cpu" and g.dtype in (torch.float32, torch.float64) for g in grads):
         flat = [g.view(-1) if g.is_contiguous() else g.flatten() for g in grads]
         return [torch.dot(g, g) for g in flat]
-    return [norm.float().square() for norm in torch._foreach_norm(grads)]
+    norms = torch._foreach_norm(grads)
+    norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]  # of all shards: all processes agree
+    return [n.float().square() for n in norms]
 
 
 def _all_finite(values: list[Tensor]) -> bool:

@@ -5,11 +5,13 @@
 
 import sys
 
-from harness.cli import compare, parser, runs_of
+from harness.cli import check_against, compare, parser, runs_of
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser(__doc__.splitlines()[0], benchmark="split-mnist", output="split_mnist", tasks=(2, 5, 10)).parse_args(argv)
+    p = parser(__doc__.splitlines()[0], benchmark="split-mnist", output="split_mnist", tasks=(2, 5, 10))
+    args = p.parse_args(argv)
+    check_against(p, args)
     return compare(runs_of(args, "split-mnist", [args.replay_buffer]), args)
 
 

@@ -12,12 +12,16 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from harness.jobs import read_results  # noqa: E402
 from harness.report import summarize, table, title  # noqa: E402
-from readme import README, TABLE, updated  # noqa: E402
+from tables import DOCUMENTS, updated  # noqa: E402
+
+README = ROOT / "README.md"
 
 
-def test_the_readmes_table_is_the_commands():
-    text = README.read_text()
-    assert text == updated(text, TABLE.read_text())
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_in_documents_are_the_commands(document):
+    text = document.read_text()
+    assert text == updated(text)
+    assert text.count("<!-- table:") == text.count("<!-- end of table -->")
 
 
 RESULTS = sorted((ROOT / "docs" / "results").rglob("results.jsonl"))

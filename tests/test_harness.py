@@ -12,6 +12,7 @@ import pytest
 import torch
 from avalanche.training import Naive
 from avalanche.training.plugins import SynapticIntelligencePlugin
+from scipy import stats
 from torch import nn
 
 from conftest import MNIST, ROOT, mlp
@@ -21,7 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from harness import strategies as recipes  # noqa: E402
 from harness.legacy import LegacyReplay  # noqa: E402
 from harness.jobs import append_result, read_results, run_all  # noqa: E402
-from harness.report import interval, summarize, table  # noqa: E402
+from harness.report import differences, interval, summarize, table  # noqa: E402
 from harness.run import build_benchmark, execute  # noqa: E402
 from harness.settings import STRATEGIES, STUDIES, USES_REPLAY, Run, code_fingerprint  # noqa: E402
 
@@ -225,12 +226,32 @@ def test_summary_has_what_it_promises():
     assert f"{summary['acc']['mean']:.1f} ± {summary['acc']['ci95']:.1f}" in table([summary])
 
 
+def test_differences_are_paired_by_seed():
+    rng = np.random.default_rng(0)
+    luck, gains = rng.normal(0, 5, 8), {"naive-sgd": 0.0, "ewc": -0.1, "sp": 3.0}
+    noise = {name: rng.normal(0, 0.5, 8) for name in gains}
+    records = [
+        {"run": {"strategy": n, "replay_buffer": 0, "seed": s}, "acc": 80 + luck[s] + gain + noise[n][s]}
+        for n, gain in gains.items()
+        for s in range(8)
+    ]
+    ewc, sp = differences(records, "naive-sgd")
+    values = 3 + noise["sp"] - noise["naive-sgd"]
+    assert (ewc["strategy"], sp["strategy"], sp["seeds"]) == ("ewc", "sp", 8)
+    assert sp["mean"] == pytest.approx(values.mean())
+    assert sp["ci95"] == pytest.approx(stats.t.ppf(0.975, 7) * values.std(ddof=1) / math.sqrt(8))
+    assert sp["p"] == pytest.approx(2 / 2**8 * 2)  # every pair agrees; the smaller of two p's is doubled
+    assert ewc["p"] == pytest.approx(max(sp["p"], stats.wilcoxon(noise["ewc"] - 0.1 - noise["naive-sgd"]).pvalue))
+    with pytest.raises(ValueError, match="Invalid against: mas"):
+        differences(records, "mas")
+
+
 # -- Scripts ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_script_ends_with_table_results_and_figures(tmp_path):
     arguments = ["--train-per-task", 200, "--tasks", 2, "--strategies", "naive-sgd,sp-replay", "--seeds", 2]
-    arguments += ["--replay-buffer", 50, "--first-seed", 3, "--batch-size", 32, "--output", tmp_path]
+    arguments += ["--replay-buffer", 50, "--first-seed", 3, "--batch-size", 32, "--output", tmp_path, "--against", "naive-sgd"]
     done = script("permuted_mnist.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert "sp-replay" in done.stdout and "Warning" not in done.stderr
@@ -238,6 +259,7 @@ def test_a_script_ends_with_table_results_and_figures(tmp_path):
         assert str(tmp_path / name) in done.stdout
         assert (tmp_path / name).stat().st_size > 0
     assert (tmp_path / "table.md").read_text() in done.stdout
+    assert "ACC minus that of naive-sgd" in done.stdout
     records = read_results(tmp_path / "results.jsonl")
     assert sorted(r["run"]["seed"] for r in records) == [3, 3, 4, 4]
     assert all(r["versions"]["torch"] == importlib.metadata.version("torch") for r in records)
@@ -253,6 +275,7 @@ def test_a_script_ends_with_table_results_and_figures(tmp_path):
         ("split_mnist.py", ["--epochs", "0"], "argument --epochs: 0 (allowed: an integer, 1 or more)"),
         ("permuted_mnist.py", ["--train-per-task", "-1"], "argument --train-per-task: -1 (allowed"),
         ("permuted_mnist.py", ["--set", "lr"], "argument --set: lr (allowed: name=number)"),
+        ("permuted_mnist.py", ["--strategies", "sp", "--against", "ewc"], "--against ewc: needs 2 seeds or more"),
         ("compare.py", ["--dataset-root", "/nowhere"], "no MNIST in /nowhere (expected /nowhere/MNIST/raw/"),
     ],
 )

@@ -169,25 +169,50 @@ def test_consolidation_plugin_needs_our_optimizer(split2):
         strategy_of(mlp(), [ConsolidationPlugin()]).train(split2.train_stream[0])
 
 
-def one_process(rank, world, port, x, y, results):
+def sharded(model):
+    """FSDP2: every parameter and its state is a DTensor, half of it in each process."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    return model
+
+
+def one_process(rank, port, x, y, results):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    model = nn.parallel.DistributedDataParallel(mlp())
-    optimizer = SelectivePlasticityOptimizer(model.parameters(), lr=1e-3, warmup_steps=2)
-    half = len(x) // world
-    run(model, optimizer, (x[rank * half : (rank + 1) * half], y[rank * half : (rank + 1) * half]), 3)
-    results[rank] = weights(model)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    half = slice(rank * len(x) // 2, (rank + 1) * len(x) // 2)
+    for name, wrap in (("ddp", nn.parallel.DistributedDataParallel), ("fsdp", sharded)):
+        model = wrap(mlp())
+        optimizer = SelectivePlasticityOptimizer(model.parameters(), lr=1e-3, warmup_steps=2)
+        run(model, optimizer, (x[half], y[half]), 2)
+        optimizer.consolidate()
+        run(model, optimizer, (x[half], y[half]), 2)
+        whole = [p.full_tensor() if name == "fsdp" else p for p in model.parameters()]
+        results[name, rank] = torch.cat([p.detach().flatten() for p in whole])
+    for p in model.parameters():
+        if rank == 0:  # one process alone meets a NaN
+            p.grad.to_local().fill_(float("nan"))
+    try:
+        optimizer.step()
+    except FloatingPointError:
+        results["refused", rank] = True
     dist.destroy_process_group()
 
 
 def test_two_processes_equal_one_on_the_whole_batch(batch):
     model = mlp()
-    run(model, SelectivePlasticityOptimizer(model.parameters(), lr=1e-3, warmup_steps=2), batch, 3)
+    optimizer = SelectivePlasticityOptimizer(model.parameters(), lr=1e-3, warmup_steps=2)
+    run(model, optimizer, batch, 2)
+    optimizer.consolidate()
+    run(model, optimizer, batch, 2)
     port = 20000 + os.getpid() % 20000
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(one_process, (2, port, *batch, results), nprocs=2)
-        first, second = results[0], results[1]
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first, weights(model), rtol=1e-3, atol=1e-5)
+        mp.spawn(one_process, (port, *batch, results), nprocs=2)
+        results = dict(results)
+    for name in ("ddp", "fsdp"):
+        assert torch.equal(results[name, 0], results[name, 1])
+        torch.testing.assert_close(results[name, 0], weights(model), rtol=1e-3, atol=1e-5)
+    assert results["refused", 0] and results["refused", 1]

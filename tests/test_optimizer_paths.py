@@ -109,6 +109,23 @@ def test_compiled_path_equals_the_loop(dtype, kwargs, consolidate_at):
     assert_same(trained({"fused": True}, **arguments), trained(LOOP, **arguments), dtype)
 
 
+@pytest.mark.parametrize("plasticity_k", [0.0, 5.0])
+@pytest.mark.parametrize("path", [{}, {"fused": True}], ids=str)
+def test_gradients_laid_out_otherwise_than_their_parameters(path, plasticity_k):
+    """torch's fused Adam takes such a gradient's elements in the wrong order, and says nothing."""
+    arguments = {
+        "shapes": [(4, 6)],
+        "layouts": [("usual", "transposed")],
+        "gradients": [("usual",)] * 3,
+        "seed": 0,
+        "consolidate_at": None,
+        "dtype": torch.float32,
+        "plasticity_k": plasticity_k,
+        "lr": 0.1,
+    }
+    assert_same(trained(path, **arguments), trained(LOOP, **arguments), torch.float32)
+
+
 @pytest.mark.parametrize("numel", [functional._BLOCK - 1, functional._BLOCK, 2 * functional._BLOCK + 1])
 def test_blocks_cover_a_large_tensor(numel):
     arguments = {

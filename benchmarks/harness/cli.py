@@ -65,6 +65,7 @@ def parser(
         "--strategies", type=strategies(names), default=list(STRATEGIES), metavar="A,B", help=", ".join(names)
     )
     add_common(p, seeds=3, output=output)
+    p.add_argument("--against", metavar="A", help="also report each strategy's ACC minus this one's, paired by seed")
     p.add_argument("--validation", action="store_true", help="score on held-out training images, for tuning")
     p.add_argument("--set", type=override, action="append", default=[], metavar="NAME=VALUE", help="override a setting")
     return p
@@ -99,6 +100,11 @@ def runs_of(args: argparse.Namespace, benchmark: str, replay_buffers: Iterable[i
     ]
 
 
+def check_against(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.against is not None and (args.against not in args.strategies or args.seeds < 2):
+        p.error(f"--against {args.against}: needs 2 seeds or more, and one of --strategies {','.join(args.strategies)}")
+
+
 def compare(runs: list[Run], args: argparse.Namespace) -> int:
     """Runs what is missing, writes and prints the report; the script's exit status."""
     args.output.mkdir(parents=True, exist_ok=True)
@@ -112,7 +118,7 @@ def compare(runs: list[Run], args: argparse.Namespace) -> int:
     if records:
         from harness.report import write_report  # here, as scipy is slow to load
 
-        for path in write_report(records, args.output):
+        for path in write_report(records, args.output, args.against):
             print(path)
     if failed:
         print(f"{failed} of {len(runs)} runs failed: their errors are in {results}", file=sys.stderr)

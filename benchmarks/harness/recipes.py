@@ -14,8 +14,8 @@ class Recipe:
         optimizer, loss: names from the strategies module's OPTIMIZERS and LOSSES.
         lr: learning rate, or learning rates by what they were tuned for: the buffer, of strategies with replay; else the
             training images a task.
-        plugin: name from its PLUGINS, or None.
-        settings: the plugin's settings.
+        plugins: names from its PLUGINS.
+        settings: the plugins' settings.
         optimizer_settings: the optimizer's, besides its learning rate.
         joint_weight: weigh replayed samples as joint training would.
     """
@@ -23,7 +23,7 @@ class Recipe:
     optimizer: str
     lr: float | dict[int, float]
     loss: str = "cross-entropy"
-    plugin: str | None = None
+    plugins: tuple[str, ...] = ()
     settings: dict[str, float] = field(default_factory=dict)
     joint_weight: bool = False
     optimizer_settings: dict[str, float] = field(default_factory=dict)
@@ -51,31 +51,31 @@ RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {
         2: {
             "naive-sgd": Recipe("SGD", 0.1, "squared error"),
             "naive-adam": Recipe("Adam", 1e-3),
-            "ewc": Recipe("SGD", 0.01, "squared error", plugin="ewc", settings={"strength": 5000.0}),
-            "si": Recipe("SGD", 0.02, "squared error", plugin="si", settings={"strength": 3000.0}),
-            "mas": Recipe("SGD", 0.005, "squared error", plugin="mas", settings={"strength": 400.0}),
+            "ewc": Recipe("SGD", 0.01, "squared error", plugins=("ewc",), settings={"strength": 5000.0}),
+            "si": Recipe("SGD", 0.02, "squared error", plugins=("si",), settings={"strength": 3000.0}),
+            "mas": Recipe("SGD", 0.005, "squared error", plugins=("mas",), settings={"strength": 400.0}),
             "sp-optimizer": Recipe("SelectivePlasticity", 3e-3),
-            "sp": Recipe("SGD", 0.1, "squared error", plugin="sp", settings=_SP),
+            "sp": Recipe("SGD", 0.1, "squared error", plugins=("sp",), settings=_SP),
             "replay-sgd": Recipe("SGD", {200: 0.1, 2000: 0.3}),
             "replay-adam": Recipe("Adam", {200: 5e-4, 2000: 1e-3}),
             "replay-joint": Recipe("SGD", {200: 0.05, 2000: 0.15}, "squared error", joint_weight=True),
             "sp-replay": Recipe(
-                "SGD", {200: 0.1, 2000: 0.15}, "squared error", plugin="sp", settings=_SP, joint_weight=True
+                "SGD", {200: 0.1, 2000: 0.15}, "squared error", plugins=("sp",), settings=_SP, joint_weight=True
             ),
             "joint": Recipe("Adam", 1e-3),
         },
         5: {
             "naive-sgd": Recipe("SGD", 0.07, "squared error"),
             "naive-adam": Recipe("Adam", 1e-3),
-            "ewc": Recipe("SGD", 0.02, "squared error", plugin="ewc", settings={"strength": 1000.0}),
-            "si": Recipe("SGD", 0.1, "squared error", plugin="si", settings={"strength": 5000.0}),
-            "mas": Recipe("SGD", 0.005, plugin="mas", settings={"strength": 5.0}),
+            "ewc": Recipe("SGD", 0.02, "squared error", plugins=("ewc",), settings={"strength": 1000.0}),
+            "si": Recipe("SGD", 0.1, "squared error", plugins=("si",), settings={"strength": 5000.0}),
+            "mas": Recipe("SGD", 0.005, plugins=("mas",), settings={"strength": 5.0}),
             "sp-optimizer": Recipe("SelectivePlasticity", 3e-3),
-            "sp": Recipe("SGD", 0.07, "squared error", plugin="sp", settings=_SP),
+            "sp": Recipe("SGD", 0.07, "squared error", plugins=("sp",), settings=_SP),
             "replay-sgd": Recipe("SGD", 0.2),
             "replay-adam": Recipe("Adam", {200: 2e-4, 2000: 1e-3}),
             "replay-joint": Recipe("SGD", {200: 0.03, 2000: 0.1}, "squared error", joint_weight=True),
-            "sp-replay": Recipe("SGD", 0.1, "squared error", plugin="sp", settings=_SP, joint_weight=True),
+            "sp-replay": Recipe("SGD", 0.1, "squared error", plugins=("sp",), settings=_SP, joint_weight=True),
             "joint": Recipe("Adam", 1e-3),
         },
     },
@@ -84,15 +84,15 @@ RECIPES["permuted-mnist"] = {
     10: {
         "naive-sgd": Recipe("SGD", {10000: 0.05, 60000: 0.01}, "squared error"),
         "naive-adam": Recipe("Adam", {10000: 1e-4, 60000: 5e-5}, "squared error"),
-        "ewc": Recipe("SGD", {10000: 0.05, 60000: 0.02}, "squared error", plugin="ewc", settings={"strength": 100.0}),
-        "si": Recipe("SGD", {10000: 0.05, 60000: 0.02}, "squared error", plugin="si", settings={"strength": 100.0}),
-        "mas": Recipe("SGD", {10000: 0.05, 60000: 0.02}, "squared error", plugin="mas", settings={"strength": 10.0}),
+        "ewc": Recipe("SGD", {10000: 0.05, 60000: 0.02}, "squared error", plugins=("ewc",), settings={"strength": 100.0}),
+        "si": Recipe("SGD", {10000: 0.05, 60000: 0.02}, "squared error", plugins=("si",), settings={"strength": 100.0}),
+        "mas": Recipe("SGD", {10000: 0.05, 60000: 0.02}, "squared error", plugins=("mas",), settings={"strength": 10.0}),
         "sp-optimizer": Recipe("SelectivePlasticity", 3e-4, "squared error"),
-        "sp": Recipe("SGD", 0.1, "squared error", plugin="sp", settings=_SP),
+        "sp": Recipe("SGD", 0.1, "squared error", plugins=("sp",), settings=_SP),
         "replay-sgd": Recipe("SGD", 0.2),
         "replay-adam": Recipe("Adam", {200: 3e-4, 2000: 1e-3}),
         "replay-joint": Recipe("SGD", 0.1, "squared error", joint_weight=True),
-        "sp-replay": Recipe("SGD", 0.1, "squared error", plugin="sp", settings=_SP, joint_weight=True),
+        "sp-replay": Recipe("SGD", 0.1, "squared error", plugins=("sp",), settings=_SP, joint_weight=True),
         "joint": Recipe("Adam", 1e-3),
     },
 }
@@ -100,7 +100,14 @@ RECIPES["permuted-mnist"] = {
 # The elementwise gate and its controls: between Adam (eps 1e-8) and SGD (eps 1), without momentum.
 _GATED = {"plasticity_k": 5.0, "beta1": 0.0, "eps": 1e-3}
 _RATES = {10000: 3e-3, 60000: 2e-3}
-_CONSOLIDATED = {"loss": "squared error", "plugin": "consolidation", "optimizer_settings": _GATED}
+_CONSOLIDATED = {"loss": "squared error", "plugins": ("consolidation",), "optimizer_settings": _GATED}
+# The plugin's gate on the gradient and the optimizer's on the update.
+_BOTH = {
+    "loss": "squared error",
+    "plugins": ("sp", "consolidation"),
+    "settings": _SP,
+    "optimizer_settings": _GATED | {"plasticity_k": 1.0},
+}
 RECIPES["permuted-mnist"][10] |= {
     "upgd": Recipe("UPGD", {10000: 0.02, 60000: 0.01}, "squared error", optimizer_settings={"sigma": 1e-3}),
     "gate-off": Recipe(
@@ -113,12 +120,15 @@ RECIPES["permuted-mnist"][10] |= {
     "gate-random": Recipe("random gate", _RATES, **_CONSOLIDATED),
     "sp-running": Recipe("SelectivePlasticity", {10000: 2e-3, 60000: 1e-3}, "squared error", optimizer_settings=_GATED),
     "sp-consolidated-adam": Recipe(
-        "SelectivePlasticity", 1e-3, "squared error", plugin="consolidation", optimizer_settings={"plasticity_k": 5.0}
+        "SelectivePlasticity", 1e-3, "squared error", plugins=("consolidation",), optimizer_settings={"plasticity_k": 5.0}
     ),
     "sp-consolidated": Recipe("SelectivePlasticity", _RATES, **_CONSOLIDATED),
+    "sp-both": Recipe("SelectivePlasticity", _RATES, **_BOTH),
 }
+RECIPES["split-mnist"][2]["sp-both"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH)
+RECIPES["split-mnist"][5]["sp-both"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH)
 # As published, plain SGD or Adam with cross-entropy: docs/original.md.
-_BUFFER = {"plugin": "legacy", "settings": {"fifo": 1.0}}
+_BUFFER = {"plugins": ("legacy",), "settings": {"fifo": 1.0}}
 RECIPES["split-mnist"][2] |= {
     "legacy-adam": Recipe("Adam", 1e-3),
     "legacy-sp": Recipe("legacy", 3e-3, optimizer_settings={"plasticity_k": 5.0}),

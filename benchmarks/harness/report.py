@@ -48,6 +48,43 @@ def summarize(records: list[dict]) -> list[dict]:
     return sorted(summary, key=lambda s: position(s["strategy"], s["replay_buffer"]))
 
 
+def differences(records: list[dict], against: str) -> list[dict]:
+    """ACC of each strategy minus that of ``against``, paired by seed.
+
+    With Student's 95% interval and the p of Wilcoxon's signed-rank test, Holm-corrected over the rows (S. Holm, 1979).
+    """
+    by_strategy: dict[tuple, dict[int, float]] = {}
+    for r in records:
+        by_strategy.setdefault((r["run"]["strategy"], r["run"]["replay_buffer"]), {})[r["run"]["seed"]] = r["acc"]
+    references = [accs for (strategy, _), accs in by_strategy.items() if strategy == against]
+    if len(references) != 1:
+        raise ValueError(f"Invalid against: {against} (allowed: a strategy with one row in this comparison)")
+    rows = []
+    for (strategy, buffer), accs in sorted(by_strategy.items(), key=lambda item: position(*item[0])):
+        seeds = sorted(accs.keys() & references[0].keys())
+        if strategy != against and len(seeds) > 1:
+            values = [accs[s] - references[0][s] for s in seeds]
+            p = float(stats.wilcoxon(values).pvalue) if any(values) else 1.0
+            rows.append({"strategy": strategy, "replay_buffer": buffer, "seeds": len(seeds), **interval(values), "p": p})
+    largest = 0.0
+    for rank, row in enumerate(sorted(rows, key=lambda row: row["p"])):
+        row["p"] = largest = max(largest, min(1.0, row["p"] * (len(rows) - rank)))
+    return rows
+
+
+def difference_table(rows: list[dict], against: str) -> str:
+    shown = [
+        {
+            "strategy": r["strategy"],
+            "buffer": r["replay_buffer"] or "-",
+            f"ACC minus that of {against}": f"{r['mean']:+.1f} ± {r['ci95']:.1f}",
+            "p": f"{r['p']:.3f}",
+        }
+        for r in rows
+    ]
+    return tabulate(shown, headers="keys", tablefmt="github", disable_numparse=True)
+
+
 def table(summary: list[dict]) -> str:
     """The summary as a Markdown table."""
     rows = []
@@ -93,11 +130,16 @@ def title(records: list[dict]) -> str:
     )
 
 
-def write_report(records: list[dict], output: Path) -> list[Path]:
-    """Writes summary.json, table.md and the figures, prints the table; returns the paths of what it wrote."""
+def write_report(records: list[dict], output: Path, against: str | None = None) -> list[Path]:
+    """Writes summary.json, table.md and the figures, prints the tables; returns the paths of what it wrote."""
     summary = summarize(records)
     heading = title(records)
     text = f"{heading}; mean ± 95% interval (Student's t)\n\n{table(summary)}\n"
+    if against is not None:
+        rows = differences(records, against)
+        text += "\nPaired by seed; ± 95% interval, p of Wilcoxon's signed-rank test with Holm's correction\n\n"
+        text += difference_table(rows, against) + "\n"
+        (output / "differences.json").write_text(json.dumps({"against": against, "rows": rows}, indent=1) + "\n")
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (output / "table.md").write_text(text)
     print("\n" + text)

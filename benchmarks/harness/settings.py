@@ -27,7 +27,7 @@ STRATEGIES = (
 )
 # What else can be asked for by name: studies of a part, each on its benchmark.
 STUDIES = {
-    "split-mnist": ("legacy-adam", "legacy-sp", "legacy-adam-replay", "legacy-control", "legacy-sp-replay"),
+    "split-mnist": ("sp-both", "legacy-adam", "legacy-sp", "legacy-adam-replay", "legacy-control", "legacy-sp-replay"),
     "permuted-mnist": (
         "upgd",
         "gate-off",
@@ -36,6 +36,7 @@ STUDIES = {
         "sp-running",
         "sp-consolidated-adam",
         "sp-consolidated",
+        "sp-both",
     ),
 }
 USES_REPLAY = (
@@ -46,7 +47,7 @@ USES_REPLAY = (
 
 def position(strategy: str, replay_buffer: int) -> tuple:
     """Sort key of tables and figures: by buffer, then as listed; the upper bound last."""
-    names = STRATEGIES + tuple(name for study in STUDIES.values() for name in study)
+    names = STRATEGIES + tuple(dict.fromkeys(name for study in STUDIES.values() for name in study))
     return strategy == "joint", replay_buffer, names.index(strategy)
 
 

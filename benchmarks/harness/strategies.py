@@ -102,12 +102,11 @@ def build_strategy(run: Run, model: nn.Module, extra_plugins: list, evaluator):
     if recipe.joint_weight:
         criterion = JointReplayLoss(criterion)
     plugins = []
-    if run.strategy in USES_REPLAY and recipe.plugin != "legacy":
+    if run.strategy in USES_REPLAY and "legacy" not in recipe.plugins:
         # Runs drop incomplete batches: a memory smaller than its batch would never be seen.
         memory_batch = min(run.batch_size, run.replay_buffer)
         plugins.append(ReplayPlugin(mem_size=run.replay_buffer, batch_size_mem=memory_batch))
-    if recipe.plugin is not None:
-        plugins.append(PLUGINS[recipe.plugin](recipe.settings, run))
+    plugins += [PLUGINS[name](recipe.settings, run) for name in recipe.plugins]
     template = JointTraining if run.strategy == "joint" else Naive
     strategy = template(
         model=model,
