@@ -48,6 +48,13 @@ def test_the_readmes_prose_quotes_the_results():
         assert acc("compare", strategy) in opening
     for strategy in ("sp", "si", "mas", "replay-adam", "replay-joint", "sp-replay", "joint"):
         assert re.search(rf"`{strategy}`( has)?\s+{acc('split5', strategy)}", after), strategy
+    assert acc("both_permuted10k", "sp-both") in opening and acc("both_permuted10k", "joint") in opening
+    section = text.split("## The optimizer")[1].split("\n## ")[0]
+    study = json.loads((ROOT / "docs" / "results" / "permuted10k" / "summary.json").read_text())
+    for strategy in {s["strategy"] for s in study} - {"sp", "sp-optimizer", "sp-consolidated-adam"}:
+        assert re.search(rf"`{strategy}`\s+{acc('permuted10k', strategy)}", section), strategy
+    for folder in ("both_permuted10k", "both_split2", "both_split5"):
+        assert acc(folder, "sp") in section and acc(folder, "sp-both") in section
 
 
 def test_the_readmes_lines_of_use_run(split2):
@@ -55,13 +62,17 @@ def test_the_readmes_lines_of_use_run(split2):
     import torch
     from torch import nn
 
+    from avalanche_sp import SelectivePlasticityPlugin
+
     (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), nn.Linear(16, 10))
     names = {"model": model, "torch": torch}
     exec(block, names)
     for experience in split2.train_stream:
         names["strategy"].train(experience)
-    assert names["strategy"].plugins[1].layers
+    (plugin,) = [p for p in names["strategy"].plugins if isinstance(p, SelectivePlasticityPlugin)]
+    assert plugin.layers
+    assert all("consolidated" in state for state in names["strategy"].optimizer.state.values())
 
 
 def test_no_file_is_longer_than_it_should_be():
