@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor
 
 from avalanche_sp.optimizer import SelectivePlasticityOptimizer
 
@@ -13,7 +15,8 @@ class ConsolidationPlugin(SupervisedPlugin):
     """Calls :meth:`~avalanche_sp.SelectivePlasticityOptimizer.consolidate` at the end of every experience.
 
     With it the optimizer's elementwise gate protects what earlier experiences learned, without stored data and with one
-    buffer of the network's size, in any Avalanche strategy.
+    buffer of the network's size, in any Avalanche strategy. A head that grows keeps what its old units hold, and its new
+    ones are plastic. (Avalanche replaces the parameter, and with it the optimizer's state.)
 
     Raises:
         TypeError: at ``train``, when the strategy's optimizer is not a
@@ -26,6 +29,10 @@ class ConsolidationPlugin(SupervisedPlugin):
                          plugins=[ConsolidationPlugin()])
     """
 
+    def __init__(self):
+        super().__init__()
+        self._kept: dict[str, Tensor] = {}  # consolidated eligibility by parameter name: what the optimizer holds
+
     def before_training(self, strategy, **kwargs):
         if not isinstance(strategy.optimizer, SelectivePlasticityOptimizer):
             raise TypeError(
@@ -33,5 +40,13 @@ class ConsolidationPlugin(SupervisedPlugin):
                 "SelectivePlasticityOptimizer)"
             )
 
+    def before_training_exp(self, strategy, **kwargs):
+        for name, p in strategy.model.named_parameters():
+            kept, state = self._kept.get(name), strategy.optimizer.state[p]
+            if kept is not None and "consolidated" not in state and kept.shape[1:] == p.shape[1:] and len(kept) < len(p):
+                state["consolidated"] = torch.cat([kept, kept.new_zeros(len(p) - len(kept), *p.shape[1:])])
+
     def after_training_exp(self, strategy, **kwargs):
         strategy.optimizer.consolidate()
+        states = {name: strategy.optimizer.state.get(p, {}) for name, p in strategy.model.named_parameters()}
+        self._kept = {name: state["consolidated"] for name, state in states.items() if "consolidated" in state}

@@ -70,6 +70,8 @@ class SelectivePlasticityOptimizer(Optimizer):
         nonfinite: what a gradient that is not finite, or whose square is not, does: "raise" (default), or "skip" the
             step with a warning. Either way parameters and state are untouched. Looking costs one device sync a step.
 
+    ``capturable`` and ``differentiable`` are not supported.
+
     Raises:
         ValueError: at construction, for an argument out of range.
         RuntimeError: in :meth:`step`, for sparse gradients or complex parameters.
@@ -136,7 +138,7 @@ class SelectivePlasticityOptimizer(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             for p in group["params"]:
-                if self.state.get(p):
+                if "step" in self.state.get(p, {}):
                     self.state[p].pop("max_exp_avg_sq", None)
                     self.state[p]["step"] = torch.as_tensor(self.state[p]["step"], dtype=torch.float32, device="cpu")
 
@@ -209,10 +211,10 @@ class SelectivePlasticityOptimizer(Optimizer):
         """
         if not any(param is p for group in self.param_groups for p in group["params"]):
             raise ValueError(f"Invalid param: a tensor of shape {tuple(param.shape)} that this optimizer doesn't train")
-        state = self.state.get(param)
-        if not state:
-            return torch.zeros_like(param)
-        return state["consolidated"].clone() if "consolidated" in state else eligibility(state["exp_avg_sq"])
+        state = self.state.get(param, {})
+        if "consolidated" in state:
+            return state["consolidated"].clone()
+        return eligibility(state["exp_avg_sq"]) if "step" in state else torch.zeros_like(param)
 
     @torch.no_grad()
     def get_diagnostics(self) -> dict[str, dict[str, float]]:
@@ -226,14 +228,14 @@ class SelectivePlasticityOptimizer(Optimizer):
         diagnostics = {}
         for group in self.param_groups:
             for name, p in zip(_names(group, len(diagnostics)), group["params"]):
-                state = self.state.get(p) or {}
+                state = self.state.get(p, {})
                 e = self.get_param_eligibility(p)
                 k = group["plasticity_k"] * (1 - group["surprise_weight"] * float(group["surprise"]))
                 if "consolidated" not in state:
-                    k *= warmup(state["step"] - 1, group["warmup_steps"]) if state else 0.0
+                    k *= warmup(state["step"] - 1, group["warmup_steps"]) if "step" in state else 0.0
                 gate = 1 / resistance(e, k)
                 diagnostics[str(name)] = {
-                    "step": float(state["step"]) if state else 0.0,
+                    "step": float(state.get("step", 0.0)),
                     "openness": gate.mean().item(),
                     "protected": (gate < 0.5).float().mean().item(),
                     "max_eligibility": e.max().item(),
@@ -248,7 +250,7 @@ class SelectivePlasticityOptimizer(Optimizer):
             if p.grad is None:
                 continue
             state = self.state[p]
-            if len(state) == 0:  # also the case for a head that has grown: Avalanche leaves it an empty state
+            if "step" not in state:  # also the case for a head that has grown: Avalanche leaves it an empty state
                 state["step"] = torch.tensor(0.0)
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -294,7 +296,7 @@ class SelectivePlasticityOptimizer(Optimizer):
                     cause = "NaN"
                 else:
                     cause = "infinity" if p.grad.isinf().any() else f"a value whose square overflows {p.grad.dtype}"
-                step = int(self.state[p]["step"]) + 1 if self.state.get(p) else 1
+                step = int(self.state.get(p, {}).get("step", 0)) + 1
                 message = (
                     f"{cause} in the gradient of parameter {name} (group {g}, shape {tuple(p.shape)}) at its step "
                     f"{step}: nothing was updated. The usual causes are too high a learning rate or a loss that "

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
+from avalanche.models import IncrementalClassifier
 from torch import nn
 
 from avalanche_sp import ConsolidationPlugin, SelectivePlasticityOptimizer
@@ -162,6 +163,21 @@ def test_avalanche_checkpoint_resumes_bit_for_bit(split5, tmp_path):
         resumed.train(experience)
     assert torch.equal(weights(resumed.model), weights(whole.model))
     assert "consolidated" in next(iter(resumed.optimizer.state.values()))
+
+
+def test_a_growing_head_keeps_what_its_old_units_hold(split5):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), IncrementalClassifier(16, 1))
+    optimizer = SelectivePlasticityOptimizer(model.parameters(), lr=1e-3, beta1=0.0, eps=1e-3)
+    strategy = strategy_of(model, [ConsolidationPlugin()], optimizer=optimizer, criterion=nn.CrossEntropyLoss())
+    for experience in split5.train_stream[:3]:
+        before = optimizer.get_param_eligibility(model[3].classifier.weight) if strategy.clock.train_exp_counter else None
+        strategy.train(experience)
+        strategy.eval(split5.test_stream[: experience.current_experience + 1])
+        if before is not None:
+            after = optimizer.get_param_eligibility(model[3].classifier.weight)
+            assert len(after) > len(before) and (after[: len(before)] >= before).all() and before.any()
+    optimizer.get_diagnostics()
 
 
 def test_consolidation_plugin_needs_our_optimizer(split2):

@@ -1,5 +1,6 @@
 """Every fast path of the optimizer against the plain loop, over shapes, dtypes, strides and odd gradients."""
 
+import copy
 import math
 
 import pytest
@@ -8,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from avalanche_sp import SelectivePlasticityOptimizer
-from avalanche_sp import functional
+from avalanche_sp import SelectivePlasticityOptimizer, functional
 
 LOOP = {"foreach": False}
 FAST = [{}, {"foreach": True}, {"fused": True}]
@@ -87,6 +87,28 @@ def test_fast_paths_equal_the_loop(path, data):
         **data.draw(SETTINGS),
     }
     assert_same(trained(path, **arguments), trained(LOOP, **arguments), arguments["dtype"])
+
+
+@pytest.mark.parametrize("path", FAST[:2] + [LOOP], ids=str)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_bad_gradient_anywhere_raises_and_leaves_everything_untouched(path, data):
+    dtype = data.draw(st.sampled_from(list(TOLERANCE)))
+    params = [nn.Parameter(torch.randn(data.draw(shape)).to(dtype)) for _ in range(3)]
+    optimizer = SelectivePlasticityOptimizer(params, **path)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    before = copy.deepcopy([params, optimizer.state_dict()["state"]])
+    which = data.draw(st.integers(0, 2))
+    bad = params[which].grad.view(-1)
+    bad[data.draw(st.integers(0, len(bad) - 1))] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
+    with pytest.raises(FloatingPointError, match=f"in the gradient of parameter {which} .* at its step 2"):
+        optimizer.step()
+    for p, q in zip(params, before[0]):
+        assert torch.equal(p, q)
+    for i, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, before[1][i][name]) for name, value in state.items())
 
 
 @pytest.mark.parametrize("consolidate_at", [None, 2])
