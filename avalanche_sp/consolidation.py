@@ -14,9 +14,9 @@ __all__ = ["ConsolidationPlugin"]
 class ConsolidationPlugin(SupervisedPlugin):
     """Calls :meth:`~avalanche_sp.SelectivePlasticityOptimizer.consolidate` at the end of every experience.
 
-    With it the optimizer's elementwise gate protects what earlier experiences learned, without stored data and with one
-    buffer of the network's size, in any Avalanche strategy. A head that grows keeps what its old units hold, and its new
-    ones are plastic. (Avalanche replaces the parameter, and with it the optimizer's state.)
+    With it the optimizer's elementwise gate protects what earlier experiences learned, without stored data and with
+    one buffer of the network's size, in any Avalanche strategy. A head that grows keeps what its old units hold, and
+    its new ones are plastic. (Avalanche replaces the parameter, and with it the optimizer's state.)
 
     Raises:
         TypeError: at ``train``, when the strategy's optimizer is not a
@@ -43,7 +43,12 @@ class ConsolidationPlugin(SupervisedPlugin):
     def before_training_exp(self, strategy, **kwargs):
         for name, p in strategy.model.named_parameters():
             kept, state = self._kept.get(name), strategy.optimizer.state[p]
-            if kept is not None and "consolidated" not in state and kept.shape[1:] == p.shape[1:] and len(kept) < len(p):
+            if (
+                kept is not None
+                and "consolidated" not in state
+                and kept.shape[1:] == p.shape[1:]
+                and len(kept) < len(p)
+            ):
                 state["consolidated"] = torch.cat([kept, kept.new_zeros(len(p) - len(kept), *p.shape[1:])])
 
     def after_training_exp(self, strategy, **kwargs):

@@ -40,13 +40,13 @@ class SelectivePlasticityOptimizer(Optimizer):
     .. math:: C \leftarrow \max\big(C,\; v_t / \operatorname{mean}(v_t)\big)
 
     From then on a synapse resists as it did for the experience that it mattered to most. This is what protects: the
-    running trace forgets the past as fast as it learns the present. Without :meth:`consolidate` the state is Adam's own:
-    step, exp_avg and exp_avg_sq.
+    running trace forgets the past as fast as it learns the present. Without :meth:`consolidate` the state is Adam's
+    own: step, exp_avg and exp_avg_sq.
 
     **For continual learning** take ``beta1=0, eps=1e-3, lr=3e-3`` and :meth:`consolidate`, or lr 1e-3 and
-    ``plasticity_k=1`` beside a :class:`~avalanche_sp.SelectivePlasticityPlugin`. ``eps`` leads from Adam (1e-8) to SGD (1, with
-    SGD's learning rates): between them, without momentum, the gate holds most (``docs/experiments.md``). Where ``eps`` is
-    not small beside the gradient, the loss's scale matters as it does to SGD.
+    ``plasticity_k=1`` beside a :class:`~avalanche_sp.SelectivePlasticityPlugin`. ``eps`` leads from Adam (1e-8) to SGD
+    (1, with SGD's learning rates): between them, without momentum, the gate holds most (``docs/experiments.md``). Where
+    ``eps`` is not small beside the gradient, the loss's scale matters as it does to SGD.
 
     Args:
         params: parameters or parameter groups; every setting below can be given per group.
@@ -54,8 +54,8 @@ class SelectivePlasticityOptimizer(Optimizer):
         trace_decay: decay :math:`\tau` of the eligibility trace, which is Adam's second moment (``betas[1]``);
             in [0, 1) (default 0.99, useful .95 to .999).
         plasticity_k: sharpness :math:`k` of the gate, 0 or more (default 5, useful 1 to 10).
-        warmup_steps: steps :math:`T` over which an unconsolidated gate comes into force, as the trace settles; 0 or more
-            (default 1000).
+        warmup_steps: steps :math:`T` over which an unconsolidated gate comes into force, as the trace settles; 0 or
+            more (default 1000).
         surprise_weight: how far full surprise opens the gate again, :math:`\omega` in [0, 1] (default 0.3). Surprise
             :math:`s_t` is what :meth:`observe_surprise` was last told; 0 until then.
         alignment_threshold: coincidence :math:`\theta` above which a synapse is fully plastic (default ``math.inf``:
@@ -276,8 +276,12 @@ class SelectivePlasticityOptimizer(Optimizer):
                     raise RuntimeError("SelectivePlasticityOptimizer does not support sparse gradients")
                 if grad.is_complex():
                     raise RuntimeError("SelectivePlasticityOptimizer does not support complex parameters")
-                if group["fused"] and not (grad.is_floating_point() and is_plain(grad) and grad.device.type in ("cpu", "cuda")):
-                    raise RuntimeError("`fused=True` requires all the params to be floating point Tensors on CPU or CUDA")
+                if group["fused"] and not (
+                    grad.is_floating_point() and is_plain(grad) and grad.device.type in ("cpu", "cuda")
+                ):
+                    raise RuntimeError(
+                        "`fused=True` requires all the params to be floating point Tensors on CPU or CUDA"
+                    )
             sums.append(_squared_norms(grads))
         # A finite sum of squares has finite squares only. One that overflowed is looked into, element by element.
         if _all_finite([s for group in sums for s in group]) or self._look_for_non_finite():

@@ -1,6 +1,6 @@
 """Permuted MNIST, domain-incremental: compares strategies on any number of tasks.
 
-    python benchmarks/permuted_mnist.py --tasks 10 --train-per-task 10000 --strategies naive-sgd,ewc,sp --seeds 10
+python benchmarks/permuted_mnist.py --tasks 10 --train-per-task 10000 --strategies naive-sgd,ewc,sp --seeds 10
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Split MNIST, class-incremental: compares strategies on 2, 5 or 10 tasks.
 
-    python benchmarks/split_mnist.py --tasks 5 --strategies naive-sgd,sp,replay-joint,sp-replay --seeds 10
+python benchmarks/split_mnist.py --tasks 5 --strategies naive-sgd,sp,replay-joint,sp-replay --seeds 10
 """
 
 import sys

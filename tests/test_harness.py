@@ -133,9 +133,7 @@ def test_equal_seeds_are_paired_and_repeat_bit_for_bit():
 def test_validation_images_are_taken_out_of_training(benchmark, n):
     built = build_benchmark(make_run(benchmark=benchmark, n_tasks=n, validation=True), str(MNIST))
     for train, valid in zip(built.train_stream, built.test_stream):
-        (rows,), (held_out,) = (
-            {tuple(d.row.tolist()) for d in (layout_of(e.dataset),)} for e in (train, valid)
-        )
+        (rows,), (held_out,) = ({tuple(d.row.tolist()) for d in (layout_of(e.dataset),)} for e in (train, valid))
         assert not set(rows) & set(held_out)
         assert len(rows) == pytest.approx(5 * len(held_out), rel=0.01)
     if benchmark == "permuted-mnist":
@@ -251,7 +249,18 @@ def test_differences_are_paired_by_seed():
 
 def test_a_script_ends_with_table_results_and_figures(tmp_path):
     arguments = ["--train-per-task", 200, "--tasks", 2, "--strategies", "naive-sgd,sp-replay", "--seeds", 2]
-    arguments += ["--replay-buffer", 50, "--first-seed", 3, "--batch-size", 32, "--output", tmp_path, "--against", "naive-sgd"]
+    arguments += [
+        "--replay-buffer",
+        50,
+        "--first-seed",
+        3,
+        "--batch-size",
+        32,
+        "--output",
+        tmp_path,
+        "--against",
+        "naive-sgd",
+    ]
     done = script("permuted_mnist.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert "sp-replay" in done.stdout and "Warning" not in done.stderr

@@ -171,7 +171,9 @@ def test_a_growing_head_keeps_what_its_old_units_hold(split5):
     optimizer = SelectivePlasticityOptimizer(model.parameters(), lr=1e-3, beta1=0.0, eps=1e-3)
     strategy = strategy_of(model, [ConsolidationPlugin()], optimizer=optimizer, criterion=nn.CrossEntropyLoss())
     for experience in split5.train_stream[:3]:
-        before = optimizer.get_param_eligibility(model[3].classifier.weight) if strategy.clock.train_exp_counter else None
+        before = (
+            optimizer.get_param_eligibility(model[3].classifier.weight) if strategy.clock.train_exp_counter else None
+        )
         strategy.train(experience)
         strategy.eval(split5.test_stream[: experience.current_experience + 1])
         if before is not None:

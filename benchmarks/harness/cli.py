@@ -51,9 +51,7 @@ def override(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{text} (allowed: name=number)") from None
 
 
-def parser(
-    description: str, *, benchmark: str, output: str, tasks: tuple[int, ...] | None
-) -> argparse.ArgumentParser:
+def parser(description: str, *, benchmark: str, output: str, tasks: tuple[int, ...] | None) -> argparse.ArgumentParser:
     """Arguments that every script takes; ``tasks`` lists the numbers of tasks allowed (None: any)."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--tasks", type=positive, choices=tasks, default=tasks[0] if tasks else 10, help="experiences")

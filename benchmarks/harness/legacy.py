@@ -17,7 +17,9 @@ class LegacySelectivePlasticity(Optimizer):
     ``plasticity_k=0`` fixes the gate at 1: the same SGD without it.
     """
 
-    def __init__(self, params, lr: float, trace_decay: float = 0.99, plasticity_k: float = 5.0, warmup_steps: int = 1000):
+    def __init__(
+        self, params, lr: float, trace_decay: float = 0.99, plasticity_k: float = 5.0, warmup_steps: int = 1000
+    ):
         defaults = {"lr": lr, "trace_decay": trace_decay, "plasticity_k": plasticity_k, "warmup_steps": warmup_steps}
         super().__init__(params, defaults)
 

@@ -84,9 +84,13 @@ RECIPES["permuted-mnist"] = {
     10: {
         "naive-sgd": Recipe("SGD", {10000: 0.05, 60000: 0.01}, "squared error"),
         "naive-adam": Recipe("Adam", {10000: 1e-4, 60000: 5e-5}, "squared error"),
-        "ewc": Recipe("SGD", {10000: 0.05, 60000: 0.02}, "squared error", plugins=("ewc",), settings={"strength": 100.0}),
+        "ewc": Recipe(
+            "SGD", {10000: 0.05, 60000: 0.02}, "squared error", plugins=("ewc",), settings={"strength": 100.0}
+        ),
         "si": Recipe("SGD", {10000: 0.05, 60000: 0.02}, "squared error", plugins=("si",), settings={"strength": 100.0}),
-        "mas": Recipe("SGD", {10000: 0.05, 60000: 0.02}, "squared error", plugins=("mas",), settings={"strength": 10.0}),
+        "mas": Recipe(
+            "SGD", {10000: 0.05, 60000: 0.02}, "squared error", plugins=("mas",), settings={"strength": 10.0}
+        ),
         "sp-optimizer": Recipe("SelectivePlasticity", 3e-4, "squared error"),
         "sp": Recipe("SGD", 0.1, "squared error", plugins=("sp",), settings=_SP),
         "replay-sgd": Recipe("SGD", 0.2),
@@ -120,7 +124,11 @@ RECIPES["permuted-mnist"][10] |= {
     "gate-random": Recipe("random gate", _RATES, **_CONSOLIDATED),
     "sp-running": Recipe("SelectivePlasticity", {10000: 2e-3, 60000: 1e-3}, "squared error", optimizer_settings=_GATED),
     "sp-consolidated-adam": Recipe(
-        "SelectivePlasticity", 1e-3, "squared error", plugins=("consolidation",), optimizer_settings={"plasticity_k": 5.0}
+        "SelectivePlasticity",
+        1e-3,
+        "squared error",
+        plugins=("consolidation",),
+        optimizer_settings={"plasticity_k": 5.0},
     ),
     "sp-consolidated": Recipe("SelectivePlasticity", _RATES, **_CONSOLIDATED),
     "sp-both": Recipe("SelectivePlasticity", _RATES, **_BOTH),

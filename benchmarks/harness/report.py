@@ -65,7 +65,9 @@ def differences(records: list[dict], against: str) -> list[dict]:
         if strategy != against and len(seeds) > 1:
             values = [accs[s] - references[0][s] for s in seeds]
             p = float(stats.wilcoxon(values).pvalue) if any(values) else 1.0
-            rows.append({"strategy": strategy, "replay_buffer": buffer, "seeds": len(seeds), **interval(values), "p": p})
+            rows.append(
+                {"strategy": strategy, "replay_buffer": buffer, "seeds": len(seeds), **interval(values), "p": p}
+            )
     largest = 0.0
     for rank, row in enumerate(sorted(rows, key=lambda row: row["p"])):
         row["p"] = largest = max(largest, min(1.0, row["p"] * (len(rows) - rank)))

@@ -88,7 +88,10 @@ class Run:
 def code_fingerprint() -> str:
     """Hash of the code that determines a run's result: the library, and how the harness trains with it."""
     files = sorted((ROOT / "avalanche_sp").rglob("*.py"))
-    files += [ROOT / "benchmarks" / "harness" / name for name in ("controls.py", "legacy.py", "recipes.py", "run.py", "strategies.py")]
+    files += [
+        ROOT / "benchmarks" / "harness" / name
+        for name in ("controls.py", "legacy.py", "recipes.py", "run.py", "strategies.py")
+    ]
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())
