@@ -53,6 +53,12 @@ def test_the_readmes_prose_quotes_the_results():
     study = json.loads((ROOT / "docs" / "results" / "permuted10k" / "summary.json").read_text())
     for strategy in {s["strategy"] for s in study} - {"sp", "sp-optimizer", "sp-consolidated-adam"}:
         assert re.search(rf"`{strategy}`\s+{acc('permuted10k', strategy)}", section), strategy
+    for strategy in ("sp-both", "sp", "sp-consolidated", "naive-sgd", "gate-constant", "gate-random"):
+        assert f"`{strategy}` {acc('permuted60k', strategy)}" in section, strategy
+    overhead = json.loads((ROOT / "docs" / "results" / "overhead" / "overhead.json").read_text())
+    ours = [overhead[part]["rows"][1] for part in ("step", "large step", "training step")]
+    assert {row["name"] for row in ours} == {"SelectivePlasticityOptimizer"}
+    assert all(f"{row['ratio']:.2f} times" in text for row in ours)
     for folder in ("both_permuted10k", "both_split2", "both_split5"):
         assert acc(folder, "sp") in section and acc(folder, "sp-both") in section
 
