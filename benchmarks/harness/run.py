@@ -68,6 +68,7 @@ def execute(run: Run, dataset_root: str, key: str) -> dict:
     torch.manual_seed(run.seed)
     model = build_model()
     matrix, curve = AccuracyMatrix(), AccuracyCurve(test_sets)
+    recipe = recipe_of(run)
     strategy, plugins = build_strategy(run, model, [curve], EvaluationPlugin(matrix))
 
     seconds = 0.0
@@ -84,7 +85,7 @@ def execute(run: Run, dataset_root: str, key: str) -> dict:
     return {
         "key": key,
         "run": run.to_json(),
-        "recipe": asdict(recipe_of(run)),
+        "recipe": {**asdict(recipe), "plugins": list(recipe.plugins)},  # as it is read back from JSON
         "acc": float(accuracy[-1].mean()),
         "bwt": backward_transfer(accuracy) if incremental else None,
         "forgetting": average_forgetting(accuracy) if incremental else None,
