@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from avalanche_sp import OneHotMSELoss, SelectivePlasticityOptimizer, SelectivePlasticityPlugin, split_mnist
 from harness.cli import dataset_root, positive
-from harness.run import quiet
+from harness.run import optimizer_bytes, quiet
 from harness.settings import MNIST, ROOT
 from harness.strategies import build_mlp, build_model
 
@@ -108,13 +108,8 @@ def steps_alone(width: int) -> tuple[dict[str, Timer], dict[str, int]]:
             lambda p: SelectivePlasticityOptimizer(p, fused=True), True
         ),
     }
-    state = {name: state_bytes(optimizer) for name, (_, optimizer) in optimizers.items()}
-    adams = state["torch.optim.Adam"]
-    return {name: timer for name, (timer, _) in optimizers.items()}, {n: b - adams for n, b in state.items()}
-
-
-def state_bytes(optimizer: Optimizer) -> int:
-    return sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values())
+    timers = {name: timer for name, (timer, _) in optimizers.items()}
+    return timers, {name: optimizer_bytes(optimizer) for name, (_, optimizer) in optimizers.items()}
 
 
 def training_steps() -> dict[str, Timer]:

@@ -14,16 +14,16 @@ class RandomGate(SelectivePlasticityOptimizer):
 
     @torch.no_grad()
     def consolidate(self) -> None:
-        for number, state in enumerate(self.state.values()):
-            generator = torch.Generator().manual_seed(number)
-            order = torch.randperm(state["exp_avg_sq"].numel(), generator=generator)
+        orders = [
+            torch.randperm(state["exp_avg_sq"].numel(), generator=torch.Generator().manual_seed(number))
+            for number, state in enumerate(self.state.values())
+        ]
+        for order, state in zip(orders, self.state.values()):
             if "consolidated" in state:  # back in place, to take in the new experience
                 kept = state["consolidated"].flatten()
                 state["consolidated"] = torch.empty_like(kept).index_copy_(0, order, kept).view_as(state["exp_avg_sq"])
         super().consolidate()
-        for number, state in enumerate(self.state.values()):
-            generator = torch.Generator().manual_seed(number)
-            order = torch.randperm(state["exp_avg_sq"].numel(), generator=generator)
+        for order, state in zip(orders, self.state.values()):
             state["consolidated"] = state["consolidated"].flatten()[order].view_as(state["exp_avg_sq"])
 
 

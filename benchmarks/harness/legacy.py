@@ -1,7 +1,7 @@
 """The originally published rule and buffer, to reproduce what was published. Not a part of the library.
 
-See docs/original.md. The rule gates plain SGD: protection is the running mean of |g| times one minus |g|, each divided by
-its tensor's maximum. The buffer is first in, first out, and takes replayed samples in again.
+See docs/original.md. The rule gates plain SGD: protection is the running mean of |g| times one minus |g|, each divided
+by its tensor's maximum. The buffer is first in, first out, and takes replayed samples in again.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ class Recipe:
 
     Attributes:
         optimizer, loss: names from the strategies module's OPTIMIZERS and LOSSES.
-        lr: learning rate, or learning rates by what they were tuned for: the buffer, of strategies with replay; else the
-            training images a task.
+        lr: learning rate, or learning rates by what they were tuned for: the buffer, of strategies with replay; else
+            the training images a task.
         plugins: names from its PLUGINS.
         settings: the plugins' settings.
         optimizer_settings: the optimizer's, besides its learning rate.
