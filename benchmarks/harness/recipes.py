@@ -15,6 +15,7 @@ class Recipe:
         lr: learning rate, or learning rates by what they were tuned for: the buffer, of strategies with replay; else
             the training images a task.
         plugins: names from its PLUGINS.
+        model: name from its MODELS.
         settings: the plugins' settings.
         optimizer_settings: the optimizer's, besides its learning rate.
         joint_weight: weigh replayed samples as joint training would.
@@ -27,6 +28,7 @@ class Recipe:
     settings: dict[str, float] = field(default_factory=dict)
     joint_weight: bool = False
     optimizer_settings: dict[str, float] = field(default_factory=dict)
+    model: str = "MLP"
 
     def override(self, overrides: dict[str, float]) -> Recipe:
         allowed = ["lr", *self.settings, *self.optimizer_settings]
@@ -135,6 +137,31 @@ RECIPES["permuted-mnist"][10] |= {
 }
 RECIPES["split-mnist"][2]["sp-both"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH)
 RECIPES["split-mnist"][5]["sp-both"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH)
+# Other methods without replay. The ridge regression is solved for: no gradient step moves it.
+RECIPES["split-mnist"][2] |= {
+    "lwf": Recipe("SGD", 0.05, plugins=("lwf",), settings={"alpha": 1.0, "temperature": 2.0}),
+    "owm": Recipe("SGD", 0.05, "squared error", plugins=("owm",), settings={"alpha": 0.1}),
+    "gpm": Recipe("SGD", 0.05, "squared error", plugins=("gpm",), settings={"epsilon": 0.95}),
+    "rf-ridge": Recipe(
+        "SGD", 0.0, "squared error", plugins=("ridge",), settings={"ridge": 10.0}, model="random features"
+    ),
+}
+RECIPES["split-mnist"][5] |= {
+    "lwf": Recipe("SGD", 0.05, plugins=("lwf",), settings={"alpha": 1.0, "temperature": 2.0}),
+    "owm": Recipe("SGD", 0.05, "squared error", plugins=("owm",), settings={"alpha": 0.1}),
+    "gpm": Recipe("SGD", 0.05, "squared error", plugins=("gpm",), settings={"epsilon": 0.95}),
+    "rf-ridge": Recipe(
+        "SGD", 0.0, "squared error", plugins=("ridge",), settings={"ridge": 10.0}, model="random features"
+    ),
+}
+RECIPES["permuted-mnist"][10] |= {
+    "lwf": Recipe("SGD", 0.05, plugins=("lwf",), settings={"alpha": 1.0, "temperature": 2.0}),
+    "owm": Recipe("SGD", 0.05, "squared error", plugins=("owm",), settings={"alpha": 1.0}),
+    "gpm": Recipe("SGD", 0.05, "squared error", plugins=("gpm",), settings={"epsilon": 0.95}),
+    "rf-ridge": Recipe(
+        "SGD", 0.0, "squared error", plugins=("ridge",), settings={"ridge": 10.0}, model="random features"
+    ),
+}
 # As published, plain SGD or Adam with cross-entropy: docs/original.md.
 _BUFFER = {"plugins": ("legacy",), "settings": {"fifo": 1.0}}
 RECIPES["split-mnist"][2] |= {

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from avalanche.benchmarks.scenarios import CLScenario
 from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin, SupervisedPlugin
+from avalanche.training.regularization import RegularizationMethod
+from torch import nn
 
 from avalanche_sp import (
     AccuracyMatrix,
-    SelectivePlasticityPlugin,
     average_forgetting,
     backward_transfer,
     learning_accuracy,
@@ -24,7 +25,7 @@ from avalanche_sp import (
 )
 from avalanche_sp.classic import benchmark_of
 from harness.settings import Run
-from harness.strategies import build_model, build_strategy, recipe_of
+from harness.strategies import MODELS, build_model, build_strategy, recipe_of
 
 CURVE_POINTS = 10  # measurements of the accuracy curve in an experience
 CURVE_IMAGES = 1000  # test images a task behind each
@@ -66,9 +67,9 @@ def execute(run: Run, dataset_root: str, key: str) -> dict:
         raise ValueError(f"Invalid batch_size: {run.batch_size} (allowed: at most {smallest}, the smallest experience)")
     test_sets = [_first_images(e.dataset, CURVE_IMAGES) for e in benchmark.test_stream]
     torch.manual_seed(run.seed)
-    model = build_model()
-    matrix, curve = AccuracyMatrix(), AccuracyCurve(test_sets)
     recipe = recipe_of(run)
+    model = MODELS[recipe.model]()
+    matrix, curve = AccuracyMatrix(), AccuracyCurve(test_sets)
     strategy, plugins = build_strategy(run, model, [curve], EvaluationPlugin(matrix))
 
     seconds = 0.0
@@ -93,7 +94,10 @@ def execute(run: Run, dataset_root: str, key: str) -> dict:
         "accuracy_matrix": accuracy.round(4).tolist(),
         "curve": curve.points,
         "seconds": seconds - curve.seconds,
-        "extra_memory_bytes": sum(memory_bytes(p) for p in plugins) + optimizer_bytes(strategy.optimizer),
+        "extra_memory_bytes": sum(memory_bytes(p) for p in plugins)
+        + optimizer_bytes(strategy.optimizer)
+        + model_bytes(model)
+        - model_bytes(build_model()),  # a network of another size counts by what it is larger
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -117,7 +121,7 @@ def build_benchmark(run: Run, dataset_root: str) -> CLScenario:
 
 def memory_bytes(plugin: SupervisedPlugin) -> int:
     """What a method keeps from one experience to the next, beyond the network and its optimizer's state."""
-    if isinstance(plugin, SelectivePlasticityPlugin):
+    if hasattr(plugin, "state_bytes"):
         return plugin.state_bytes
     if isinstance(plugin, ReplayPlugin):
         buffer = plugin.storage_policy.buffer
@@ -126,6 +130,10 @@ def memory_bytes(plugin: SupervisedPlugin) -> int:
         x = buffer[0][0]
         return len(buffer) * (x.numel() * x.element_size() + 8)
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in _tensors(vars(plugin))}.values())
+
+
+def model_bytes(model: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in _tensors(model))
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -146,6 +154,10 @@ def _tensors(value) -> list[torch.Tensor]:
         return [t for v in value.values() for t in _tensors(v)]
     if isinstance(value, (list, tuple)):
         return [t for v in value for t in _tensors(v)]
+    if isinstance(value, nn.Module):
+        return [*value.parameters(), *value.buffers()]
+    if isinstance(value, RegularizationMethod):
+        return _tensors(vars(value))
     data = getattr(value, "data", None)  # Avalanche's ParamData
     return [data] if isinstance(data, torch.Tensor) else []
 

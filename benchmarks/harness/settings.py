@@ -25,10 +25,20 @@ STRATEGIES = (
     "sp-replay",
     "joint",
 )
-# What else can be asked for by name: studies of a part, each on its benchmark.
+# What else can be asked for by name: more methods without replay, and studies of a part, each on its benchmark.
+_NO_REPLAY = ("lwf", "owm", "gpm", "rf-ridge")
 STUDIES = {
-    "split-mnist": ("sp-both", "legacy-adam", "legacy-sp", "legacy-adam-replay", "legacy-control", "legacy-sp-replay"),
+    "split-mnist": (
+        *_NO_REPLAY,
+        "sp-both",
+        "legacy-adam",
+        "legacy-sp",
+        "legacy-adam-replay",
+        "legacy-control",
+        "legacy-sp-replay",
+    ),
     "permuted-mnist": (
+        *_NO_REPLAY,
         "upgd",
         "gate-off",
         "gate-constant",
@@ -90,7 +100,15 @@ def code_fingerprint() -> str:
     files = sorted((ROOT / "avalanche_sp").rglob("*.py"))
     files += [
         ROOT / "benchmarks" / "harness" / name
-        for name in ("controls.py", "legacy.py", "recipes.py", "run.py", "strategies.py")
+        for name in (
+            "controls.py",
+            "legacy.py",
+            "projections.py",
+            "recipes.py",
+            "ridge.py",
+            "run.py",
+            "strategies.py",
+        )
     ]
     digest = hashlib.sha256()
     for file in files:

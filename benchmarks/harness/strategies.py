@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 from avalanche.training import JointTraining, Naive
-from avalanche.training.plugins import EWCPlugin, MASPlugin, ReplayPlugin, SynapticIntelligencePlugin
+from avalanche.training.plugins import EWCPlugin, LwFPlugin, MASPlugin, ReplayPlugin, SynapticIntelligencePlugin
 from torch import nn
 
 from avalanche_sp import (
@@ -19,7 +19,9 @@ from avalanche_sp import (
 )
 from harness.controls import UPGD, ConstantGate, RandomGate
 from harness.legacy import LegacyReplay, LegacySelectivePlasticity
+from harness.projections import GradientProjectionMemory, OrthogonalWeightsModification
 from harness.recipes import RECIPES, Recipe, nearest
+from harness.ridge import StreamingRidge, build_random_features
 from harness.settings import STRATEGIES, STUDIES, USES_REPLAY, Run
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
@@ -58,11 +60,28 @@ class WorkingSynapticIntelligence(SynapticIntelligencePlugin):
             param.data = param.data.clone()
 
 
+def learning_without_forgetting(alpha: float, temperature: float) -> LwFPlugin:
+    """Avalanche's LwF, which takes any setting without a word: a temperature of 0 ends in NaN.
+
+    Adds alpha times the Kullback-Leibler divergence from the softmax, at the temperature, of the last experience's
+    network to that of the present one, over the classes seen before it (Z. Li, D. Hoiem: Learning without forgetting,
+    ECCV 2016).
+    """
+    for name, value in (("alpha", alpha), ("temperature", temperature)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"Invalid {name} value: {value} (allowed: greater than 0)")
+    return LwFPlugin(alpha, temperature)
+
+
 PLUGINS = {
     "legacy": lambda s, run: LegacyReplay(run.replay_buffer, fifo=bool(s["fifo"])),
     "ewc": lambda s, run: EWCPlugin(ewc_lambda=s["strength"]),
     "si": lambda s, run: WorkingSynapticIntelligence(si_lambda=s["strength"]),
     "mas": lambda s, run: MASPlugin(lambda_reg=s["strength"], alpha=0.5),
+    "lwf": lambda s, run: learning_without_forgetting(s["alpha"], s["temperature"]),
+    "owm": lambda s, run: OrthogonalWeightsModification(s["alpha"]),
+    "gpm": lambda s, run: GradientProjectionMemory(s["epsilon"]),
+    "ridge": lambda s, run: StreamingRidge(s["ridge"]),
     "consolidation": lambda s, run: ConsolidationPlugin(),
     "sp": lambda s, run: SelectivePlasticityPlugin(s["openness"], s["pull_back"], int(s["rank"])),
 }
@@ -93,6 +112,9 @@ def build_mlp(width: int) -> nn.Module:
     return nn.Sequential(
         nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
     )
+
+
+MODELS = {"MLP": build_model, "random features": build_random_features}
 
 
 def build_strategy(run: Run, model: nn.Module, extra_plugins: list, evaluator):
