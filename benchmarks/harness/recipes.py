@@ -137,30 +137,25 @@ RECIPES["permuted-mnist"][10] |= {
 }
 RECIPES["split-mnist"][2]["sp-both"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH)
 RECIPES["split-mnist"][5]["sp-both"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH)
-# Other methods without replay. The ridge regression is solved for: no gradient step moves it.
+# Other methods without replay.
+_RIDGE = Recipe("SGD", 0.0, "squared error", ("ridge",), {"ridge": 1.0}, model="random features")  # solved for: no steps
 RECIPES["split-mnist"][2] |= {
-    "lwf": Recipe("SGD", 0.05, plugins=("lwf",), settings={"alpha": 1.0, "temperature": 2.0}),
-    "owm": Recipe("SGD", 0.05, "squared error", plugins=("owm",), settings={"alpha": 0.1}),
-    "gpm": Recipe("SGD", 0.05, "squared error", plugins=("gpm",), settings={"epsilon": 0.95}),
-    "rf-ridge": Recipe(
-        "SGD", 0.0, "squared error", plugins=("ridge",), settings={"ridge": 10.0}, model="random features"
-    ),
+    "lwf": Recipe("SGD", 0.02, "squared error", ("lwf",), {"alpha": 3.0, "temperature": 0.2}),
+    "owm": Recipe("SGD", 0.1, "squared error", ("owm",), {"alpha": 0.03}),
+    "gpm": Recipe("SGD", 0.05, "squared error", ("gpm",), {"epsilon": 0.95}),
+    "rf-ridge": _RIDGE,
 }
 RECIPES["split-mnist"][5] |= {
-    "lwf": Recipe("SGD", 0.05, plugins=("lwf",), settings={"alpha": 1.0, "temperature": 2.0}),
-    "owm": Recipe("SGD", 0.05, "squared error", plugins=("owm",), settings={"alpha": 0.1}),
-    "gpm": Recipe("SGD", 0.05, "squared error", plugins=("gpm",), settings={"epsilon": 0.95}),
-    "rf-ridge": Recipe(
-        "SGD", 0.0, "squared error", plugins=("ridge",), settings={"ridge": 10.0}, model="random features"
-    ),
+    "lwf": Recipe("SGD", 0.05, "cross-entropy", ("lwf",), {"alpha": 5.0, "temperature": 2.0}),
+    "owm": Recipe("SGD", 0.05, "squared error", ("owm",), {"alpha": 0.1}),
+    "gpm": Recipe("SGD", 0.05, "squared error", ("gpm",), {"epsilon": 0.9}),
+    "rf-ridge": _RIDGE,
 }
 RECIPES["permuted-mnist"][10] |= {
-    "lwf": Recipe("SGD", 0.05, plugins=("lwf",), settings={"alpha": 1.0, "temperature": 2.0}),
-    "owm": Recipe("SGD", 0.05, "squared error", plugins=("owm",), settings={"alpha": 1.0}),
-    "gpm": Recipe("SGD", 0.05, "squared error", plugins=("gpm",), settings={"epsilon": 0.95}),
-    "rf-ridge": Recipe(
-        "SGD", 0.0, "squared error", plugins=("ridge",), settings={"ridge": 10.0}, model="random features"
-    ),
+    "lwf": Recipe("SGD", 0.05, "squared error", ("lwf",), {"alpha": 0.1, "temperature": 0.2}),
+    "owm": Recipe("SGD", 0.2, "cross-entropy", ("owm",), {"alpha": 3.0}),
+    "gpm": Recipe("SGD", 0.1, "squared error", ("gpm",), {"epsilon": 0.8}),
+    "rf-ridge": _RIDGE,
 }
 # As published, plain SGD or Adam with cross-entropy: docs/original.md.
 _BUFFER = {"plugins": ("legacy",), "settings": {"fifo": 1.0}}
