@@ -176,7 +176,7 @@ def ridge_readout(stream, ridge, batch):
 @pytest.mark.parametrize("ridge", [1.0, 100.0])
 def test_ridge_over_a_stream_is_the_batch_solution_in_any_order(split2, ridge):
     model, readout = ridge_readout(split2.train_stream, ridge, batch=32)
-    x, y = (torch.cat(parts) for parts in zip(*(images(e) for e in split2.train_stream)))
+    x, y = (torch.cat(parts) for parts in zip(*(images(e) for e in split2.train_stream), strict=True))
     h = torch.cat([model[:-1](x), torch.ones(len(x), 1)], dim=1).double()
     direct = torch.linalg.solve(h.T @ h + ridge * torch.eye(h.shape[1]), h.T @ F.one_hot(y, 10).double())
     torch.testing.assert_close(readout.double(), direct.T, rtol=0, atol=2e-4)

@@ -137,8 +137,8 @@ RECIPES["permuted-mnist"][10] |= {
 }
 RECIPES["split-mnist"][2]["sp-both"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH)
 RECIPES["split-mnist"][5]["sp-both"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH)
-# Other methods without replay.
-_RIDGE = Recipe("SGD", 0.0, "squared error", ("ridge",), {"ridge": 1.0}, model="random features")  # solved for: no steps
+# Other methods without replay. The ridge regression is solved for: no step of SGD moves it.
+_RIDGE = Recipe("SGD", 0.0, "squared error", ("ridge",), {"ridge": 1.0}, model="random features")
 RECIPES["split-mnist"][2] |= {
     "lwf": Recipe("SGD", 0.02, "squared error", ("lwf",), {"alpha": 3.0, "temperature": 0.2}),
     "owm": Recipe("SGD", 0.1, "squared error", ("owm",), {"alpha": 0.03}),
