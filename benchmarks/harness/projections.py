@@ -54,7 +54,7 @@ class GradientProjectionMemory(GradientProjection):
     Args:
         epsilon: :math:`\epsilon_{th}`, the share of energy to keep, between 0 and 1, the same for all layers and
             experiences. (The authors also use .95 for the first layer and .99 for the others, or let it grow by .003
-            an experience: neither was better here, see ``docs/experiments.md``.)
+            an experience: neither was better on Split MNIST, ``docs/experiments.md``.)
         samples: n, evenly spread over the experience; 300 as in the authors' code.
 
     References:
