@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from avalanche_sp.gates import coincidence, eligibility, resistance, trace_floor
 
-__all__ = ["selective_plasticity", "is_plain", "warmup"]
+__all__ = ["selective_plasticity", "compiled_selective_plasticity", "is_plain", "warmup"]
 
 _BLOCK = 262144  # elements: with 4 bytes each, what an operation writes is still in the cache for the next
 
@@ -51,9 +50,9 @@ def selective_plasticity(
         consolidated: for each the consolidated eligibility, or None.
         state_steps: n singleton tensors, the steps done so far.
         square_sums: each gradient's sum of squares, 0-dim.
-        foreach, fused: as in ``torch.optim.Adam``; ``fused=True`` compiles one kernel for Adam and the gate
-            (``torch.compile``). With neither given, foreach on CUDA, blocks of torch's fused Adam on a
-            CPU, and the loop for sharded tensors.
+        foreach, fused: as in ``torch.optim.Adam``, but ``fused`` tells only where the gate is off
+            (:func:`compiled_selective_plasticity` is fused with it on). With neither given, foreach on CUDA, blocks of
+            torch's fused Adam on a CPU, and the loop for sharded tensors.
 
     The other arguments are those of :class:`~avalanche_sp.SelectivePlasticityOptimizer`.
     """
@@ -72,16 +71,9 @@ def selective_plasticity(
         plasticity_k * (1.0 if c is not None else warmup(step, warmup_steps)) * opening
         for c, step in zip(consolidated, state_steps)
     ]
-    if fused:
-        _compiled(
-            params, grads, exp_avgs, exp_avg_sqs, consolidated, state_steps, square_sums,
-            lr, weight_decay, sharpness, alignment_threshold, **adam,
-        )  # fmt: skip
-        return
-
     if foreach is None:
         foreach = all(p.is_cuda for p in params) and not isinstance(lr, Tensor)
-        if fused is None and all(is_plain(p) and p.device.type == "cpu" and p.is_floating_point() for p in params):
+        if all(is_plain(p) and p.device.type == "cpu" and p.is_floating_point() for p in params):
             _blockwise(
                 params, grads, exp_avgs, exp_avg_sqs, consolidated, state_steps, square_sums,
                 lr, weight_decay, sharpness, alignment_threshold, **adam,
@@ -124,9 +116,9 @@ def _as_laid_out(grad: Tensor, param: Tensor) -> Tensor:
     return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 
 
-def warmup(step: Tensor, warmup_steps: int) -> float:
+def warmup(step: float | Tensor, warmup_steps: int) -> float:
     """Share of an unconsolidated gate that is in force in the step after ``step`` steps."""
-    return min(1.0, (step.item() + 1) / warmup_steps) if warmup_steps else 1.0
+    return min(1.0, (float(step) + 1) / warmup_steps) if warmup_steps else 1.0
 
 
 def _threshold(alignment_threshold: float, beta1: float, beta2: float, step: Tensor) -> float:
@@ -184,47 +176,88 @@ def _blockwise(
                 p.add_(displacement)
 
 
-def _compiled(
-    params, grads, exp_avgs, exp_avg_sqs, consolidated, state_steps, square_sums,
-    lr, weight_decay, sharpness, alignment_threshold, **adam,
-) -> None:  # fmt: skip
-    """Adam and the gate in one pass over memory: see :func:`_kernel`."""
-    lr, beta1, beta2 = float(lr), adam["beta1"], adam["beta2"]
-    aligning = alignment_threshold != math.inf
-    torch._foreach_add_(state_steps, 1)
-    rows = np.empty((len(params), 5))
-    for i, (v, c, step, square_sum) in enumerate(zip(exp_avg_sqs, consolidated, state_steps, square_sums)):
-        t = step.item()
-        rows[i, 0] = sharpness[i] if c is not None else sharpness[i] / _next_mean(v, square_sum, beta2)
-        rows[i, 1] = lr / (1 - beta1**t)
-        rows[i, 2] = (1 - beta2**t) ** -0.5
-        rows[i, 3] = 1 - lr * weight_decay
-        rows[i, 4] = _threshold(alignment_threshold, beta1, beta2, step) if aligning else 0.0
+def compiled_selective_plasticity(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    consolidated: list[Tensor | None],
+    state_steps: list[Tensor],
+    groups: list[dict],
+) -> bool:
+    """The same step in one compiled pass over memory, after one that looks whether every gradient is finite.
+
+    Args:
+        params, grads, exp_avgs, exp_avg_sqs, consolidated, state_steps: as above, all on one device.
+        groups: each tensor's parameter group.
+
+    Returns:
+        False where a gradient is not finite or its square is not: then nothing has been written.
+    """
+    rows, known = [], {}
+    for group, step, c in zip(groups, state_steps, consolidated):
+        key = id(group), step.item(), c is None
+        if key not in known:
+            known[key] = _numbers(group, step.item(), c is not None)
+        rows.append(known[key])
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
     # What changes from step to step goes in as a tensor: numbers would be compiled in.
-    scalars = torch.from_numpy(rows).to(params[0].device, dtype)
-    _kernel_compiler()(params, grads, exp_avgs, exp_avg_sqs, consolidated, scalars, aligning=aligning, **adam)
+    numbers = torch.tensor(rows, dtype=dtype, device=params[0].device)
+    maximize = [group["maximize"] for group in groups]
+    aligning = [group["alignment_threshold"] != math.inf for group in groups]
+    kernel = _kernel_compiler()
+    finite, _ = kernel(params, grads, exp_avgs, exp_avg_sqs, consolidated, numbers, maximize, aligning)
+    if not finite.item():
+        return False
+    torch._foreach_add_(state_steps, 1)
+    return True
+
+
+def _numbers(group: dict, step: float, consolidated: bool) -> tuple[float, ...]:
+    """What a tensor's step after ``step`` steps takes from its group, in the order in which the kernel reads it."""
+    lr, beta1, beta2 = float(group["lr"]), group["beta1"], group["trace_decay"]
+    k = group["plasticity_k"] * (1 - group["surprise_weight"] * float(group["surprise"]))
+    correction1, correction2 = 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)
+    return (
+        k if consolidated else k * warmup(step, group["warmup_steps"]),
+        lr / correction1,
+        correction2**-0.5,
+        group["eps"],
+        1 - lr * group["weight_decay"],
+        group["alignment_threshold"] * correction1 / correction2,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+    )
 
 
 @cache
 def _kernel_compiler():
-    return torch.compile(_kernel, dynamic=False)
+    # Sizes and strides are guarded by dynamo already.
+    return torch.compile(_kernel, dynamic=False, options={"size_asserts": False})
 
 
-def _kernel(
-    params, grads, exp_avgs, exp_avg_sqs, consolidated, scalars, *, beta1, beta2, eps, maximize, aligning
-) -> None:
+def _kernel(params, grads, exp_avgs, exp_avg_sqs, consolidated, numbers, maximize, aligning):
+    # Each summand is divided by their number, so that a sum overflows only where a square has.
+    means = [
+        ((g * g if c is not None else v * n[7] + g * g * n[8]) * (0.5 / g.numel())).sum(dtype=numbers.dtype)
+        for g, v, c, n in zip(grads, exp_avg_sqs, consolidated, numbers)
+    ]
+    finite = torch.stack(means).sum().isfinite()
+    divided = []  # returned, as the compiler would divide for every element what is not
     for i, (p, g, m, v, trace) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, consolidated)):
-        k, step_size, bias_correction2_rsqrt, shrink, threshold = scalars[i]
-        if maximize:
+        k, step_size, bias_correction2_rsqrt, eps, shrink, threshold, rise1, decay2, rise2 = numbers[i]
+        if maximize[i]:
             g = -g
-        new_m = m + (g - m) * (1 - beta1)
-        new_v = v * beta2 + g * g * (1 - beta2)
+        new_m = m + (g - m) * rise1
+        new_v = v * decay2 + g * g * rise2
         if trace is None:
+            k = k / (2 * means[i]).clamp_min(trace_floor(v.dtype))
+            divided.append(k)
             trace = new_v
-        if aligning:
+        if aligning[i]:
             trace = torch.where(coincidence(g, new_m, new_v) <= threshold, trace, 0)
-        denominator = (new_v.sqrt() * bias_correction2_rsqrt + eps) * (1 + k * trace)
-        p.copy_(p * shrink - new_m * step_size / denominator)
-        m.copy_(new_m)
-        v.copy_(new_v)
+        new_p = p * shrink - new_m * step_size / ((new_v.sqrt() * bias_correction2_rsqrt + eps) * (1 + k * trace))
+        for old, new in ((p, new_p), (m, new_m), (v, new_v)):
+            old.copy_(torch.where(finite, new, old))
+    return finite, divided

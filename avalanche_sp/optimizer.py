@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from avalanche_sp.functional import is_plain, selective_plasticity, warmup
+from avalanche_sp.functional import compiled_selective_plasticity, is_plain, selective_plasticity, warmup
 from avalanche_sp.gates import eligibility, resistance
 
 __all__ = ["SelectivePlasticityOptimizer"]
@@ -153,10 +153,13 @@ class SelectivePlasticityOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        square_sums = self._square_sums()
-        if square_sums is None:
+        compiled, others = [], []
+        for group in self.param_groups:
+            (compiled if group["fused"] and group["plasticity_k"] != 0 else others).append(group)
+        square_sums = self._square_sums(others)
+        if square_sums is None or not self._compiled_step(compiled):
             return loss
-        for group, sums in zip(self.param_groups, square_sums):
+        for group, sums in zip(others, square_sums):
             lists: tuple[list, ...] = ([], [], [], [], [], [])
             self._init_group(group, *lists)
             selective_plasticity(*lists, sums, **{name: group[name] for name in _STEP_SETTINGS})
@@ -262,31 +265,44 @@ class SelectivePlasticityOptimizer(Optimizer):
             state_steps.append(state["step"])
         return False  # no complex parameters
 
-    def _square_sums(self) -> list[list[Tensor]] | None:
+    def _square_sums(self, groups: list[dict]) -> list[list[Tensor]] | None:
         """Every gradient's sum of squares, by group; refuses what a step could not undo, before anything has changed.
 
         Returns:
             None where the step is to be skipped.
         """
         sums = []
-        for group in self.param_groups:
+        for group in groups:
             grads = [p.grad for p in group["params"] if p.grad is not None]
-            for grad in grads:
-                if grad.is_sparse:
-                    raise RuntimeError("SelectivePlasticityOptimizer does not support sparse gradients")
-                if grad.is_complex():
-                    raise RuntimeError("SelectivePlasticityOptimizer does not support complex parameters")
-                if group["fused"] and not (
-                    grad.is_floating_point() and is_plain(grad) and grad.device.type in ("cpu", "cuda")
-                ):
-                    raise RuntimeError(
-                        "`fused=True` requires all the params to be floating point Tensors on CPU or CUDA"
-                    )
+            _refuse_unsupported(grads, group["fused"])
             sums.append(_squared_norms(grads))
         # A finite sum of squares has finite squares only. One that overflowed is looked into, element by element.
         if _all_finite([s for group in sums for s in group]) or self._look_for_non_finite():
             return sums
         return None
+
+    def _compiled_step(self, groups: list[dict]) -> bool:
+        """Steps these groups' parameters, all or none; False where the step is to be skipped."""
+        _refuse_unsupported([p.grad for g in groups for p in g["params"] if p.grad is not None], fused=True)
+        lists: tuple[list, ...] = ([], [], [], [], [], [], [])
+        for group in groups:
+            self._init_group(group, *lists[:6])
+            lists[6].extend([group] * (len(lists[0]) - len(lists[6])))
+        params = lists[0]
+        devices = {p.device for p in params}
+        calls = [lists]
+        if len(devices) != 1:  # one call knows nothing of the other's gradients
+            if devices and not self._look_for_non_finite():
+                return False
+            calls = [tuple([x for x, p in zip(column, params) if p.device == d] for column in lists) for d in devices]
+        if all(compiled_selective_plasticity(*call) for call in calls):
+            return True
+        for p in params:
+            if self.state[p]["step"] == 0:  # made for this step
+                del self.state[p]
+        if self._look_for_non_finite():
+            raise FloatingPointError("exp_avg_sq is not finite in the optimizer's state: nothing was updated")
+        return False
 
     def _look_for_non_finite(self) -> bool:
         """False, or an error, where a gradient is not finite or its square is not."""
@@ -321,6 +337,16 @@ _STEP_SETTINGS = (
 
 def _names(group: dict, first: int):
     return group.get("param_names", range(first, first + len(group["params"])))
+
+
+def _refuse_unsupported(grads: list[Tensor], fused: bool | None) -> None:
+    for grad in grads:
+        if grad.is_sparse:
+            raise RuntimeError("SelectivePlasticityOptimizer does not support sparse gradients")
+        if grad.is_complex():
+            raise RuntimeError("SelectivePlasticityOptimizer does not support complex parameters")
+        if fused and not (grad.is_floating_point() and is_plain(grad) and grad.device.type in ("cpu", "cuda")):
+            raise RuntimeError("`fused=True` requires all the params to be floating point Tensors on CPU or CUDA")
 
 
 def _squared_norms(grads: list[Tensor]) -> list[Tensor]:

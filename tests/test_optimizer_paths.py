@@ -173,3 +173,88 @@ def test_half_precision_trains_where_torchs_loop_overflows():
             optimizer.step()
     assert a.isfinite().all() and (a < 1).all()
     assert not b.isfinite().all()
+
+
+def groups_of(compiled, seed=0):
+    """Parameters in groups of every kind, and their optimizer: compiled where asked, else the loop throughout."""
+    torch.manual_seed(seed)
+    params = [nn.Parameter(torch.randn(4, 3)) for _ in range(5)]
+    groups = [
+        {"params": params[:2], **({"fused": True} if compiled else LOOP)},
+        {"params": params[2:3], **({"fused": True} if compiled else LOOP), "lr": 0.1, "beta1": 0.5, "maximize": True},
+        {"params": params[3:4], **({"fused": True} if compiled else LOOP), "plasticity_k": 0.0, "weight_decay": 0.1},
+        {"params": params[4:], **LOOP},
+    ]
+    return params, SelectivePlasticityOptimizer(groups, warmup_steps=3)
+
+
+def test_the_compiled_path_follows_every_change_between_steps():
+    """No setting, gradient or state of an earlier step is kept anywhere but in the groups and the state."""
+    runs = []
+    for compiled in (False, True):
+        params, optimizer = groups_of(compiled)
+        torch.manual_seed(1)
+
+        def steps(n=2):
+            for _ in range(n):
+                optimizer.zero_grad(set_to_none=True)
+                for p in params:
+                    p.grad = torch.randn_like(p)
+                optimizer.step()
+
+        steps()
+        optimizer.param_groups[0].update(lr=torch.tensor(0.05), eps=1e-3, beta1=0.0, trace_decay=0.9, weight_decay=0.2)
+        optimizer.param_groups[1].update(maximize=False, plasticity_k=1.0, alignment_threshold=0.5)
+        steps()
+        optimizer.param_groups[2]["plasticity_k"] = 2.0  # from torch's own Adam to the compiled gate
+        optimizer.observe_surprise(torch.tensor(0.7))
+        params[0].grad = None  # takes no part: the others' step counts move on
+        optimizer.step()
+        added = nn.Parameter(torch.ones(3))
+        optimizer.add_param_group({"params": [added], "fused": True if compiled else None})
+        params.append(added)
+        steps()
+        optimizer.consolidate()
+        saved = copy.deepcopy(optimizer.state_dict())
+        steps()
+        optimizer.load_state_dict(saved)
+        optimizer.state[params[1]]["exp_avg_sq"].data.mul_(3)
+        steps()
+        optimizer.reset_eligibility()
+        steps()
+        runs.append((params, [optimizer.state[p] for p in params]))
+    assert_same(*runs, torch.float32)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("which", range(5))
+def test_a_bad_gradient_in_one_group_leaves_the_others_untouched(which, first):
+    params, optimizer = groups_of(compiled=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    if not first:
+        optimizer.step()
+    params[which].grad[1, 2] = 3e38
+    before = copy.deepcopy([params, optimizer.state_dict()["state"]])
+    for nonfinite, caught in (
+        ("raise", pytest.raises(FloatingPointError, match=f"overflows torch.float32 .* parameter {which} ")),
+        ("skip", pytest.warns(UserWarning, match=f"overflows torch.float32 .* parameter {which} ")),
+    ):
+        for group in optimizer.param_groups:
+            group["nonfinite"] = nonfinite
+        with caught:
+            optimizer.step()
+        after = optimizer.state_dict()["state"]
+        assert all(torch.equal(p, q) for p, q in zip(params, before[0])) and after.keys() == before[1].keys()
+        assert all(torch.equal(after[i][name], before[1][i][name]) for i in after for name in after[i])
+
+
+@pytest.mark.parametrize("huge", [1e18, 1.5e19])  # the sum of squares of the second overflows
+def test_the_compiled_path_accepts_huge_but_finite_gradients(huge):
+    p = nn.Parameter(torch.ones(4))
+    optimizer = SelectivePlasticityOptimizer([p], fused=True)
+    for _ in range(2):
+        p.grad = torch.full((4,), huge)
+        optimizer.step()
+        optimizer.consolidate()
+    assert p.isfinite().all() and (p < 1).all() and optimizer.state[p]["exp_avg_sq"].isfinite().all()
