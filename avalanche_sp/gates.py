@@ -155,14 +155,14 @@ def held_back(delta: Tensor, projection: Tensor, closed: Tensor) -> Tensor:
         X_gated = X - X V diag(f) V^T      so      dW_gated = delta^T X - [(delta^T X V) diag(f)] V^T
 
     Args:
-        delta: postsynaptic signal, shape (n, out).
-        projection: X V, shape (n, r).
+        delta: postsynaptic signal, shape (..., n, out).
+        projection: X V, shape (..., n, r).
         closed: f, shape (r,).
 
     Returns:
-        The bracket, shape (out, r).
+        The bracket, shape (..., out, r).
     """
-    return (delta.T @ projection).mul_(closed)
+    return (delta.mT @ projection).mul_(closed)
 
 
 def pull_back(drift: Tensor, eigenvalues: Tensor, closed: Tensor, weight: float | Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def pull_back(drift: Tensor, eigenvalues: Tensor, closed: Tensor, weight: float 
         weight: w, the loss's curvature times the number of old samples for each new one.
 
     Returns:
-        The bracket, shape (out, r).
+        The bracket, shape (..., out, r).
     """
     return drift * (weight * eigenvalues * (1 - closed))
 

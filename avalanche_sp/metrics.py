@@ -11,7 +11,8 @@ from avalanche.evaluation.metric_utils import get_metric_name
 from avalanche.evaluation.metrics import Accuracy
 from numpy.typing import ArrayLike
 
-from avalanche_sp.plugin import LayerActivity, SelectivePlasticityPlugin
+from avalanche_sp.activity import LayerActivity
+from avalanche_sp.plugin import SelectivePlasticityPlugin
 
 __all__ = [
     "AccuracyMatrix",

@@ -2,85 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from avalanche.models import avalanche_forward
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from avalanche_sp.gates import claim, held_back, loss_curvature, loss_surprise, merge_eigenspace, pull_back
+from avalanche_sp.activity import LayerActivity, record_activity
+from avalanche_sp.gates import held_back, loss_surprise, pull_back
+from avalanche_sp.layers import NORMALISATION, add_along, along, gated_layers, postsynaptic, presynaptic, project
 from avalanche_sp.optimizer import SelectivePlasticityOptimizer
 from avalanche_sp.replay import memory_size, stream_rows
 
-__all__ = ["SelectivePlasticityPlugin", "LayerActivity"]
+__all__ = ["SelectivePlasticityPlugin"]
 
 # Stored samples with which the gate opens to twice its openness: see SelectivePlasticityPlugin.
 _MEMORY_SCALE = 20
-# At most so many old samples for each new one pull: many small experiences would outrun the optimizer's step size.
+# At most so many old samples for each new one pull at a time: more would outrun the optimizer's step size.
 _MAX_PULL = 20
+# Iterations from one look at the weights to the next, at most.
+_INTERVAL = 8
 # Decay of the running mean and variance of the loss, against which surprise is measured.
 _LOSS_DECAY = 0.99
-
-
-@dataclass
-class LayerActivity:
-    """Consolidated presynaptic activity of one layer, and what the gate did there in the present epoch.
-
-    Attributes:
-        eigenvalues: (r,), rising; of the mean second moment of the layer's input (a bias counts as an input of 1).
-        vectors: (d, r), the eigenvectors.
-        mean_eigenvalue: 0-dim, over all d directions.
-        samples: how many samples stand behind them.
-        anchor: (out, r), the weights along the vectors when they were consolidated.
-        closed: (r,), how far the gate is closed along each vector, in [0, 1].
-        energy, passed, novel: 0-dim sums over the epoch of the stream's squared input, of the part that the gate
-            let through, and of the part outside the stored eigenspace.
-    """
-
-    eigenvalues: Tensor
-    vectors: Tensor
-    mean_eigenvalue: Tensor
-    samples: int
-    anchor: Tensor
-    closed: Tensor
-    energy: Tensor
-    passed: Tensor
-    novel: Tensor
-
-    @classmethod
-    def empty(cls, inputs: int, like: Tensor) -> LayerActivity:
-        zero, nothing = like.new_zeros(()), like.new_zeros(0)
-        return cls(nothing, like.new_zeros(inputs, 0), zero, 0, like.new_zeros(0, 0), nothing, zero, zero, zero)
-
-    @property
-    def openness(self) -> float:
-        """Share of the stream's presynaptic energy that the gate let through in the epoch; 1 before any."""
-        return float(self.passed / self.energy) if self.energy > 0 else 1.0
-
-    @property
-    def surprise(self) -> float:
-        """Share of the stream's presynaptic energy unlike anything consolidated in the epoch; 1 before any."""
-        return float(self.novel / self.energy) if self.energy > 0 else 1.0
-
-    @property
-    def claimed_rank(self) -> int:
-        """Number of input directions along which the gate is at least half closed."""
-        return int((self.closed >= 0.5).sum())
 
 
 class SelectivePlasticityPlugin(SupervisedPlugin):
     r"""Coincidence gate: a synapse changes only where its input is not claimed by what was learned before.
 
-    At the end of every experience the plugin consolidates each linear layer's presynaptic activity: the leading
-    eigenpairs :math:`\lambda_i, v_i` of :math:`E[x x^\top]` over all experiences so far. From then on, in the
-    backward pass, the presynaptic factor of the stream's samples is gated:
+    At the end of every experience the plugin consolidates each layer's presynaptic activity: the leading eigenpairs
+    :math:`\lambda_i, v_i` of :math:`E[x x^\top]` over all experiences so far, and :math:`\rho`, the mean of the other
+    eigenvalues. From then on, in the backward pass, the presynaptic factor of the stream's samples is gated:
 
     .. math::
         \Delta W = \delta\, x_{gated}^\top, \qquad
-        x_{gated} = x - V \operatorname{diag}(f) V^\top x, \qquad
-        f_i = \frac{\lambda_i}{\lambda_i + \alpha \bar\lambda}
+        x_{gated} = \sum_i (1 - f_i)\, v_i v_i^\top x + (1 - f_{rest}) (I - V V^\top) x, \qquad
+        f_i = \frac{\lambda_i}{\lambda_i + \alpha \bar\lambda}, \quad
+        f_{rest} = \frac{\rho}{\rho + \alpha \bar\lambda}
 
     New input is learned where it differs from the old; along the old directions, which carry the old answers, the
     layer holds still. What leaks all the same is pulled back, towards the weights :math:`W^*` at consolidation, by the
@@ -91,19 +46,26 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         \qquad C = V \operatorname{diag}(\lambda) V^\top
 
     where :math:`\kappa` is the loss's measured curvature in its outputs and the ratio is at most 20. So more steps
-    don't add up to more leakage. No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and for
-    its outputs.
+    don't add up to more leakage. It pulls every few iterations, 8 at most, as many times as hard. No sample is stored:
+    the memory is ``rank`` vectors a layer, for its inputs and for its outputs.
+
+    It works with any optimizer. Plain SGD's steps follow the gated gradient. Momentum carried over from before a
+    consolidation, step sizes of their own for every weight and weight decay do not: with any other optimizer the
+    plugin also takes back, every few iterations, the share f of what the steps did along the claimed directions.
+
+    Gated are all trainable ``nn.Linear`` and ``nn.Conv2d`` layers (a convolution's input vectors are its patches; the
+    groups of a grouped one share one eigenspace). Normalisation layers learn with the first experience and then
+    hold still, scale, shift and running statistics, as each moves the outputs for all old inputs at once. Other layers'
+    weights (embeddings, recurrent layers, what ``nn.MultiheadAttention`` uses without calling a layer) train
+    ungated.
 
     Beside Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated, and
     stored samples, which show what would be forgotten, open the gate and replace the pull-back: with M of them
     the openness is multiplied by :math:`o = 1 + (M/20)^2` and the pull-back divided by :math:`o^2`, found on Split
-    MNIST (``docs/experiments.md``).
+    MNIST (``docs/experiments.md``); the optimizer's steps are left as they are, and normalisation layers go on learning.
 
-    It gates every trainable ``nn.Linear``, whatever the optimizer. The gate acts on gradients: with plain SGD the
-    weights move in the open directions alone; momentum carried over from before a consolidation, adaptive step
-    sizes and weight decay each let some change through along the closed ones. Other layers train ungated.
-
-    The model is touched only while the strategy computes a training forward pass (hooks on its linear layers). A
+    The model is touched only while the strategy trains: hooks on its layers and parameters from a forward pass to the
+    end of its backward pass. Gradients accumulated over several backward passes are gated each by itself. A
     :class:`~avalanche_sp.SelectivePlasticityOptimizer` is told the surprise of the loss at every iteration.
 
     Args:
@@ -111,12 +73,12 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             faster and keep less of the old. ``math.inf`` switches the gate off: training is then bit for bit what
             it is without the plugin.
         pull_back: weight of the pull-back, 0 or more (default 1); 0 leaves the gate alone.
-        rank: eigenvectors kept a layer, 1 or more (default 100).
+        rank: eigenvectors kept a layer, 1 or more (default 64).
         consolidation_samples: samples of an experience, evenly spread over it, that are run through the network
             at its end, 1 or more (default 5000).
 
     Raises:
-        ValueError: at construction for an argument out of range; at ``train`` for a model without ``nn.Linear``.
+        ValueError: at construction for an argument out of range; at ``train`` for a model without a layer to gate.
         TypeError: at ``train`` for a model whose output is not one tensor, unless ``pull_back`` is 0.
         FloatingPointError: at ``train`` when the loss is not finite, before the optimizer's step.
 
@@ -134,7 +96,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     """
 
     def __init__(
-        self, openness: float = 0.2, pull_back: float = 1.0, rank: int = 100, consolidation_samples: int = 5000
+        self, openness: float = 0.2, pull_back: float = 1.0, rank: int = 64, consolidation_samples: int = 5000
     ):
         super().__init__()
         if not openness > 0:
@@ -154,10 +116,19 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         """Surprise of the last training loss: 0-dim tensor in [0, 1]."""
         self._loss_moments: tuple[Tensor, Tensor] | None = None
         self._curvature = torch.zeros(())  # of the loss in its outputs, over all consolidated samples
-        self._pull_weight = 0.0  # for the present epoch: N_old / N_new, and what a memory leaves of it
+        # For the present epoch: N_old / N_new and what a memory leaves of it; iterations from look to look.
+        self._pull_weight = 0.0
+        self._interval = _INTERVAL
+        self._has_memory = False
+        # For the present iteration and the next.
+        self._iteration = 0
+        self._called: dict[str, nn.Module] = {}
         self._handles: list = []
-        self._held_back: dict[nn.Linear, tuple[LayerActivity, Tensor]] = {}
+        self._held_back: dict[str, Tensor] = {}
         self._batch: tuple[int, int] | None = None  # rows in the batch, rows of the stream; None outside backward
+        self._pulls: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}  # the weights along the vectors at the last look, where steps are watched
+        self._norms: list[nn.Module] = []  # normalisation layers switched to evaluation for a forward pass
 
     @property
     def active(self) -> bool:
@@ -165,58 +136,68 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         return self.openness != float("inf")
 
     @property
+    def state_bytes(self) -> int:
+        """Bytes that consolidated activity takes."""
+        return sum(activity.state_bytes for activity in self.layers.values())
+
+    @property
     def _samples_seen(self) -> int:
         """Samples of all experiences consolidated so far."""
         return max((a.samples for a in self.layers.values()), default=0)
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes that consolidated activity takes."""
-        return sum(
-            t.numel() * t.element_size()
-            for a in self.layers.values()
-            for t in (a.eigenvalues, a.vectors, a.mean_eigenvalue, a.anchor, a.closed)
-        )
-
     # -- Avalanche's callbacks, in the order of the training loop --------------------------------------------------
 
     def before_training(self, strategy, **kwargs):
-        if not any(isinstance(m, nn.Linear) for m in strategy.model.modules()):
+        if not gated_layers(strategy.model):
             raise ValueError(
-                f"Invalid model: {type(strategy.model).__name__} has no nn.Linear layer "
-                "(SelectivePlasticityPlugin gates nn.Linear layers; at least one is needed)"
+                f"Invalid model: {type(strategy.model).__name__} has no trainable nn.Linear or nn.Conv2d layer "
+                "(SelectivePlasticityPlugin gates these; at least one is needed)"
             )
 
     def before_training_epoch(self, strategy, **kwargs):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
-        opening = 1 + (memory_size(strategy) / _MEMORY_SCALE) ** 2
-        openness = self.openness * opening
-        new = len(strategy.experience.dataset)
-        old = min(self._samples_seen, _MAX_PULL * new)
-        self._pull_weight = self.pull_back * old / new / opening**2
-        for activity in self.layers.values():
-            activity.closed = claim(activity.eigenvalues, activity.mean_eigenvalue, openness)
-            activity.energy = activity.passed = activity.novel = torch.zeros_like(activity.mean_eigenvalue)
+        memory = memory_size(strategy)
+        opening = 1 + (memory / _MEMORY_SCALE) ** 2
+        self._has_memory = memory > 0
+        ratio = self._samples_seen / len(strategy.experience.dataset)
+        self._interval = min(max(int(_MAX_PULL / max(ratio, 1)), 1), _INTERVAL)
+        self._pull_weight = self._interval * self.pull_back * min(ratio, _MAX_PULL) / opening**2
+        self._iteration = 0
+        self._pulls.clear()
+        self._before.clear()
+        watched = not self._has_memory and not _steps_along_gradient(strategy.optimizer)
+        for name, layer in self._layers_of(strategy.model):
+            activity = self.layers[name]
+            activity.close(self.openness * opening)
+            if self._has_memory:
+                activity.closed_rest = 0.0  # its factor would reach the memory's gradient, too
+            if watched:
+                self._before[name] = along(layer, activity.vectors)
 
     def before_forward(self, strategy, **kwargs):
         self._release()
-        if not self.layers:
-            return
-        for name, layer in strategy.model.named_modules():
-            if name in self.layers and layer.weight.requires_grad:
-                activity = self.layers[name]
-                self._handles.append(
-                    layer.register_forward_hook(
-                        lambda layer, inputs, output, activity=activity: self._watch(layer, inputs, output, activity)
-                    )
+        for name, layer in self._layers_of(strategy.model):
+            self._handles.append(
+                layer.register_forward_hook(
+                    lambda layer, inputs, output, name=name: self._watch(name, layer, inputs, output)
                 )
+            )
+        if self._holds_norms:
+            for module in strategy.model.modules():
+                if isinstance(module, NORMALISATION) and module.training:
+                    self._norms.append(module.eval())
 
     def after_forward(self, strategy, **kwargs):
-        self._remove_hooks()
+        self._end_forward()
 
     def before_backward(self, strategy, **kwargs):
         # Only the strategy's own backward pass is gated, not one that another plugin makes for its purposes.
         self._batch = len(strategy.mb_x), stream_rows(strategy)
+        for name, layer in self._called.items():
+            for parameter in (layer.weight, layer.bias):
+                if parameter is not None and parameter.requires_grad:
+                    gate = self._gate_weight if parameter is layer.weight else self._gate_bias
+                    self._handles.append(parameter.register_hook(lambda grad, name=name, gate=gate: gate(name, grad)))
 
     def after_backward(self, strategy, **kwargs):
         if not strategy.loss.isfinite().all():
@@ -225,11 +206,23 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 f"the loss is {strategy.loss.item()} at iteration {clock.train_exp_iterations} of training experience "
                 f"{clock.train_exp_counter}: nothing was updated. The usual cause is too high a learning rate."
             )
-        for layer, (activity, held) in self._held_back.items():
-            self._correct(layer, activity, held)
         self._release()
+        if self._holds_norms:
+            for module in strategy.model.modules():
+                if isinstance(module, NORMALISATION):
+                    for parameter in module.parameters(recurse=False):
+                        parameter.grad = None  # not zero: a step on zeros still follows momentum and decays weights
         if self.active:
             self._observe(strategy.loss.detach().squeeze(), strategy.optimizer)
+
+    def after_update(self, strategy, **kwargs):
+        self._iteration += 1
+        if self._iteration % self._interval == 0:
+            self._look(strategy.model)
+
+    def after_training_epoch(self, strategy, **kwargs):
+        if self._iteration % self._interval and self._before:
+            self._look(strategy.model)
 
     def after_training_exp(self, strategy, **kwargs):
         self._release()
@@ -238,56 +231,86 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     # -- Gating ----------------------------------------------------------------------------------------------------
 
-    def _watch(self, layer: nn.Linear, inputs: tuple, output: Tensor, activity: LayerActivity) -> None:
+    @property
+    def _holds_norms(self) -> bool:
+        return bool(self.layers) and not self._has_memory
+
+    def _layers_of(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The layers that something is consolidated for."""
+        return [(name, layer) for name, layer in gated_layers(model).items() if name in self.layers]
+
+    def _watch(self, name: str, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
         """Forward hook: notes the layer's input, and waits for the error that comes back to its output."""
         if output.requires_grad:
             x = inputs[0].detach()
-            output.register_hook(lambda delta: self._hold_back(layer, x, delta, activity))
+            self._called[name] = layer
+            output.register_hook(lambda delta: self._hold_back(name, layer, x, delta))
 
-    def _hold_back(self, layer: nn.Linear, x: Tensor, delta: Tensor, activity: LayerActivity) -> None:
+    def _hold_back(self, name: str, layer: nn.Module, x: Tensor, delta: Tensor) -> None:
         """Tensor hook on a layer's output: what its gradient must lose. Adds up where a layer is used twice."""
         if self._batch is None:
             return
+        activity = self.layers[name]
         x, delta = (self._stream_part(t).to(activity.vectors.dtype) for t in (x, delta))
-        projection = x @ activity.vectors[: layer.in_features]
-        energy = x.square().sum()
-        if layer.bias is not None:
-            projection += activity.vectors[-1]
-            energy += len(x)
-        f = activity.closed
-        power = projection.square().sum(0)
-        activity.energy = activity.energy + energy
-        activity.passed = activity.passed + energy - (power * (2 * f - f.square())).sum()
-        activity.novel = activity.novel + energy - power.sum()
-        held = held_back(delta, projection, f)
-        _, before = self._held_back.get(layer, (activity, None))
-        self._held_back[layer] = activity, held if before is None else before.add_(held)
+        projection = project(layer, x, activity.vectors)
+        if self._iteration % _INTERVAL == 0:
+            activity.watch(presynaptic(layer, x), projection)
+        closed = activity.closed - activity.closed_rest
+        held = held_back(postsynaptic(layer, delta), projection, closed).flatten(0, -2)
+        self._held_back[name] = self._held_back[name].add_(held) if name in self._held_back else held
 
-    def _correct(self, layer: nn.Linear, activity: LayerActivity, held: Tensor) -> None:
-        """Takes from a layer's gradient what the gate held back, and adds the pull-back."""
-        if self._pull_weight:
-            rows = len(activity.anchor)  # fewer than the layer's where a head has grown
-            drift = _along(layer, activity.vectors)[:rows] - activity.anchor
-            weight = self._pull_weight * self._curvature
-            held[:rows] -= pull_back(drift, activity.eigenvalues, activity.closed, weight)
-        correction = held @ activity.vectors.T
-        layer.weight.grad.sub_(correction[:, : layer.in_features])
-        if layer.bias is not None and layer.bias.grad is not None:
-            layer.bias.grad.sub_(correction[:, -1])
+    def _gate_weight(self, name: str, grad: Tensor) -> Tensor:
+        """Hook on a layer's weight: its gradient, gated, with the pull-back that is due. After all _hold_back."""
+        activity, held = self.layers[name], self._held_back.get(name)
+        if held is None:  # a penalty's gradient alone
+            return grad
+        if name in self._pulls:
+            pull = self._pulls.pop(name)
+            held[: len(pull)] -= pull  # fewer rows than the layer's where a head has grown
+        vectors = activity.vectors[: grad[0].numel()]
+        gated = torch.addmm(
+            grad.flatten(1).to(held.dtype), held, vectors.T, beta=1 - activity.closed_rest, alpha=-1
+        )
+        return gated.view_as(grad).to(grad.dtype)
+
+    def _gate_bias(self, name: str, grad: Tensor) -> Tensor:
+        activity, held = self.layers[name], self._held_back.get(name)
+        if held is None:
+            return grad
+        return grad * (1 - activity.closed_rest) - (held @ activity.vectors[-1]).to(grad.dtype)
+
+    @torch.no_grad()
+    def _look(self, model: nn.Module) -> None:
+        """Takes back what the last steps did along claimed directions, and sees how hard each layer is to be pulled."""
+        for name, layer in self._layers_of(model):
+            activity = self.layers[name]
+            weights = along(layer, activity.vectors)
+            if name in self._before:
+                back = (self._before[name] - weights).mul_(activity.closed)
+                add_along(layer, back, activity.vectors)
+                self._before[name] = weights.add_(back)
+            if self._pull_weight:
+                drift = weights[: len(activity.anchor)] - activity.anchor
+                weight = self._pull_weight * self._curvature
+                self._pulls[name] = pull_back(drift, activity.eigenvalues, activity.closed, weight)
 
     def _stream_part(self, x: Tensor) -> Tensor:
-        """Rows of ``x`` that belong to the stream: (..., d) to (rows, d). A sample may have several, in sequence."""
+        """The part of ``x`` that belongs to the stream. A sample may have several rows, in sequence."""
         batch, stream = self._batch
-        return x.reshape(batch, -1, x.shape[-1])[:stream].reshape(-1, x.shape[-1])
+        return x if stream == batch else x[: len(x) // batch * stream]
 
-    def _remove_hooks(self) -> None:
+    def _end_forward(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for module in self._norms:
+            module.train()
+        self._norms.clear()
 
     def _release(self) -> None:
         """Ends an iteration, also one that an error or an interrupt left unfinished."""
-        self._remove_hooks()
+        self._end_forward()
+        self._called.clear()
         self._held_back.clear()
         self._batch = None
 
@@ -304,84 +327,24 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         if isinstance(optimizer, SelectivePlasticityOptimizer):
             optimizer.observe_surprise(self.surprise)
 
-    # -- Consolidation ---------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def _consolidate(self, strategy) -> None:
         """Merges the experience's presynaptic activity into the layers' eigenspaces."""
-        model, dataset = strategy.model, strategy.experience.dataset
-        activity, curvature = self._record_activity(strategy, model, dataset)
-        seen = self._samples_seen
-        self._curvature = (seen * self._curvature + len(dataset) * curvature) / (seen + len(dataset))
-        for name, layer in model.named_modules():
-            if name not in activity:
-                continue
-            x = torch.cat(activity[name])
-            if layer.bias is not None:
-                x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        criterion = strategy._criterion if self.pull_back else None
+        recorded, curvature = record_activity(strategy, self.consolidation_samples, criterion)
+        seen, new = self._samples_seen, len(strategy.experience.dataset)
+        self._curvature = (seen * self._curvature + new * curvature) / (seen + new)
+        layers = gated_layers(strategy.model)
+        for name, x in recorded.items():
             old = self.layers.get(name) or LayerActivity.empty(x.shape[1], x)
-            samples = old.samples + len(dataset)
-            share = old.samples / samples
-            values, vectors = merge_eigenspace(old.eigenvalues, old.vectors, share, x, self.rank)
-            mean = share * old.mean_eigenvalue + (1 - share) * x.square().mean(0).mean()
-            zero = torch.zeros_like(mean)
-            anchor = _along(layer, vectors)
-            closed = claim(values, mean, self.openness)
-            self.layers[name] = LayerActivity(values, vectors, mean, samples, anchor, closed, zero, zero, zero)
-
-    def _record_activity(self, strategy, model: nn.Module, dataset) -> tuple[dict[str, list[Tensor]], Tensor]:
-        """Inputs of each trainable linear layer, and the loss's curvature, over evenly spread samples.
-
-        Leaves the modules' modes and the global random state alone.
-        """
-        activity: dict[str, list[Tensor]] = {}
-        curvatures: list[Tensor] = []
-
-        def recorder(name):
-            def hook(layer, inputs):
-                activity.setdefault(name, []).append(inputs[0].reshape(-1, layer.in_features).float())
-
-            return hook
-
-        rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), self.consolidation_samples)).long()
-        loader = DataLoader(
-            dataset.subset(rows.tolist()),
-            batch_size=512,
-            collate_fn=getattr(dataset, "collate_fn", None),
-            generator=torch.Generator(),  # its own: a loader draws from the global one even without shuffling
-        )
-        modes = {module: module.training for module in model.modules()}
-        handles = [
-            layer.register_forward_pre_hook(recorder(name))
-            for name, layer in model.named_modules()
-            if isinstance(layer, nn.Linear) and layer.weight.requires_grad
-        ]
-        devices = [strategy.device] if strategy.device.type == "cuda" else []
-        try:
-            model.eval()
-            with torch.random.fork_rng(devices):
-                for batch in loader:
-                    x, y, task_labels = (batch[i].to(strategy.device) for i in (0, 1, -1))
-                    outputs = avalanche_forward(model, x, task_labels)
-                    if not self.pull_back:
-                        continue
-                    if not isinstance(outputs, Tensor):
-                        raise TypeError(
-                            f"Invalid model: its output is a {type(outputs).__name__} (the pull-back measures the "
-                            "loss on one output tensor; pull_back=0 leaves the gate alone)"
-                        )
-                    with torch.enable_grad():
-                        outputs = outputs.detach().requires_grad_()
-                        curvatures.append(loss_curvature(outputs, strategy._criterion(outputs, y)))
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module, mode in modes.items():
-                module.training = mode
-        return activity, torch.stack(curvatures).mean() if curvatures else torch.zeros(())
+            self.layers[name] = old.merged(layers[name], x, new, self.rank)
+            self.layers[name].close(self.openness)
+        self._pulls.clear()
+        self._before.clear()
 
 
-def _along(layer: nn.Linear, vectors: Tensor) -> Tensor:
-    """A layer's weights, its bias as one more column, along each vector: shape (out, r)."""
-    along = layer.weight.detach().to(vectors.dtype) @ vectors[: layer.in_features]
-    return along if layer.bias is None else along + torch.outer(layer.bias.detach().to(vectors.dtype), vectors[-1])
+def _steps_along_gradient(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer's step is its learning rate times the present gradient, and nothing else."""
+    return isinstance(optimizer, torch.optim.SGD) and not any(
+        group["momentum"] or group["weight_decay"] for group in optimizer.param_groups
+    )

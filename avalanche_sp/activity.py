@@ -1,0 +1,164 @@
+"""Consolidated presynaptic activity: what the coincidence gate remembers of earlier experience, and how it is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from avalanche.models import avalanche_forward
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from avalanche_sp.gates import claim, loss_curvature, merge_eigenspace
+from avalanche_sp.layers import along, gated_layers, presynaptic
+
+__all__ = ["LayerActivity", "record_activity"]
+
+# Input vectors that one sample adds to the second moment at most: neighbouring patches are much alike.
+_ROWS_A_SAMPLE = 8
+
+
+@dataclass
+class LayerActivity:
+    """Consolidated presynaptic activity of one layer, and what the gate did there in the present epoch.
+
+    Attributes:
+        eigenvalues: (r,), rising; of the mean second moment of the layer's input vectors.
+        vectors: (d, r), the eigenvectors.
+        mean_eigenvalue: 0-dim, over all d directions.
+        samples: how many samples stand behind them.
+        anchor: (out, r), the weights along the vectors when they were consolidated.
+        closed: (r,), how far the gate is closed along each vector, in [0, 1].
+        closed_rest: the same along all other directions alike.
+        energy, passed, novel: 0-dim sums, over the iterations looked at in the epoch, of the stream's squared input,
+            of the part that the gate let through, and of the part outside the stored eigenspace.
+    """
+
+    eigenvalues: Tensor
+    vectors: Tensor
+    mean_eigenvalue: Tensor
+    samples: int
+    anchor: Tensor
+    closed: Tensor
+    closed_rest: float
+    energy: Tensor
+    passed: Tensor
+    novel: Tensor
+
+    @classmethod
+    def empty(cls, inputs: int, like: Tensor) -> LayerActivity:
+        zero, nothing = like.new_zeros(()), like.new_zeros(0)
+        return cls(nothing, like.new_zeros(inputs, 0), zero, 0, like.new_zeros(0, 0), nothing, 0.0, zero, zero, zero)
+
+    @property
+    def state_bytes(self) -> int:
+        tensors = (self.eigenvalues, self.vectors, self.mean_eigenvalue, self.anchor, self.closed)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def openness(self) -> float:
+        """Share of the stream's presynaptic energy that the gate let through in the epoch; 1 before any."""
+        return float(self.passed / self.energy) if self.energy > 0 else 1.0
+
+    @property
+    def surprise(self) -> float:
+        """Share of the stream's presynaptic energy unlike anything consolidated in the epoch; 1 before any."""
+        return float(self.novel / self.energy) if self.energy > 0 else 1.0
+
+    @property
+    def claimed_rank(self) -> int:
+        """Number of kept input directions along which the gate is at least half closed."""
+        return int((self.closed >= 0.5).sum())
+
+    def close(self, openness: float) -> None:
+        """Sets how far the gate is closed, and starts the epoch's sums anew."""
+        d, r = self.vectors.shape
+        rest = (d * self.mean_eigenvalue - self.eigenvalues.sum()).clamp_min(0) / max(d - r, 1)
+        self.closed = claim(self.eigenvalues, self.mean_eigenvalue, openness)
+        self.closed_rest = float(claim(rest, self.mean_eigenvalue, openness)) if d > r else 0.0
+        self.energy = self.passed = self.novel = torch.zeros_like(self.mean_eigenvalue)
+
+    def watch(self, x: Tensor, projection: Tensor) -> None:
+        """Adds to the epoch's sums: input vectors (rows, d) and their projection onto the vectors."""
+        energy = x.square().sum()
+        power = projection.square().flatten(0, -2).sum(0)
+        novel = energy - power.sum()
+        through = (power * (1 - self.closed).square()).sum() + novel * (1 - self.closed_rest) ** 2
+        self.energy, self.passed, self.novel = self.energy + energy, self.passed + through, self.novel + novel
+
+    def merged(self, layer: nn.Module, x: Tensor, samples: int, rank: int) -> LayerActivity:
+        """This activity with that of one more experience: input vectors ``x`` (rows, d), of ``samples`` samples."""
+        total = self.samples + samples
+        share = self.samples / total
+        values, vectors = merge_eigenspace(self.eigenvalues, self.vectors, share, x, rank)
+        mean = share * self.mean_eigenvalue + (1 - share) * x.square().mean(0).mean()
+        new = LayerActivity.empty(len(vectors), x)
+        new.eigenvalues, new.vectors, new.mean_eigenvalue, new.samples = values, vectors, mean, total
+        new.anchor = along(layer, vectors)
+        return new
+
+
+def record_activity(
+    strategy, samples: int, criterion: Callable[[Tensor, Tensor], Tensor] | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Runs samples of the strategy's experience, evenly spread over it, through its network as it is now.
+
+    Leaves the modules' modes and the global random state alone.
+
+    Args:
+        samples: how many at most.
+        criterion: loss whose curvature in the outputs is wanted, or None.
+
+    Returns:
+        The input vectors (rows, d) of each gated layer that was called, by its name, and the mean curvature, 0-dim
+        (0 without a criterion).
+
+    Raises:
+        TypeError: a curvature is wanted and the network's output is not one tensor.
+    """
+    model, dataset = strategy.model, strategy.experience.dataset
+    activity: dict[str, list[Tensor]] = {}
+    curvatures: list[Tensor] = []
+
+    def recorder(name):
+        def hook(layer, inputs):
+            x = presynaptic(layer, inputs[0].float())
+            kept = torch.linspace(0, len(x) - 1, min(len(x), _ROWS_A_SAMPLE * len(inputs[0])), device=x.device)
+            activity.setdefault(name, []).append(x[kept.long()])
+
+        return hook
+
+    rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), samples)).long()
+    loader = DataLoader(
+        dataset.subset(rows.tolist()),
+        batch_size=512,
+        collate_fn=getattr(dataset, "collate_fn", None),
+        generator=torch.Generator(),  # its own: a loader draws from the global one even without shuffling
+    )
+    modes = {module: module.training for module in model.modules()}
+    handles = [layer.register_forward_pre_hook(recorder(name)) for name, layer in gated_layers(model).items()]
+    devices = [strategy.device] if strategy.device.type == "cuda" else []
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            for batch in loader:
+                x, y, task_labels = (batch[i].to(strategy.device) for i in (0, 1, -1))
+                outputs = avalanche_forward(model, x, task_labels)
+                if criterion is None:
+                    continue
+                if not isinstance(outputs, Tensor):
+                    raise TypeError(
+                        f"Invalid model: its output is a {type(outputs).__name__} (the pull-back measures the "
+                        "loss on one output tensor; pull_back=0 leaves the gate alone)"
+                    )
+                with torch.enable_grad():
+                    outputs = outputs.detach().requires_grad_()
+                    curvatures.append(loss_curvature(outputs, criterion(outputs, y)))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    curvature = torch.stack(curvatures).mean() if curvatures else torch.zeros(())
+    return {name: torch.cat(parts) for name, parts in activity.items()}, curvature

@@ -1,0 +1,103 @@
+"""Layers as linear maps: what presynaptic activity, postsynaptic signal and weights are to each kind.
+
+A linear layer's input vector is its input; a convolution's is the patch under its kernel, once for every position. A
+bias is the weight of one more input, which is always 1. The groups of a grouped convolution share one input space.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["GATED", "NORMALISATION", "gated_layers", "presynaptic", "project", "postsynaptic", "along", "add_along"]
+
+GATED = (nn.Linear, nn.Conv2d)
+NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+def gated_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The trainable layers that the coincidence gate knows, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, GATED) and m.weight.requires_grad}
+
+
+def presynaptic(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer's input vectors, one a row.
+
+    Args:
+        x: the layer's input; (..., in_features) of a linear layer, (n, channels, height, width) of a convolution.
+
+    Returns:
+        Shape (rows, d): d is the number of weights that an output unit has, its bias among them.
+    """
+    if isinstance(layer, nn.Linear):
+        rows = x.reshape(-1, layer.in_features)
+    else:
+        patches = F.unfold(_by_group(layer, _padded(layer, x)), layer.kernel_size, layer.dilation, 0, layer.stride)
+        rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
+    return rows if layer.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+
+
+def project(layer: nn.Module, x: Tensor, vectors: Tensor) -> Tensor:
+    """``presynaptic(layer, x) @ vectors``, a convolution's patches never being laid out.
+
+    Args:
+        x: as above.
+        vectors: V, shape (d, r).
+
+    Returns:
+        Shape (rows, r); (groups, rows, r) of a grouped convolution.
+    """
+    inputs = layer.weight[0].numel()
+    if isinstance(layer, nn.Linear):
+        projection = x.reshape(-1, inputs) @ vectors[:inputs]
+        return projection if layer.bias is None else projection.add_(vectors[-1])
+    kernels = vectors[:inputs].T.reshape(-1, *layer.weight.shape[1:])
+    bias = None if layer.bias is None else vectors[-1]
+    projection = F.conv2d(
+        _by_group(layer, _padded(layer, x)), kernels, bias, stride=layer.stride, dilation=layer.dilation
+    )
+    return _rows(layer, projection.reshape(len(x), -1, *projection.shape[2:]))
+
+
+def postsynaptic(layer: nn.Module, delta: Tensor) -> Tensor:
+    """The gradient in a layer's output, one row for each of its input vectors.
+
+    Returns:
+        Shape (rows, out); (groups, rows, out / groups) of a grouped convolution.
+    """
+    return delta.reshape(-1, delta.shape[-1]) if isinstance(layer, nn.Linear) else _rows(layer, delta)
+
+
+def along(layer: nn.Module, vectors: Tensor) -> Tensor:
+    """A layer's weights along each vector, W V: shape (out, r)."""
+    weight = layer.weight.detach().flatten(1).to(vectors.dtype)
+    product = weight @ vectors[: weight.shape[1]]
+    return product if layer.bias is None else product.addr_(layer.bias.detach().to(vectors.dtype), vectors[-1])
+
+
+def add_along(layer: nn.Module, coordinates: Tensor, vectors: Tensor) -> None:
+    """Moves a layer's weights by ``coordinates`` (out, r) along the vectors, in place: W + coordinates V^T."""
+    inputs = layer.weight[0].numel()
+    layer.weight.detach().add_((coordinates @ vectors[:inputs].T).view_as(layer.weight))
+    if layer.bias is not None:
+        layer.bias.detach().add_(coordinates @ vectors[-1])
+
+
+def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    padding = layer._reversed_padding_repeated_twice  # for every way to give it, "same" too
+    if not any(padding):
+        return x
+    return F.pad(x, padding, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+
+
+def _by_group(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """(n, channels, h, w) to (n * groups, channels / groups, h, w)."""
+    return x.reshape(-1, layer.in_channels // layer.groups, *x.shape[2:])
+
+
+def _rows(layer: nn.Conv2d, maps: Tensor) -> Tensor:
+    """Feature maps (n, groups * c, h, w) to rows (n * h * w, c), a leading dimension for groups if there are any."""
+    rows = maps.reshape(len(maps), layer.groups, -1, maps[0, 0].numel()).permute(1, 0, 3, 2)
+    rows = rows.reshape(layer.groups, -1, rows.shape[-1])
+    return rows if layer.groups > 1 else rows[0]
