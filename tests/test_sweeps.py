@@ -28,13 +28,20 @@ def tiny(seed, **kwargs):
     return Run("permuted-mnist", "naive-sgd", 2, 1, 64, 0, seed, 200, **kwargs)
 
 
-def sweep(output, seeds, *arguments, **kwargs):
-    """The script in a process group of its own, as a terminal starts it."""
-    command = [sys.executable, ROOT / "benchmarks" / "permuted_mnist.py", *TINY, "--seeds", str(seeds)]
-    command += ["--output", output, *arguments]
+def started(script, *arguments, **kwargs):
+    """A script in a process group of its own, as a terminal starts it."""
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **kwargs
+        [sys.executable, ROOT / "benchmarks" / script, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **kwargs,
     )
+
+
+def sweep(output, seeds, *arguments, **kwargs):
+    return started("permuted_mnist.py", *TINY, "--seeds", str(seeds), "--output", output, *arguments, **kwargs)
 
 
 def lines(path):
@@ -62,7 +69,7 @@ def test_a_sweep_killed_three_times_ends_with_every_result_once(tmp_path):
     few, many = sorted(rng.sample(range(2, 11), 2))
     for finished, kill in ((0, os.killpg), (few, os.kill), (many, os.killpg)):
         process = sweep(tmp_path, 12)
-        wait_until(lambda: len(lines(results)) >= finished)
+        wait_until(lambda n=finished: len(lines(results)) >= n)
         time.sleep(rng.uniform(0.0, 0.3) if finished else rng.uniform(0.0, 6.0))  # before any result, too
         kill(process.pid, signal.SIGKILL)
         process.communicate(timeout=60)  # to the end of all that write to its output: workers end with their parent

@@ -87,8 +87,8 @@ def recipe_of(run: Run) -> Recipe:
 
 def numbers_of(optimizer: type[torch.optim.Optimizer]) -> tuple[str, ...]:
     """The optimizer's settings that are numbers, its learning rate aside: also those that it passes on to a base."""
-    arguments = {p.name: p.default for c in optimizer.__mro__ for p in inspect.signature(c.__init__).parameters.values()}
-    return tuple(name for name, default in arguments.items() if type(default) in (int, float) and name != "lr")
+    arguments = [p for c in optimizer.__mro__ for p in inspect.signature(c.__init__).parameters.values()]
+    return tuple(dict.fromkeys(p.name for p in arguments if type(p.default) in (int, float) and p.name != "lr"))
 
 
 def build_model() -> nn.Module:
