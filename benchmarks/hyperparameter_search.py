@@ -5,13 +5,12 @@ python benchmarks/hyperparameter_search.py --benchmark split-mnist --tasks 5 --s
 
 import argparse
 import sys
-from concurrent.futures import FIRST_COMPLETED, CancelledError, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, wait
 
 from tqdm import tqdm
 
 from harness.cli import add_common, add_protocol, override, positive
-from harness.executors import open_executor
+from harness.executors import open_executor, result_of
 from harness.settings import STRATEGIES, STUDIES, USES_REPLAY, Run, code_fingerprint
 
 TASKS = {"split-mnist": (2, 5, 10), "permuted-mnist": None}
@@ -67,7 +66,13 @@ def search_of(p: argparse.ArgumentParser, args: argparse.Namespace):
 
 
 def work_all(search, executor, jobs: int) -> None:
-    """Keeps ``jobs`` trials running until the study has all of its."""
+    """Keeps ``jobs`` trials running until the study has all of its.
+
+    Raises:
+        ValueError: for settings that can't be.
+        OSError: the study or the results can't be written, or the scheduler is gone.
+        RuntimeError: a worker can't do its work.
+    """
     from harness.search import finished, work
 
     study = search.study()
@@ -76,7 +81,12 @@ def work_all(search, executor, jobs: int) -> None:
         while pending:
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
-                trial = future.result()
+                try:
+                    trial = result_of(future)
+                except (ValueError, OSError):
+                    raise
+                except Exception as error:  # its process died, again and again, or has other code
+                    raise RuntimeError(f"a worker failed: {error}") from error
                 if trial is None:
                     continue
                 pending.add(executor.submit(work, search))
@@ -118,8 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
-    except (OSError, ImportError, BrokenProcessPool, CancelledError) as error:
-        print(f"\nStopped: {error or 'the Dask scheduler is gone'}. {go_on}", file=sys.stderr)
+    except (OSError, ImportError, RuntimeError) as error:
+        print(f"\nStopped: {error}. {go_on}", file=sys.stderr)
         return 1
     failed = [t for t in finished(search.study()) if "error" in t.user_attrs]
     if failed:

@@ -116,6 +116,16 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, database):
     assert first.params != second.params and len(first.intermediate_values) == 2
 
 
+def test_one_process_repeats_a_search_to_the_digit(tmp_path):
+    searches = [make_search(tmp_path / name, 12, train_per_task=100, batch_size=32) for name in "ab"]
+    for one in searches:
+        one.output.mkdir()
+        while search.work(one):
+            pass
+    a, b = ([(t.params, t.value, t.intermediate_values) for t in search.finished(s.study())] for s in searches)
+    assert a == b and len(a) == 12
+
+
 def test_a_run_that_diverges_is_a_bad_trial_and_one_that_fails_is_told(tmp_path):
     diverging = make_search(tmp_path, strategy="sp", overrides=(("lr", 1e30),))
     assert search.work(diverging)["value"] == 0.0

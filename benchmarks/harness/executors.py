@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
@@ -43,6 +43,18 @@ def open_executor(jobs: int, scheduler: str | None = None) -> Iterator[Executor]
         raise ConnectionError(f"no Dask scheduler at {scheduler}: {error}") from error
     with client:
         yield client.get_executor(pure=False)
+
+
+def result_of(future: Future):
+    """The future's result, or its error; that of a scheduler that is gone has a name.
+
+    Raises:
+        ConnectionError: the Dask scheduler is gone.
+    """
+    try:
+        return future.result()
+    except CancelledError:
+        raise ConnectionError("the Dask scheduler is gone") from None
 
 
 class ProcessExecutor(Executor):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from concurrent.futures import CancelledError, Future, as_completed
+from concurrent.futures import Future, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
 
-from harness.executors import open_executor, prepared
+from harness.executors import open_executor, prepared, result_of
 from harness.files import append_lines
 from harness.settings import Run, code_fingerprint
 
@@ -99,9 +99,9 @@ def _run_missing(todo: list[Run], code: str, done: dict, results: Path, dataset_
 
 def _record(future: Future, run: Run, code: str) -> dict:
     try:
-        return future.result()
-    except CancelledError:
-        raise ConnectionError("the Dask scheduler is gone") from None
+        return result_of(future)
+    except ConnectionError:
+        raise
     except Exception as error:  # its process died, again and again, or could not even begin
         text = "".join(traceback.format_exception_only(error)).strip()
         return {"key": run.key(code), "run": run.to_json(), "error": text}
