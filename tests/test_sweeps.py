@@ -70,7 +70,7 @@ def test_a_sweep_killed_three_times_ends_with_every_result_once(tmp_path):
     for finished, kill in ((0, os.killpg), (few, os.kill), (many, os.killpg)):
         process = sweep(tmp_path, 12)
         wait_until(lambda n=finished: len(lines(results)) >= n)
-        time.sleep(rng.uniform(0.0, 0.3) if finished else rng.uniform(0.0, 6.0))  # before any result, too
+        time.sleep(rng.uniform(0.0, 0.3) if finished else rng.uniform(0.0, 4.0))  # before any result, too
         kill(process.pid, signal.SIGKILL)
         process.communicate(timeout=60)  # to the end of all that write to its output: workers end with their parent
     kept = lines(results)
@@ -175,9 +175,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 def cluster():
     distributed = pytest.importorskip("distributed")
     # As docs/sweeps.md says: the workers find the harness, one thread each.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        yield cluster
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", paths)
+        with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+            yield cluster
 
 
 def test_a_full_disk_stops_a_sweep_and_damages_nothing(tmp_path, cluster):

@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecu
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
-from harness.settings import code_fingerprint
+from harness.settings import ROOT, code_fingerprint
 
 ATTEMPTS = 3  # of a job whose process dies; Dask has as many
 
@@ -121,8 +121,22 @@ class _Worker:
             context.set_forkserver_preload(["harness.run"])
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
+        with _importable():
+            self.process.start()
         theirs.close()  # so that its end is the end of the connection
+
+
+@contextmanager
+def _importable() -> Iterator[None]:
+    """For the fork server: before Python 3.13 it has the environment's path alone, and silently loads nothing."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), *([before] if before else [])])
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def _serve(connection) -> None:
