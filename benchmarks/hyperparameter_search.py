@@ -106,8 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     from harness.search import finished
     from harness.search_report import write_search
 
-    search.output.mkdir(parents=True, exist_ok=True)
     try:
+        search.output.mkdir(parents=True, exist_ok=True)
         search.study()
     except Exception as error:  # whatever the database's driver says
         p.error(f"--storage {search.storage}: {error}") if search.storage else p.error(str(error))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 
 import pytest
@@ -16,16 +17,17 @@ from conftest import MNIST, ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from harness.executors import ATTEMPTS, ProcessExecutor, open_executor  # noqa: E402
+from harness.executors import ATTEMPTS, ProcessExecutor, open_executor, prepared, result_of  # noqa: E402
 from harness.files import write_whole  # noqa: E402
 from harness.jobs import append_result, read_results, run_all  # noqa: E402
+from harness.run import execute  # noqa: E402
 from harness.settings import Run  # noqa: E402
 
 TINY = ["--tasks", "2", "--train-per-task", "200", "--strategies", "naive-sgd", "--jobs", "2"]
 
 
-def tiny(seed, **kwargs):
-    return Run("permuted-mnist", "naive-sgd", 2, 1, 64, 0, seed, 200, **kwargs)
+def tiny(seed, strategy="naive-sgd", **kwargs):
+    return Run("permuted-mnist", strategy, 2, 1, 64, 0, seed, 200, **kwargs)
 
 
 def started(script, *arguments, **kwargs):
@@ -168,52 +170,66 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["best.json"]
 
 
-# -- A cluster, and a full disk --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    distributed = pytest.importorskip("distributed")
-    # As docs/sweeps.md says: the workers find the harness, one thread each.
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", paths)
-        with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-            yield cluster
-
-
-def test_a_full_disk_stops_a_sweep_and_damages_nothing(tmp_path, cluster):
+def test_a_full_disk_stops_a_sweep_and_damages_nothing(tmp_path):
     """The limit on the size of a file stands in for the disk: the write fails as it does there."""
     results = tmp_path / "results.jsonl"
-    scheduler = ["--scheduler", cluster.scheduler_address]
-    full = sweep(
-        tmp_path, 6, *scheduler, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
-    )
-    out, err = full.communicate()
+    full = sweep(tmp_path, 6, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)))
+    _, err = full.communicate()
     assert full.returncode == 1 and "Traceback" not in err
     assert f"File too large: '{results}'" in err and "the same command goes on from there" in err
     kept = lines(results)
     assert 0 < len(kept) < 6 and all(json.loads(line)["acc"] for line in kept)
-    rest = sweep(tmp_path, 6, *scheduler)
-    out, err = rest.communicate()
-    assert rest.returncode == 0 and lines(results)[: len(kept)] == kept, err
+    records, failed = run_all([tiny(seed) for seed in range(6)], results, str(MNIST), jobs=2)
+    assert (len(records), failed) == (6, 0) and lines(results)[: len(kept)] == kept
     check(results, 6)
 
 
-def test_a_sweep_on_a_cluster_survives_the_death_of_a_worker(tmp_path, cluster):
+# -- A cluster -------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_runs_on_a_cluster(tmp_path, monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # the worker, in this process, silences some
+    results, runs = tmp_path / "results.jsonl", [tiny(seed) for seed in range(3)]
+    runs += [tiny(3, strategy="sp", overrides=(("lr", 1e30),))]
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None
+    ) as cluster:
+        records, failed = run_all(runs, results, str(MNIST), 1, cluster.scheduler_address)
+        assert failed == 1 and [r["run"]["seed"] for r in records] == [0, 1, 2]
+        with pytest.raises(RuntimeError, match="the worker has loaded other code"):
+            with open_executor(1, cluster.scheduler_address) as executor:
+                result_of(executor.submit(prepared_for, "other code"))
+    # Two threads, but one run at a time: the same numbers as alone.
+    alone = execute(runs[1], str(MNIST), "key")
+    assert alone["accuracy_matrix"] == records[1]["accuracy_matrix"]
+
+
+def prepared_for(code):
+    with prepared(code):
+        pass
+
+
+@pytest.mark.slow
+def test_a_sweep_on_a_cluster_survives_the_death_of_a_worker(tmp_path, monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    # As docs/sweeps.md says: the workers find the harness, one thread each.
+    paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     results = tmp_path / "results.jsonl"
-    process = sweep(tmp_path, 8, "--scheduler", cluster.scheduler_address)
-    wait_until(lambda: len(lines(results)) >= 3)
-    with open_executor(1, cluster.scheduler_address) as executor:
-        pids = executor._client.run(os.getpid)
-    os.kill(min(pids.values()), signal.SIGKILL)
-    out, err = process.communicate()
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        process = sweep(tmp_path, 12, "--scheduler", cluster.scheduler_address)
+        wait_until(lambda: len(lines(results)) >= 3)
+        with distributed.Client(cluster) as client:
+            pids = client.run(os.getpid)
+        os.kill(min(pids.values()), signal.SIGKILL)
+        _, err = process.communicate()
     assert process.returncode == 0, err
-    check(results, 8)
+    check(results, 12)
 
 
 def test_a_scheduler_that_is_not_there_is_named(tmp_path):
     pytest.importorskip("distributed")
     process = sweep(tmp_path, 1, "--scheduler", "nowhere://127.0.0.1:1")
-    out, err = process.communicate()
+    _, err = process.communicate()
     assert process.returncode == 1 and "no Dask scheduler at nowhere://127.0.0.1:1" in err and "Traceback" not in err

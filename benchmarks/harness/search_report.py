@@ -72,9 +72,7 @@ def _importances(study: optuna.Study, complete: list[optuna.trial.FrozenTrial]) 
     """PED-ANOVA (S. Watanabe et al., IJCAI 2023); nothing where trials don't differ."""
     if len({t.value for t in complete}) < 2:
         return {}
-    return optuna.importance.get_param_importances(
-        study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
-    )
+    return optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
 
 
 def _table(trials: list[optuna.trial.FrozenTrial]) -> str:
