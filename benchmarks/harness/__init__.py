@@ -1,5 +1,6 @@
-"""What the benchmark scripts share, in reading order: settings, strategies, run, jobs, report, cli.
+"""What the benchmark scripts share, in reading order: settings, strategies, run, executors, jobs, report,
+cli; search.
 
-``settings``, ``jobs``, ``report`` and ``cli`` don't import torch, so that a command answers at once; the runs
+What they import when loaded doesn't import torch, so that a command answers at once; the runs
 happen in worker processes, which do.
 """

@@ -55,9 +55,7 @@ def parser(description: str, *, benchmark: str, output: str, tasks: tuple[int, .
     """Arguments that every script takes; ``tasks`` lists the numbers of tasks allowed (None: any)."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--tasks", type=positive, choices=tasks, default=tasks[0] if tasks else 10, help="experiences")
-    p.add_argument("--epochs", type=positive, default=1, help="epochs an experience")
-    p.add_argument("--batch-size", type=positive, default=64, help="stream samples in a mini-batch")
-    p.add_argument("--replay-buffer", type=positive, default=200, help="stored samples of the replay strategies")
+    add_protocol(p)
     names = STRATEGIES + STUDIES[benchmark]
     p.add_argument(
         "--strategies", type=strategies(names), default=list(STRATEGIES), metavar="A,B", help=", ".join(names)
@@ -69,10 +67,17 @@ def parser(description: str, *, benchmark: str, output: str, tasks: tuple[int, .
     return p
 
 
+def add_protocol(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--epochs", type=positive, default=1, help="epochs an experience")
+    p.add_argument("--batch-size", type=positive, default=64, help="stream samples in a mini-batch")
+    p.add_argument("--replay-buffer", type=positive, default=200, help="stored samples of the replay strategies")
+
+
 def add_common(p: argparse.ArgumentParser, *, seeds: int, output: str) -> None:
     p.add_argument("--seeds", type=positive, default=seeds, help="number of seeds")
     p.add_argument("--first-seed", type=natural, default=0, help="the first of them")
     p.add_argument("--jobs", type=positive, default=os.cpu_count(), help="runs at a time, one thread each")
+    p.add_argument("--scheduler", metavar="ADDRESS", help="run on the workers of this Dask scheduler: docs/sweeps.md")
     p.add_argument("--output", type=Path, default=ROOT / "results" / output, help="folder for results and figures")
     p.add_argument("--dataset-root", type=dataset_root, default=str(MNIST), help="folder with MNIST/raw/*-ubyte")
 
@@ -105,19 +110,27 @@ def check_against(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def compare(runs: list[Run], args: argparse.Namespace) -> int:
     """Runs what is missing, writes and prints the report; the script's exit status."""
-    args.output.mkdir(parents=True, exist_ok=True)
     results = args.output / "results.jsonl"
-    print(f"{len(runs)} runs, {args.jobs} at a time; results go to {results}", flush=True)
+    where = f"on {args.scheduler}" if args.scheduler else f"{args.jobs} at a time"
+    print(f"{len(runs)} runs, {where}; results go to {results}", flush=True)
     try:
-        records, failed = run_all(runs, results, args.dataset_root, args.jobs)
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. Finished runs are in {results}; the same command goes on from there.", file=sys.stderr)
-        return 130
-    if records:
-        from harness.report import write_report  # here, as scipy is slow to load
+        args.output.mkdir(parents=True, exist_ok=True)
+        records, failed = run_all(runs, results, args.dataset_root, args.jobs, args.scheduler)
+        if records:
+            from harness.report import write_report  # here, as scipy is slow to load
 
-        for path in write_report(records, args.output, args.against):
-            print(path)
+            for path in write_report(records, args.output, args.against):
+                print(path)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. {_go_on(results)}", file=sys.stderr)
+        return 130
+    except (OSError, ImportError) as error:  # a full disk, no such scheduler, or no Dask
+        print(f"\nStopped: {error}. {_go_on(results)}", file=sys.stderr)
+        return 1
     if failed:
         print(f"{failed} of {len(runs)} runs failed: their errors are in {results}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _go_on(results: Path) -> str:
+    return f"Finished runs are in {results}; the same command goes on from there."

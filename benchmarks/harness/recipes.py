@@ -30,8 +30,10 @@ class Recipe:
     optimizer_settings: dict[str, float] = field(default_factory=dict)
     model: str = "MLP"
 
-    def override(self, overrides: dict[str, float]) -> Recipe:
-        allowed = ["lr", *self.settings, *self.optimizer_settings]
+    def override(self, overrides: dict[str, float], accepted: tuple[str, ...] = ()) -> Recipe:
+        """The recipe with other values for its settings, or for what its optimizer accepts besides."""
+        in_optimizer = [*self.optimizer_settings, *(name for name in accepted if name not in self.optimizer_settings)]
+        allowed = ["lr", *self.settings, *in_optimizer]
         unknown = sorted(set(overrides) - set(allowed))
         if unknown:
             raise ValueError(
@@ -41,7 +43,7 @@ class Recipe:
             self,
             lr=overrides.get("lr", self.lr),
             settings={k: overrides.get(k, v) for k, v in self.settings.items()},
-            optimizer_settings={k: overrides.get(k, v) for k, v in self.optimizer_settings.items()},
+            optimizer_settings=self.optimizer_settings | {k: overrides[k] for k in in_optimizer if k in overrides},
         )
 
 

@@ -6,9 +6,11 @@ import importlib.metadata
 import platform
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from avalanche.benchmarks.scenarios import CLScenario
 from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin, SupervisedPlugin
@@ -58,8 +60,13 @@ class AccuracyCurve(SupervisedPlugin):
         self.seconds += time.perf_counter() - start
 
 
-def execute(run: Run, dataset_root: str, key: str) -> dict:
-    """Trains the run and returns its record, as it is written to ``results.jsonl``."""
+def execute(
+    run: Run, dataset_root: str, key: str, after_experience: Callable[[np.ndarray], None] | None = None
+) -> dict:
+    """Trains the run and returns its record, as it is written to ``results.jsonl``.
+
+    ``after_experience`` is called after each experience with the accuracy matrix so far; what it raises ends the run.
+    """
     torch.set_num_threads(1)
     benchmark = build_benchmark(run, dataset_root)
     smallest = min(len(e.dataset) for e in benchmark.train_stream)
@@ -80,6 +87,8 @@ def execute(run: Run, dataset_root: str, key: str) -> dict:
         strategy.train(experiences, drop_last=True)
         seconds += time.perf_counter() - start
         strategy.eval(benchmark.test_stream)
+        if after_experience is not None:
+            after_experience(matrix.result())
 
     accuracy = matrix.result()
     incremental = accuracy.shape[0] == accuracy.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -100,7 +101,13 @@ def recipe_of(run: Run) -> Recipe:
     recipe = nearest(tuned, run.n_tasks)[run.strategy]
     if isinstance(recipe.lr, dict):
         recipe = replace(recipe, lr=nearest(recipe.lr, run.replay_buffer or run.train_per_task or 60000))
-    return recipe.override(dict(run.overrides))
+    return recipe.override(dict(run.overrides), numbers_of(OPTIMIZERS[recipe.optimizer]))
+
+
+def numbers_of(optimizer: type[torch.optim.Optimizer]) -> tuple[str, ...]:
+    """The optimizer's settings that are numbers, its learning rate aside: also those that it passes on to a base."""
+    arguments = [p for c in optimizer.__mro__ for p in inspect.signature(c.__init__).parameters.values()]
+    return tuple(dict.fromkeys(p.name for p in arguments if type(p.default) in (int, float) and p.name != "lr"))
 
 
 def build_model() -> nn.Module:
