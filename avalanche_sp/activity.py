@@ -31,6 +31,7 @@ class LayerActivity:
         anchor: (out, r), the weights along the vectors when they were consolidated.
         closed: (r,), how far the gate is closed along each vector, in [0, 1].
         closed_rest: the same along all other directions alike.
+        closed_more: (r,), how much more it is closed along each vector.
         energy, passed, novel: 0-dim sums, over the iterations looked at in the epoch, of the stream's squared input,
             of the part that the gate let through, and of the part outside the stored eigenspace.
     """
@@ -42,6 +43,7 @@ class LayerActivity:
     anchor: Tensor
     closed: Tensor
     closed_rest: float
+    closed_more: Tensor
     energy: Tensor
     passed: Tensor
     novel: Tensor
@@ -49,7 +51,7 @@ class LayerActivity:
     @classmethod
     def empty(cls, inputs: int, like: Tensor) -> LayerActivity:
         zero, nothing = like.new_zeros(()), like.new_zeros(0)
-        return cls(nothing, like.new_zeros(inputs, 0), zero, 0, like.new_zeros(0, 0), nothing, 0.0, zero, zero, zero)
+        return cls(nothing, like.new_zeros(inputs, 0), zero, 0, like.new_zeros(0, 0), nothing, 0.0, nothing, zero, zero, zero)
 
     @property
     def state_bytes(self) -> int:
@@ -77,7 +79,12 @@ class LayerActivity:
         rest = (d * self.mean_eigenvalue - self.eigenvalues.sum()).clamp_min(0) / max(d - r, 1)
         self.closed = claim(self.eigenvalues, self.mean_eigenvalue, openness)
         self.closed_rest = float(claim(rest, self.mean_eigenvalue, openness)) if d > r else 0.0
+        self.closed_more = self.closed - self.closed_rest
         self.energy = self.passed = self.novel = torch.zeros_like(self.mean_eigenvalue)
+
+    def open_rest(self) -> None:
+        """Gates the kept directions alone."""
+        self.closed_rest, self.closed_more = 0.0, self.closed
 
     def watch(self, x: Tensor, projection: Tensor) -> None:
         """Adds to the epoch's sums: input vectors (rows, d) and their projection onto the vectors."""

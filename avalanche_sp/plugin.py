@@ -65,8 +65,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     the openness is multiplied by :math:`o = 1 + (M/20)^2` and the pull-back divided by :math:`o^2`, found on Split
     MNIST (``docs/experiments.md``); the optimizer's steps are left as they are, and normalisation layers go on learning.
 
-    The model is touched only while the strategy trains: hooks on its layers and parameters from a forward pass to the
-    end of its backward pass. Gradients accumulated over several backward passes are gated each by itself. A
+    The model is touched only while the strategy trains: hooks on its layers from a forward pass to the end of its
+    backward pass. Gradients accumulated over several backward passes are gated each by itself. A
     :class:`~avalanche_sp.SelectivePlasticityOptimizer` is told the surprise of the loss at every iteration.
 
     Args:
@@ -121,15 +121,18 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._pull_weight = 0.0
         self._interval = _INTERVAL
         self._has_memory = False
+        self._gated: list[tuple[str, nn.Module]] = []  # the layers that something is consolidated for
+        self._norms: list[nn.Module] = []  # the normalisation layers that hold still
         # For the present iteration and the next.
         self._iteration = 0
         self._called: dict[str, nn.Module] = {}
         self._handles: list = []
         self._held_back: dict[str, Tensor] = {}
         self._batch: tuple[int, int] | None = None  # rows in the batch, rows of the stream; None outside backward
+        self._accumulated: dict[nn.Parameter, Tensor] = {}  # gradients of earlier backward passes, gated already
         self._pulls: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}  # the weights along the vectors at the last look, where steps are watched
-        self._norms: list[nn.Module] = []  # normalisation layers switched to evaluation for a forward pass
+        self._resting: list[nn.Module] = []  # normalisation layers switched to evaluation for a forward pass
 
     @property
     def active(self) -> bool:
@@ -167,27 +170,29 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._iteration = 0
         self._pulls.clear()
         self._before.clear()
+        self._gated = [(n, m) for n, m in gated_layers(strategy.model).items() if n in self.layers]
+        holds_norms = self.layers and not self._has_memory
+        self._norms = [m for m in strategy.model.modules() if isinstance(m, NORMALISATION)] if holds_norms else []
         watched = not self._has_memory and not _steps_along_gradient(strategy.optimizer)
-        for name, layer in self._layers_of(strategy.model):
+        for name, layer in self._gated:
             activity = self.layers[name]
             activity.close(openness)
             if self._has_memory:
-                activity.closed_rest = 0.0  # its factor would reach the memory's gradient, too
+                activity.open_rest()  # its factor would reach the memory's gradient, too
             if watched:
                 self._before[name] = along(layer, activity.vectors)
 
     def before_forward(self, strategy, **kwargs):
         self._release()
-        for name, layer in self._layers_of(strategy.model):
+        for name, layer in self._gated:
             self._handles.append(
                 layer.register_forward_hook(
                     lambda layer, inputs, output, name=name: self._watch(name, layer, inputs, output)
                 )
             )
-        if self._holds_norms:
-            for module in strategy.model.modules():
-                if isinstance(module, NORMALISATION) and module.training:
-                    self._norms.append(module.eval())
+        for module in self._norms:
+            if module.training:
+                self._resting.append(module.eval())
 
     def after_forward(self, strategy, **kwargs):
         self._end_forward()
@@ -195,11 +200,11 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     def before_backward(self, strategy, **kwargs):
         # Only the strategy's own backward pass is gated, not one that another plugin makes for its purposes.
         self._batch = len(strategy.mb_x), stream_rows(strategy)
-        for name, layer in self._called.items():
-            for parameter in (layer.weight, layer.bias):
-                if parameter is not None and parameter.requires_grad:
-                    gate = self._gate_weight if parameter is layer.weight else self._gate_bias
-                    self._handles.append(parameter.register_hook(lambda grad, name=name, gate=gate: gate(name, grad)))
+        for layer in self._called.values():
+            for parameter in layer.parameters(recurse=False):
+                if parameter.grad is not None:
+                    self._accumulated[parameter] = parameter.grad
+                    parameter.grad = None
 
     def after_backward(self, strategy, **kwargs):
         if not strategy.loss.isfinite().all():
@@ -208,23 +213,23 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 f"the loss is {strategy.loss.item()} at iteration {clock.train_exp_iterations} of training experience "
                 f"{clock.train_exp_counter}: nothing was updated. The usual cause is too high a learning rate."
             )
+        for name, held in self._held_back.items():
+            self._gate(name, self._called[name], held)
         self._release()
-        if self._holds_norms:
-            for module in strategy.model.modules():
-                if isinstance(module, NORMALISATION):
-                    for parameter in module.parameters(recurse=False):
-                        parameter.grad = None  # not zero: a step on zeros still follows momentum and decays weights
+        for module in self._norms:
+            for parameter in module.parameters(recurse=False):
+                parameter.grad = None  # not zero: a step on zeros still follows momentum and decays weights
         if self.active:
             self._observe(strategy.loss.detach().squeeze(), strategy.optimizer)
 
     def after_update(self, strategy, **kwargs):
         self._iteration += 1
         if self._iteration % self._interval == 0:
-            self._look(strategy.model)
+            self._look()
 
     def after_training_epoch(self, strategy, **kwargs):
         if self._iteration % self._interval and self._before:
-            self._look(strategy.model)
+            self._look()
 
     def after_training_exp(self, strategy, **kwargs):
         self._release()
@@ -232,14 +237,6 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             self._consolidate(strategy)
 
     # -- Gating ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _holds_norms(self) -> bool:
-        return bool(self.layers) and not self._has_memory
-
-    def _layers_of(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The layers that something is consolidated for."""
-        return [(name, layer) for name, layer in gated_layers(model).items() if name in self.layers]
 
     def _watch(self, name: str, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
         """Forward hook: notes the layer's input, and waits for the error that comes back to its output."""
@@ -257,39 +254,28 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         projection = project(layer, x, activity.vectors)
         if self._iteration % _INTERVAL == 0:
             activity.watch(presynaptic(layer, x), projection)
-        closed = activity.closed - activity.closed_rest
-        held = held_back(postsynaptic(layer, delta), projection, closed).flatten(0, -2)
+        held = held_back(postsynaptic(layer, delta), projection, activity.closed_more).flatten(0, -2)
         self._held_back[name] = self._held_back[name].add_(held) if name in self._held_back else held
 
-    def _correction(self, name: str) -> Tensor | None:
-        """What a layer's gradient loses along the vectors, the pull that is due included; None without an error."""
-        held = self._held_back.get(name)
-        if held is not None and name in self._pulls:
+    def _gate(self, name: str, layer: nn.Module, held: Tensor) -> None:
+        """Gates a layer's gradient, and adds the pull-back that is due."""
+        activity, grad = self.layers[name], layer.weight.grad
+        if name in self._pulls:
             pull = self._pulls.pop(name)
             held[: len(pull)] -= pull  # fewer rows than the layer's where a head has grown
-        return held
-
-    def _gate_weight(self, name: str, grad: Tensor) -> Tensor:
-        """Hook on a layer's weight: its gradient, gated and pulled. It comes after all of the layer's ``_hold_back``."""
-        activity, held = self.layers[name], self._correction(name)
-        if held is None:
-            return grad
-        vectors = activity.vectors[: grad[0].numel()]
-        gated = torch.addmm(
-            grad.flatten(1).to(held.dtype), held, vectors.T, beta=1 - activity.closed_rest, alpha=-1
-        )
-        return gated.view_as(grad).to(grad.dtype)
-
-    def _gate_bias(self, name: str, grad: Tensor) -> Tensor:
-        activity, held = self.layers[name], self._correction(name)
-        if held is None:
-            return grad
-        return grad * (1 - activity.closed_rest) - (held @ activity.vectors[-1]).to(grad.dtype)
+        open_rest, inputs = 1 - activity.closed_rest, grad[0].numel()
+        vectors = activity.vectors[:inputs].T
+        if grad.dtype == held.dtype and grad.is_contiguous():
+            grad.view(-1, inputs).addmm_(held, vectors, beta=open_rest, alpha=-1)
+        else:
+            grad.mul_(open_rest).sub_((held @ vectors).view_as(grad))
+        if layer.bias is not None and layer.bias.grad is not None:
+            layer.bias.grad.mul_(open_rest).sub_(held @ activity.vectors[-1])
 
     @torch.no_grad()
-    def _look(self, model: nn.Module) -> None:
+    def _look(self) -> None:
         """Takes back what the last steps did along claimed directions, and sees how hard each layer is to be pulled."""
-        for name, layer in self._layers_of(model):
+        for name, layer in self._gated:
             activity = self.layers[name]
             weights = along(layer, activity.vectors)
             if name in self._before:
@@ -310,13 +296,16 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for module in self._norms:
+        for module in self._resting:
             module.train()
-        self._norms.clear()
+        self._resting.clear()
 
     def _release(self) -> None:
         """Ends an iteration, also one that an error or an interrupt left unfinished."""
         self._end_forward()
+        for parameter, grad in self._accumulated.items():
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        self._accumulated.clear()
         self._called.clear()
         self._held_back.clear()
         self._batch = None
@@ -348,6 +337,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             self.layers[name].close(self.openness)
         self._pulls.clear()
         self._before.clear()
+        self._gated, self._norms = [], []
 
 
 def _steps_along_gradient(optimizer: torch.optim.Optimizer) -> bool:

@@ -62,11 +62,11 @@ class Watching(SelectivePlasticityPlugin):
 
     looks = 0
 
-    def _look(self, model):
+    def _look(self):
         before = {name: coordinates.clone() for name, coordinates in self._before.items()}
-        there = {name: along(layer, self.layers[name].vectors) for name, layer in self._layers_of(model)}
-        super()._look(model)
-        for name, layer in self._layers_of(model):
+        there = {name: along(layer, self.layers[name].vectors) for name, layer in self._gated}
+        super()._look()
+        for name, layer in self._gated:
             if name in before:
                 left = along(layer, self.layers[name].vectors) - before[name]
                 expected = (there[name] - before[name]) * (1 - self.layers[name].closed)
