@@ -114,7 +114,8 @@ def permuted_mnist(
     train, test = _load_mnist(dataset_root, download)
     rng = torch.Generator().manual_seed(seed)
     permutations = np.random.RandomState(seed)
-    train_sets, test_sets = [], []
+    train_sets: list[TensorClassificationDataset] = []
+    test_sets: list[TensorClassificationDataset] = []
     for e in range(n_experiences):
         pixels = torch.from_numpy(permutations.permutation(784))
         for (images, labels), size, datasets in ((train, train_size, train_sets), (test, None, test_sets)):
