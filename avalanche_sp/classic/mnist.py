@@ -53,8 +53,8 @@ def split_mnist(
         FileNotFoundError: there is no MNIST in ``dataset_root`` and ``download`` is False.
 
     References:
-        F. Zenke, B. Poole, S. Ganguli: Continual learning through synaptic intelligence, ICML 2017;
-        G. van de Ven, A. Tolias: Three scenarios for continual learning, 2019.
+        F. Zenke, B. Poole, S. Ganguli: Continual learning through synaptic intelligence, ICML 2017; G. van de Ven,
+        A. Tolias: Three scenarios for continual learning, 2019.
     """
     if n_experiences not in (1, 2, 5, 10):
         raise ValueError(f"Invalid n_experiences value: {n_experiences} (allowed: 1, 2, 5 or 10)")
