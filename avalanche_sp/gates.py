@@ -139,14 +139,18 @@ def merge_eigenspace(
     factor = torch.cat([old, activity * ((1 - weight) / len(activity)) ** 0.5])
     rows, d = factor.shape
     if d <= rows:
-        values, basis = torch.linalg.eigh(factor.T @ factor)
-        values, basis = values[-rank:], basis[:, -rank:]
+        values, basis = _leading(factor.T @ factor, rank)
     else:
-        values, left = torch.linalg.eigh(factor @ factor.T)
-        values, left = values[-rank:], left[:, -rank:]
+        values, left = _leading(factor @ factor.T, rank)
         # factor^T u / sqrt(lambda) is the eigenvector; QR, strongest first, keeps the weakest orthonormal too.
         basis = torch.linalg.qr(factor.T @ left.flip(1)).Q.flip(1)
     return values.clamp_min(0), basis.contiguous()
+
+
+def _leading(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Leading eigenpairs, in double precision: in single, many eigenvalues near 0 (dead units) can stop eigh."""
+    values, vectors = torch.linalg.eigh(gram.double())
+    return values[-rank:].to(gram.dtype), vectors[:, -rank:].to(gram.dtype)
 
 
 def held_back(delta: Tensor, projection: Tensor, closed: Tensor) -> Tensor:

@@ -46,8 +46,9 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         \qquad C = V \operatorname{diag}(\lambda) V^\top
 
     where :math:`\kappa` is the loss's measured curvature in its outputs and the ratio is at most 20. So more steps
-    don't add up to more leakage. It pulls every few iterations, 8 at most, as many times as hard. No sample is stored:
-    the memory is ``rank`` vectors a layer, for its inputs and for its outputs.
+    don't add up to more leakage. It pulls every few iterations, 8 at most, as many times as hard. And each further
+    epoch over an experience, which brings little that is new, opens the gate less: its e-th with
+    :math:`\alpha / e^2`. No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs.
 
     It works with any optimizer. Plain SGD's steps follow the gated gradient. Momentum carried over from before a
     consolidation, step sizes of their own for every weight and weight decay do not: with any other optimizer the
@@ -158,6 +159,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
         memory = memory_size(strategy)
         opening = 1 + (memory / _MEMORY_SCALE) ** 2
+        openness = self.openness * opening / (1 + strategy.clock.train_exp_epochs) ** 2
         self._has_memory = memory > 0
         ratio = self._samples_seen / len(strategy.experience.dataset)
         self._interval = min(max(int(_MAX_PULL / max(ratio, 1)), 1), _INTERVAL)
@@ -168,7 +170,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         watched = not self._has_memory and not _steps_along_gradient(strategy.optimizer)
         for name, layer in self._layers_of(strategy.model):
             activity = self.layers[name]
-            activity.close(self.openness * opening)
+            activity.close(openness)
             if self._has_memory:
                 activity.closed_rest = 0.0  # its factor would reach the memory's gradient, too
             if watched:
@@ -259,14 +261,19 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         held = held_back(postsynaptic(layer, delta), projection, closed).flatten(0, -2)
         self._held_back[name] = self._held_back[name].add_(held) if name in self._held_back else held
 
-    def _gate_weight(self, name: str, grad: Tensor) -> Tensor:
-        """Hook on a layer's weight: its gradient, gated, with the pull-back that is due. After all _hold_back."""
-        activity, held = self.layers[name], self._held_back.get(name)
-        if held is None:  # a penalty's gradient alone
-            return grad
-        if name in self._pulls:
+    def _correction(self, name: str) -> Tensor | None:
+        """What a layer's gradient loses along the vectors, the pull that is due included; None without an error."""
+        held = self._held_back.get(name)
+        if held is not None and name in self._pulls:
             pull = self._pulls.pop(name)
             held[: len(pull)] -= pull  # fewer rows than the layer's where a head has grown
+        return held
+
+    def _gate_weight(self, name: str, grad: Tensor) -> Tensor:
+        """Hook on a layer's weight: its gradient, gated and pulled. It comes after all of the layer's ``_hold_back``."""
+        activity, held = self.layers[name], self._correction(name)
+        if held is None:
+            return grad
         vectors = activity.vectors[: grad[0].numel()]
         gated = torch.addmm(
             grad.flatten(1).to(held.dtype), held, vectors.T, beta=1 - activity.closed_rest, alpha=-1
@@ -274,7 +281,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         return gated.view_as(grad).to(grad.dtype)
 
     def _gate_bias(self, name: str, grad: Tensor) -> Tensor:
-        activity, held = self.layers[name], self._held_back.get(name)
+        activity, held = self.layers[name], self._correction(name)
         if held is None:
             return grad
         return grad * (1 - activity.closed_rest) - (held @ activity.vectors[-1]).to(grad.dtype)

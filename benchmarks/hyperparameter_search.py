@@ -54,6 +54,7 @@ def search_of(p: argparse.ArgumentParser, args: argparse.Namespace):
         replay_buffer=args.replay_buffer if args.strategy in USES_REPLAY else 0,
         seed=args.first_seed,
         train_per_task=args.train_per_task,
+        network=args.network,
         validation=True,
         overrides=tuple(sorted(args.set)),
     )

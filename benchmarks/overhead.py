@@ -26,9 +26,9 @@ from torch.optim import Optimizer
 
 from avalanche_sp import OneHotMSELoss, SelectivePlasticityOptimizer, SelectivePlasticityPlugin, split_mnist
 from harness.cli import dataset_root, positive
+from harness.networks import build_network, perceptron
 from harness.run import optimizer_bytes, quiet
 from harness.settings import MNIST, ROOT
-from harness.strategies import build_mlp, build_model
 
 BATCH = 128
 Timer = Callable[[], float]  # does the work once, returns seconds
@@ -59,7 +59,7 @@ def data_path(root: str) -> dict[str, Timer]:
     x, y, _ = ours.dataset.read_batch(list(range(len(ours.dataset))))
 
     def bare() -> float:
-        model, loss = build_model(), nn.CrossEntropyLoss()
+        model, loss = build_network(), nn.CrossEntropyLoss()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 
         def epoch():
@@ -72,7 +72,7 @@ def data_path(root: str) -> dict[str, Timer]:
 
     def avalanche(experience) -> Timer:
         def epoch() -> float:
-            strategy = naive(build_model())
+            strategy = naive(build_network())
             return seconds(lambda: strategy.train(experience))
 
         return epoch
@@ -89,7 +89,7 @@ def steps_alone(width: int) -> tuple[dict[str, Timer], dict[str, int]]:
 
     def steps(make, consolidated: bool = False) -> tuple[Timer, Optimizer]:
         torch.manual_seed(0)
-        model = build_mlp(width)
+        model = perceptron(width, width)
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         optimizer = make(model.parameters())
@@ -117,7 +117,7 @@ def training_steps() -> dict[str, Timer]:
 
     def steps(make) -> Timer:
         torch.manual_seed(0)
-        model, loss = build_model(), nn.CrossEntropyLoss()
+        model, loss = build_network(), nn.CrossEntropyLoss()
         x, y = torch.randn(BATCH, 784), torch.randint(10, (BATCH,))
         optimizer = make(model.parameters())
 
@@ -143,7 +143,7 @@ def gated_training(root: str) -> dict[str, Timer]:
 
     def epoch(plugins) -> Timer:
         def run() -> float:
-            strategy = naive(build_model(), plugins(), OneHotMSELoss())
+            strategy = naive(build_network(), plugins(), OneHotMSELoss())
             strategy.train(first)
             return seconds(lambda: strategy.train(second))
 

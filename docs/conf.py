@@ -30,6 +30,7 @@ def setup(app):
     app.connect("source-read", links_within)
 
 
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 # The results' tables are pages that the documents link to; they are not chapters.
 suppress_warnings = ["toc.not_included"]

@@ -81,18 +81,28 @@ def test_gate_metrics_reach_every_logger(split2, tmp_path):
             assert events.Scalars(name)[-1].value == pytest.approx(last[name])
 
 
-def test_gate_metrics_say_what_the_gate_did(split2):
+@pytest.mark.parametrize("openness_setting, claimed", [(1e-9, 20), (1e9, 0)])
+def test_gate_metrics_say_what_the_gate_did(split2, openness_setting, claimed):
     openness, surprise, rank, _ = metrics = selective_plasticity_metrics()
-    plugin = SelectivePlasticityPlugin(openness=1e-9, rank=20)
+    plugin = SelectivePlasticityPlugin(openness=openness_setting, rank=20, pull_back=0)
     strategy = train(split2, [plugin], metrics)
     assert set(openness.result()) == set(plugin.layers) == {"1", "3", "5"}
     for layer in plugin.layers:
         assert 0 < surprise.result()[layer] < 1
-        # Fully closed along all that is stored: what passes is what is new.
-        assert openness.result()[layer] == pytest.approx(surprise.result()[layer], rel=1e-3)
-        assert rank.result()[layer] == 20
+        assert openness.result()[layer] == pytest.approx(0 if claimed else 1, abs=1e-3)
+        assert rank.result()[layer] == claimed
     history = strategy.evaluator.get_all_metrics()["ClaimedRank/mean/train_phase/train_stream/Task000"]
-    assert history[1] == [20, 20]
+    assert history[1] == [claimed, claimed]
+
+
+def test_openness_and_surprise_are_shares_of_the_streams_energy(split2):
+    """With full rank the whole input lies along the vectors: nothing is new, and f alone says what passes."""
+    openness, surprise, _, _ = metrics = selective_plasticity_metrics()
+    plugin = SelectivePlasticityPlugin(openness=1.0, rank=785)
+    train(split2, [plugin], metrics)
+    for layer in plugin.layers:
+        assert surprise.result()[layer] == pytest.approx(0, abs=0.01)
+        assert 0 < openness.result()[layer] < 1
 
 
 def test_without_plugin_or_gate_the_gate_metrics_are_silent(split2):

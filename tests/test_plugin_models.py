@@ -122,7 +122,6 @@ def test_consolidation_restores_modes_and_ignores_dropout(split2):
     assert seen.count(False) == 2  # 600 samples in batches of 512
 
 
-def test_a_model_without_linear_layers_is_refused(split2):
-    model = nn.Sequential(nn.Conv2d(1, 10, 28), nn.Flatten())
-    with pytest.raises(ValueError, match=r"Invalid model: Sequential has no nn\.Linear layer"):
-        strategy_of(model, [SelectivePlasticityPlugin()]).train(split2.train_stream[0])
+def test_a_model_without_a_layer_to_gate_is_refused(split2):
+    with pytest.raises(ValueError, match=r"Invalid model: Sequential has no trainable nn\.Linear or nn\.Conv2d layer"):
+        strategy_of(mlp().requires_grad_(False), [SelectivePlasticityPlugin()]).train(split2.train_stream[0])

@@ -14,6 +14,7 @@ from conftest import MNIST, ROOT, mlp, strategy_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from harness.networks import build_network, gate_bytes, network_bytes  # noqa: E402
 from harness.projections import (  # noqa: E402
     GradientProjectionMemory,
     OrthogonalWeightsModification,
@@ -21,8 +22,8 @@ from harness.projections import (  # noqa: E402
     layer_inputs,
     linear_layers,
 )
-from harness.ridge import BUDGET, StreamingRidge, build_random_features, stored_bytes, width_within  # noqa: E402
-from harness.run import execute, memory_bytes, model_bytes  # noqa: E402
+from harness.ridge import StreamingRidge, build_random_features, stored_bytes  # noqa: E402
+from harness.run import execute, memory_bytes  # noqa: E402
 from harness.settings import Run  # noqa: E402
 from harness.strategies import build_model, learning_without_forgetting  # noqa: E402
 
@@ -155,7 +156,7 @@ def test_lwf_keeps_the_old_networks_answers(split2, criterion):
         after = strategy.model(old)[:, :5].detach()
         drift.append((after.softmax(1) - before.softmax(1)).abs().mean().item())
     assert drift[1] < drift[0]
-    assert memory_bytes(lwf) == model_bytes(strategy.model)  # one copy of the network
+    assert memory_bytes(lwf) == network_bytes(strategy.model)  # one copy of the network
 
 
 # -- Random features and ridge regression ----------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def test_lwf_keeps_the_old_networks_answers(split2, criterion):
 def ridge_readout(stream, ridge, batch):
     """The readout after training on ``stream``, and the features' random weights that it belongs to."""
     torch.manual_seed(0)
-    model = build_random_features()
+    model = build_random_features(1_800_000)
     plugin = StreamingRidge(ridge)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     strategy = strategy_of(model, [plugin], optimizer=optimizer, batch=batch)
@@ -186,7 +187,7 @@ def test_ridge_over_a_stream_is_the_batch_solution_in_any_order(split2, ridge):
 
 def test_ridge_readout_is_up_to_date_in_evaluation(split2):
     torch.manual_seed(0)
-    model, plugin = build_random_features(), StreamingRidge(1.0)
+    model, plugin = build_random_features(1_800_000), StreamingRidge(1.0)
     strategy = strategy_of(model, [plugin], optimizer=torch.optim.SGD(model.parameters(), lr=0.0))
     strategy.train(split2.train_stream[0])
     x, y = images(split2.train_stream[1])
@@ -194,13 +195,20 @@ def test_ridge_readout_is_up_to_date_in_evaluation(split2):
     assert (model.eval()(x).argmax(1) == y).float().mean() > 0.9
 
 
-def test_random_features_take_no_more_memory_than_the_plugin_and_its_network():
-    width = width_within(BUDGET)
-    assert stored_bytes(width) <= BUDGET < stored_bytes(width + 1)
-    assert build_random_features()[1].out_features == width == 440
+@pytest.mark.parametrize("network", ["256-256", "1000", "cnn"])
+def test_random_features_take_no_more_memory_than_the_plugin_and_its_network(network):
     extra = {}
     for strategy in ("sp", "rf-ridge"):
-        run = Run("permuted-mnist", strategy, 2, 1, 64, 0, seed=0, train_per_task=500)
+        run = Run("permuted-mnist", strategy, 2, 1, 64, 0, seed=0, train_per_task=900, network=network)
         extra[strategy] = execute(run, str(MNIST), "key")["extra_memory_bytes"]
-    assert BUDGET == model_bytes(build_model()) + extra["sp"]
-    assert extra["rf-ridge"] == stored_bytes(width) - model_bytes(build_model()) <= extra["sp"]
+    size = network_bytes(build_network(network))
+    budget = size + gate_bytes(build_network(network), 64)
+    assert budget == size + extra["sp"]
+    width = build_model(run)[1].out_features
+    assert stored_bytes(width) <= budget < stored_bytes(width + 1)
+    assert extra["rf-ridge"] == stored_bytes(width) - size <= extra["sp"]
+
+
+def test_a_network_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="Invalid network: 12 \\(allowed: 256-256, 100-100, 1000, cnn\\)"):
+        build_network("12")

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from harness.jobs import run_all
-from harness.settings import MNIST, ROOT, STRATEGIES, STUDIES, USES_REPLAY, Run
+from harness.settings import MNIST, NETWORKS, ROOT, STRATEGIES, STUDIES, USES_REPLAY, Run
 
 
 def positive(text: str) -> int:
@@ -70,6 +70,7 @@ def parser(description: str, *, benchmark: str, output: str, tasks: tuple[int, .
 def add_protocol(p: argparse.ArgumentParser) -> None:
     p.add_argument("--epochs", type=positive, default=1, help="epochs an experience")
     p.add_argument("--batch-size", type=positive, default=64, help="stream samples in a mini-batch")
+    p.add_argument("--network", choices=NETWORKS, default="256-256", help="hidden widths, or a small CNN")
     p.add_argument("--replay-buffer", type=positive, default=200, help="stored samples of the replay strategies")
 
 
@@ -95,6 +96,7 @@ def runs_of(args: argparse.Namespace, benchmark: str, replay_buffers: Iterable[i
             seed=seed,
             train_per_task=getattr(args, "train_per_task", None),
             validation=args.validation,
+            network=args.network,
             overrides=tuple(sorted(args.set)),
         )
         for seed in range(args.first_seed, args.first_seed + args.seeds)

@@ -15,7 +15,7 @@ class Recipe:
         lr: learning rate, or learning rates by what they were tuned for: the buffer, of strategies with replay; else
             the training images a task.
         plugins: names from its PLUGINS.
-        model: name from its MODELS.
+        model: "network", the run's, or "random features" in its place.
         settings: the plugins' settings.
         optimizer_settings: the optimizer's, besides its learning rate.
         joint_weight: weigh replayed samples as joint training would.
@@ -28,7 +28,7 @@ class Recipe:
     settings: dict[str, float] = field(default_factory=dict)
     joint_weight: bool = False
     optimizer_settings: dict[str, float] = field(default_factory=dict)
-    model: str = "MLP"
+    model: str = "network"
 
     def override(self, overrides: dict[str, float], accepted: tuple[str, ...] = ()) -> Recipe:
         """The recipe with other values for its settings, or for what its optimizer accepts besides."""
@@ -47,7 +47,8 @@ class Recipe:
         )
 
 
-_SP = {"openness": 0.2, "pull_back": 1.0, "rank": 100}  # the plugin's defaults
+SP_RANK = 64
+_SP = {"openness": 0.2, "pull_back": 1.0, "rank": SP_RANK}  # the plugin's defaults
 
 # By benchmark and number of tasks; found on validation images, seeds 100 to 104: docs/experiments.md.
 RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {

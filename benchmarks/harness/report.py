@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 from tabulate import tabulate
 
-from harness.settings import position
+from harness.settings import NETWORKS, position
 
 MEASURES = ("acc", "bwt", "forgetting", "learning_acc")
 
@@ -128,7 +128,7 @@ def title(records: list[dict]) -> str:
     score = "validation images" if run["validation"] else "test images"
     return (
         f"{name}, {run['n_tasks']} tasks{images}, one head, {run['epochs']} epoch{'s' * (run['epochs'] > 1)}, "
-        f"batch {run['batch_size']}, MLP 784-256-256-10, {score}, seeds {seeds}"
+        f"batch {run['batch_size']}, {NETWORKS[run.get('network', '256-256')]}, {score}, seeds {seeds}"
     )
 
 

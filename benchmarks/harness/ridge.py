@@ -8,7 +8,6 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
 INPUTS, OUTPUTS = 784, 10
-BUDGET = 1_077_288 + 730_812  # bytes: the comparison's network, and what `sp` keeps beside it
 
 
 def stored_bytes(width: int) -> int:
@@ -26,9 +25,9 @@ def width_within(budget: int) -> int:
     return width
 
 
-def build_random_features() -> nn.Module:
-    """A network with a fixed random hidden layer, as large as the comparison's network together with `sp`."""
-    width = width_within(BUDGET)
+def build_random_features(budget: int) -> nn.Module:
+    """A network with a fixed random hidden layer, which takes ``budget`` bytes with all that its readout keeps."""
+    width = width_within(budget)
     hidden = nn.Linear(INPUTS, width).requires_grad_(False)
     return nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), nn.Linear(width, OUTPUTS))
 

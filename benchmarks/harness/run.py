@@ -26,8 +26,9 @@ from avalanche_sp import (
     split_mnist,
 )
 from avalanche_sp.classic import benchmark_of
+from harness.networks import build_network, network_bytes
 from harness.settings import Run
-from harness.strategies import MODELS, build_model, build_strategy, recipe_of
+from harness.strategies import build_model, build_strategy, recipe_of
 
 CURVE_POINTS = 10  # measurements of the accuracy curve in an experience
 CURVE_IMAGES = 1000  # test images a task behind each
@@ -75,7 +76,7 @@ def execute(
     test_sets = [_first_images(e.dataset, CURVE_IMAGES) for e in benchmark.test_stream]
     torch.manual_seed(run.seed)
     recipe = recipe_of(run)
-    model = MODELS[recipe.model]()
+    model = build_model(run)
     matrix, curve = AccuracyMatrix(), AccuracyCurve(test_sets)
     strategy, plugins = build_strategy(run, model, [curve], EvaluationPlugin(matrix))
 
@@ -105,8 +106,8 @@ def execute(
         "seconds": seconds - curve.seconds,
         "extra_memory_bytes": sum(memory_bytes(p) for p in plugins)
         + optimizer_bytes(strategy.optimizer)
-        + model_bytes(model)
-        - model_bytes(build_model()),  # a network of another size counts by what it is larger
+        + network_bytes(model)
+        - network_bytes(build_network(run.network)),  # a network of another size counts by what it is larger
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -139,10 +140,6 @@ def memory_bytes(plugin: SupervisedPlugin) -> int:
         x = buffer[0][0]
         return len(buffer) * (x.numel() * x.element_size() + 8)
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in _tensors(vars(plugin))}.values())
-
-
-def model_bytes(model: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in _tensors(model))
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -10,6 +10,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 MNIST = ROOT / "benchmarks" / "data" / "mnist"
 
+# Networks and what reports call them.
+NETWORKS = {
+    "256-256": "MLP 784-256-256-10",
+    "100-100": "MLP 784-100-100-10",
+    "1000": "MLP 784-1000-10",
+    "cnn": "CNN of two convolutions (16 and 32 channels) and a linear layer",
+}
 # In the order in which tables and figures show them.
 STRATEGIES = (
     "naive-sgd",
@@ -17,8 +24,10 @@ STRATEGIES = (
     "ewc",
     "si",
     "mas",
+    "rf-ridge",
     "sp-optimizer",
     "sp",
+    "sp-both",
     "replay-sgd",
     "replay-adam",
     "replay-joint",
@@ -26,11 +35,10 @@ STRATEGIES = (
     "joint",
 )
 # What else can be asked for by name: more methods without replay, and studies of a part, each on its benchmark.
-_NO_REPLAY = ("lwf", "owm", "gpm", "rf-ridge")
+_NO_REPLAY = ("lwf", "owm", "gpm")
 STUDIES = {
     "split-mnist": (
         *_NO_REPLAY,
-        "sp-both",
         "legacy-adam",
         "legacy-sp",
         "legacy-adam-replay",
@@ -46,7 +54,6 @@ STUDIES = {
         "sp-running",
         "sp-consolidated-adam",
         "sp-consolidated",
-        "sp-both",
     ),
 }
 USES_REPLAY = (
@@ -73,6 +80,7 @@ class Run:
         seed: fixes data order, initial weights and permutations; runs with equal seeds are paired.
         train_per_task: training images a task (Permuted MNIST); None is all.
         validation: score on 1/6 of the training images, held out, instead of the test set, for tuning.
+        network: one of NETWORKS.
         overrides: (name, value) pairs that replace the strategy's settings, for tuning.
     """
 
@@ -85,6 +93,7 @@ class Run:
     seed: int
     train_per_task: int | None = None
     validation: bool = False
+    network: str = "256-256"
     overrides: tuple[tuple[str, float], ...] = ()
 
     def to_json(self) -> dict:
@@ -103,6 +112,7 @@ def code_fingerprint() -> str:
         for name in (
             "controls.py",
             "legacy.py",
+            "networks.py",
             "projections.py",
             "recipes.py",
             "ridge.py",

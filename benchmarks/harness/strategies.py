@@ -20,8 +20,9 @@ from avalanche_sp import (
 )
 from harness.controls import UPGD, ConstantGate, RandomGate
 from harness.legacy import LegacyReplay, LegacySelectivePlasticity
+from harness.networks import build_network, gate_bytes, network_bytes
 from harness.projections import GradientProjectionMemory, OrthogonalWeightsModification
-from harness.recipes import RECIPES, Recipe, nearest
+from harness.recipes import RECIPES, SP_RANK, Recipe, nearest
 from harness.ridge import StreamingRidge, build_random_features
 from harness.settings import STRATEGIES, STUDIES, USES_REPLAY, Run
 
@@ -110,18 +111,13 @@ def numbers_of(optimizer: type[torch.optim.Optimizer]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(p.name for p in arguments if type(p.default) in (int, float) and p.name != "lr"))
 
 
-def build_model() -> nn.Module:
-    """The 784-256-256-10 perceptron of the comparison."""
-    return build_mlp(256)
-
-
-def build_mlp(width: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
-    )
-
-
-MODELS = {"MLP": build_model, "random features": build_random_features}
+def build_model(run: Run) -> nn.Module:
+    """The run's network; for random features, one that takes as many bytes as the network and `sp`'s memory."""
+    network = build_network(run.network)
+    recipe = recipe_of(run)
+    if recipe.model == "network":
+        return network
+    return build_random_features(network_bytes(network) + gate_bytes(network, SP_RANK))
 
 
 def build_strategy(run: Run, model: nn.Module, extra_plugins: list, evaluator):

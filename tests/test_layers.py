@@ -1,0 +1,63 @@
+"""What the gate takes for a layer's inputs, errors and weights, against autograd, for all kinds of layers."""
+
+import pytest
+import torch
+from torch import nn
+
+from avalanche_sp.layers import add_along, along, postsynaptic, presynaptic, project
+
+LAYERS = {
+    "linear": lambda: (nn.Linear(6, 5), (7, 6)),
+    "linear without bias": lambda: (nn.Linear(6, 5, bias=False), (7, 6)),
+    "linear on sequences": lambda: (nn.Linear(6, 5), (7, 3, 6)),
+    "convolution": lambda: (nn.Conv2d(3, 8, 3), (4, 3, 9, 7)),
+    "without bias": lambda: (nn.Conv2d(3, 8, 3, bias=False), (4, 3, 9, 7)),
+    "stride, padding, dilation": lambda: (nn.Conv2d(3, 8, (3, 2), (2, 1), (1, 2), (1, 2)), (4, 3, 9, 7)),
+    "same": lambda: (nn.Conv2d(3, 8, 4, padding="same"), (4, 3, 9, 7)),
+    "circular": lambda: (nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), (4, 3, 9, 7)),
+    "groups": lambda: (nn.Conv2d(6, 8, 3, groups=2), (4, 6, 9, 7)),
+    "depthwise": lambda: (nn.Conv2d(6, 6, 3, stride=2, groups=6), (4, 6, 9, 7)),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def case(request):
+    torch.manual_seed(0)
+    layer, shape = LAYERS[request.param]()
+    layer = layer.double()
+    x = torch.randn(shape, dtype=torch.float64)
+    size = layer.weight[0].numel() + (layer.bias is not None)
+    vectors = torch.linalg.qr(torch.randn(size, 4, dtype=torch.float64)).Q
+    return layer, x, vectors
+
+
+def test_projection_is_that_of_the_input_vectors(case):
+    layer, x, vectors = case
+    rows, groups = presynaptic(layer, x), getattr(layer, "groups", 1)
+    expected = rows.reshape(len(x), groups, -1, rows.shape[1]).transpose(0, 1) @ vectors  # groups lead
+    torch.testing.assert_close(project(layer, x, vectors).reshape(-1, 4), expected.reshape(-1, 4))
+
+
+def test_errors_times_projection_are_the_gradient_along_the_vectors(case):
+    layer, x, vectors = case
+    output = layer(x)
+    delta = torch.randn_like(output)
+    (output * delta).sum().backward()
+    gradient = layer.weight.grad.flatten(1)
+    if layer.bias is not None:
+        gradient = torch.cat([gradient, layer.bias.grad[:, None]], dim=1)
+    coincidences = postsynaptic(layer, delta).mT @ project(layer, x, vectors)
+    torch.testing.assert_close(coincidences.flatten(0, -2), gradient @ vectors)
+
+
+def test_weights_move_along_the_vectors_alone(case):
+    layer, x, vectors = case
+    before = along(layer, vectors)
+    before_outside = torch.cat(
+        [p.detach().flatten(1) if p.dim() > 1 else p.detach()[:, None] for p in layer.parameters()], 1
+    )
+    step = torch.randn_like(before)
+    add_along(layer, step, vectors)
+    torch.testing.assert_close(along(layer, vectors), before + step)
+    after = torch.cat([p.detach().flatten(1) if p.dim() > 1 else p.detach()[:, None] for p in layer.parameters()], 1)
+    torch.testing.assert_close(after - before_outside, step @ vectors.T)

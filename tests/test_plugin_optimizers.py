@@ -1,0 +1,191 @@
+"""The plugin beside optimizers that don't step along the gradient, and its hold on layers that it can't gate."""
+
+import pytest
+import torch
+from avalanche.training.plugins import ReplayPlugin
+from torch import nn
+
+from avalanche_sp import OneHotMSELoss, SelectivePlasticityOptimizer, SelectivePlasticityPlugin
+from avalanche_sp.layers import along, gated_layers
+
+from conftest import mlp, strategy_of, weights
+
+OPTIMIZERS = {
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+    "weight decay": lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.1),
+    "Adam": lambda p: torch.optim.Adam(p, lr=1e-3),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
+    "selective plasticity": lambda p: SelectivePlasticityOptimizer(p, lr=1e-3, beta1=0.0, eps=1e-3, warmup_steps=5),
+}
+
+
+class GradientAlone(SelectivePlasticityPlugin):
+    """Gates the gradient and lets the optimizer do what it will with it."""
+
+    def after_update(self, strategy, **kwargs):
+        pass
+
+    def after_training_epoch(self, strategy, **kwargs):
+        pass
+
+
+def moved(split2, plugin, make):
+    """How far the second experience moved the weights along what the first one claimed, relative to all it moved."""
+    torch.manual_seed(0)
+    model = mlp()
+    strategy = strategy_of(model, [plugin], optimizer=make(model.parameters()))
+    strategy.train(split2.train_stream[0])
+    vectors = {name: activity.vectors for name, activity in plugin.layers.items()}
+    before = {name: along(layer, vectors[name]) for name, layer in gated_layers(model).items()}
+    start = weights(model)
+    strategy.train(split2.train_stream[1])
+    inside = sum((along(layer, vectors[n]) - before[n]).square().sum() for n, layer in gated_layers(model).items())
+    return (inside.sqrt() / (weights(model) - start).norm()).item()
+
+
+WATCHED = {"openness": 0.02, "pull_back": 0.0, "rank": 20}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gated_gradient_is_not_enough_and_the_update_is_gated_too(split2, name):
+    alone = moved(split2, GradientAlone(**WATCHED), OPTIMIZERS[name])
+    assert moved(split2, SelectivePlasticityPlugin(**WATCHED), OPTIMIZERS[name]) < alone / 2
+
+
+def test_plain_sgd_needs_no_watching(split2):
+    both = [moved(split2, c(**WATCHED), lambda p: torch.optim.SGD(p, lr=0.05)) for c in (GradientAlone, Watching)]
+    assert both[0] == both[1]
+
+
+class Watching(SelectivePlasticityPlugin):
+    """Sees every look at the weights: what the steps had done along the vectors, and what is left of it."""
+
+    looks = 0
+
+    def _look(self, model):
+        before = {name: coordinates.clone() for name, coordinates in self._before.items()}
+        there = {name: along(layer, self.layers[name].vectors) for name, layer in self._layers_of(model)}
+        super()._look(model)
+        for name, layer in self._layers_of(model):
+            if name in before:
+                left = along(layer, self.layers[name].vectors) - before[name]
+                expected = (there[name] - before[name]) * (1 - self.layers[name].closed)
+                torch.testing.assert_close(left, expected, atol=1e-5, rtol=1e-3)
+                self.looks += 1
+
+
+def test_of_a_step_along_a_claimed_direction_the_open_share_is_left(split2):
+    plugin = Watching(rank=20)
+    moved(split2, plugin, OPTIMIZERS["Adam"])
+    assert plugin.looks == 3 * 3  # 19 iterations: after the 8th, the 16th and at the end, three layers
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_remembers_with_any_optimizer(split2, name):
+    kept = []
+    for plugins in ([], [SelectivePlasticityPlugin()]):
+        torch.manual_seed(0)
+        model = mlp()
+        strategy = strategy_of(model, plugins, optimizer=OPTIMIZERS[name](model.parameters()), epochs=3)
+        for experience in split2.train_stream:
+            strategy.train(experience)
+        x, y, _ = split2.test_stream[0].dataset.read_batch(list(range(200)))
+        kept.append((model(x).argmax(1) == y).float().mean().item())
+    assert kept[0] < 0.4 < 0.6 < kept[1]
+
+
+def test_gradients_accumulated_over_several_batches_are_gated_each_by_itself(split2):
+    class Accumulating(torch.optim.SGD):
+        calls = 0
+
+        def zero_grad(self, set_to_none=True):
+            if self.calls % 2 == 0:
+                super().zero_grad(set_to_none)
+
+        def step(self, closure=None):
+            self.calls += 1
+            if self.calls % 2 == 0:
+                super().step(closure)
+
+    results = []
+    for make, batch, lr in ((torch.optim.SGD, 50, 0.05), (Accumulating, 25, 0.025)):
+        torch.manual_seed(0)
+        model = mlp()
+        strategy = strategy_of(
+            model,
+            [SelectivePlasticityPlugin(pull_back=0.0, rank=20)],
+            optimizer=make(model.parameters(), lr=lr),
+            batch=batch,
+        )
+        for experience in split2.train_stream:
+            strategy.train(experience, shuffle=False)
+        results.append(weights(model))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+
+
+def network_with_norms() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 5, stride=3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+        nn.Linear(256, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 10),
+    )  # fmt: skip
+
+
+def norm_state(model):
+    return torch.cat([t.detach().flatten() for i in (1, 5) for t in model[i].state_dict().values()]).clone()
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_normalisation_layers_learn_once_and_then_hold_still_without_a_memory(split2, replay):
+    model = network_with_norms()
+    plugins = [SelectivePlasticityPlugin(rank=10)] + ([ReplayPlugin(30)] if replay else [])
+    strategy = strategy_of(model, plugins, optimizer=torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.1))
+    states = [norm_state(model)]
+    for experience in split2.train_stream:
+        strategy.train(experience)
+        states.append(norm_state(model))
+        assert all(m.training for m in model.modules())
+    assert not torch.equal(states[0], states[1])
+    assert torch.equal(states[1], states[2]) != replay
+
+
+def test_a_convolutional_network_remembers(split2):
+    kept = []
+    for plugins in ([], [SelectivePlasticityPlugin()]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, groups=2), nn.ReLU(),
+            nn.Flatten(), nn.Linear(400, 10),
+        )  # fmt: skip
+        strategy = strategy_of(model, plugins, criterion=OneHotMSELoss(), epochs=3)
+        for experience in split2.train_stream:
+            strategy.train(experience)
+        x, y, _ = split2.test_stream[0].dataset.read_batch(list(range(200)))
+        kept.append((model(x).argmax(1) == y).float().mean().item())
+    assert kept[0] < 0.3 < 0.6 < kept[1]
+
+
+def test_a_penalty_on_a_layer_without_error_is_not_gated(split2):
+    """A layer that is called but has no part in the outputs: its weights' gradient is the criterion's own."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.aside = mlp(), nn.Linear(784, 3)
+
+        def forward(self, x):
+            self.aside(x.flatten(1))
+            return self.net(x)
+
+    torch.manual_seed(0)
+    model = Net()
+    strategy = strategy_of(
+        model,
+        [SelectivePlasticityPlugin(rank=5)],
+        criterion=lambda out, y: OneHotMSELoss()(out, y) + 0.1 * model.aside.weight.square().sum(),
+    )
+    norms = []
+    for experience in split2.train_stream:
+        strategy.train(experience)
+        norms.append(model.aside.weight.norm().item())
+    assert norms[1] < norms[0]
