@@ -19,6 +19,7 @@ exclude_patterns = ["_build"]
 html_theme = "alabaster"
 html_theme_options = {"page_width": "1200px", "description": "Selective plasticity for continual learning"}
 html_copy_source = False
+html_show_copyright = False
 
 
 def links_within(app, docname, source):

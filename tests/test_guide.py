@@ -83,13 +83,23 @@ def test_the_guides_other_strategies_train_and_evaluate(names):
     assert gated == [["features.0", "classifier"]] * 2 + [["0", "5", "7.classifier"]]
 
 
-def test_the_guides_example_of_a_new_strategy_is_a_valid_one(monkeypatch):
+def test_the_guides_example_of_new_strategies_builds_them(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from harness import recipes, settings
+    from harness import recipes, settings, strategies
 
     (example,) = [block for block in blocks("text") if "Recipe(" in block]
-    names = {**vars(recipes), "RECIPES": {"split-mnist": {5: {}}}}
-    exec(example, names)
-    (name,) = names["RECIPES"]["split-mnist"][5]
-    assert f'"{name}"' in example.split("# recipes.py")[0]
-    assert name not in settings.STRATEGIES + settings.STUDIES["split-mnist"]
+    entries, added = example.split("# recipes.py")
+    names = tuple(re.findall(r'"([\w-]+)",', entries))
+    mine = {"split-mnist": {5: {}}}
+    exec(added, {**vars(recipes), "RECIPES": mine})
+    assert set(mine["split-mnist"][5]) == set(names)
+    assert not set(names) & {*settings.STRATEGIES, *settings.STUDIES["split-mnist"]}
+    monkeypatch.setitem(settings.STUDIES, "split-mnist", settings.STUDIES["split-mnist"] + names)
+    monkeypatch.setitem(recipes.RECIPES["split-mnist"], 5, recipes.RECIPES["split-mnist"][5] | mine["split-mnist"][5])
+    for name, plugins in zip(names, ([], [SelectivePlasticityPlugin])):
+        run = settings.Run("split-mnist", name, n_tasks=5, epochs=1, batch_size=64, replay_buffer=0, seed=0)
+        strategy, built = strategies.build_strategy(run, torch.nn.Linear(784, 10), [], None)
+        assert isinstance(strategy.optimizer, torch.optim.Adam)
+        assert [type(plugin) for plugin in built] == plugins
+    commands = [block for block in blocks("text") if "--strateg" in block]
+    assert all(name in commands[0] for name in names)
