@@ -1,4 +1,4 @@
-# Two commands: make compare, make test. Both make the environment first, once.
+# make compare and make test, and for contributors make lint and make docs. All make the environment first, once.
 VENV ?= .venv
 PYTHON ?= python3
 READY = $(VENV)/.ready
@@ -9,10 +9,17 @@ compare: $(READY)
 test: $(READY)
 	$(VENV)/bin/python -m pytest
 
+lint: $(READY)
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m mypy
+
+docs: $(READY)
+	$(VENV)/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build
+
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --editable '.[benchmarks,test]'
+	$(VENV)/bin/python -m pip install --quiet --editable '.[benchmarks,test,lint,docs]'
 	touch $@
 
-.PHONY: compare test
+.PHONY: compare test lint docs

@@ -89,7 +89,7 @@ def selective_plasticity(
     if foreach:
         if weight_decay != 0:
             torch._foreach_mul_(params, 1 - lr * weight_decay)
-        resistances = torch._foreach_mul(eligibilities, sharpness)
+        resistances = torch._foreach_mul(eligibilities, sharpness)  # type: ignore[arg-type]  # all floats or all tensors
         torch._foreach_add_(resistances, 1)
         torch._foreach_addcdiv_(params, displacements, resistances)
         return

@@ -161,7 +161,7 @@ class _LayerMetric(PluginMetric):
 class GateOpenness(_LayerMetric):
     """Share of the stream's presynaptic energy that the gate let through, per layer, epoch by epoch.
 
-        sum |x_gated|^2 / sum |x|^2
+    ``sum |x_gated|^2 / sum |x|^2``
     """
 
     def __init__(self):
@@ -174,7 +174,7 @@ class GateOpenness(_LayerMetric):
 class PresynapticSurprise(_LayerMetric):
     """Share of the stream's presynaptic energy outside all that was consolidated, per layer, epoch by epoch.
 
-        1 - sum |V^T x|^2 / sum |x|^2
+    ``1 - sum |V^T x|^2 / sum |x|^2``
     """
 
     def __init__(self):

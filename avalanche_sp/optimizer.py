@@ -143,7 +143,7 @@ class SelectivePlasticityOptimizer(Optimizer):
                     self.state[p]["step"] = torch.as_tensor(self.state[p]["step"], dtype=torch.float32, device="cpu")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None):
+    def step(self, closure: Callable[[], Tensor] | None = None):  # type: ignore[override]
         """Performs one step.
 
         Args:
@@ -153,14 +153,15 @@ class SelectivePlasticityOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        compiled, others = [], []
+        compiled: list[dict] = []
+        others: list[dict] = []
         for group in self.param_groups:
             (compiled if group["fused"] and group["plasticity_k"] != 0 else others).append(group)
         square_sums = self._square_sums(others)
         if square_sums is None or not self._compiled_step(compiled):
             return loss
         for group, sums in zip(others, square_sums):
-            lists: tuple[list, ...] = ([], [], [], [], [], [])
+            lists: tuple[list, list, list, list, list, list] = ([], [], [], [], [], [])
             self._init_group(group, *lists)
             selective_plasticity(*lists, sums, **{name: group[name] for name in _STEP_SETTINGS})
         return loss
@@ -228,7 +229,7 @@ class SelectivePlasticityOptimizer(Optimizer):
             mean of the gate (alignment, which lets more through, left aside); ``protected``, the share of synapses
             whose gate is less than half open; ``max_eligibility``; ``consolidated``, 1 or 0; and ``surprise``.
         """
-        diagnostics = {}
+        diagnostics: dict[str, dict[str, float]] = {}
         for group in self.param_groups:
             for name, p in zip(_names(group, len(diagnostics)), group["params"]):
                 state = self.state.get(p, {})
@@ -353,7 +354,7 @@ def _squared_norms(grads: list[Tensor]) -> list[Tensor]:
     if all(is_plain(g) and g.device.type == "cpu" and g.dtype in (torch.float32, torch.float64) for g in grads):
         flat = [g.view(-1) if g.is_contiguous() else g.flatten() for g in grads]
         return [torch.dot(g, g) for g in flat]
-    norms = torch._foreach_norm(grads)
+    norms: list = list(torch._foreach_norm(grads))
     norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]  # of all shards: all processes agree
     return [n.float().square() for n in norms]
 

@@ -13,7 +13,8 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_common(p, seeds=3, output="compare")
     p.set_defaults(
-        tasks=2, epochs=1, batch_size=64, network="256-256", strategies=list(STRATEGIES), validation=False, set=[], against=None
+        tasks=2, epochs=1, batch_size=64, network="256-256", strategies=list(STRATEGIES),
+        validation=False, set=[], against=None,
     )
     args = p.parse_args(argv)
     return compare(runs_of(args, "split-mnist", BUFFERS), args)

@@ -26,9 +26,9 @@ from torch.optim import Optimizer
 
 from avalanche_sp import OneHotMSELoss, SelectivePlasticityOptimizer, SelectivePlasticityPlugin, split_mnist
 from harness.cli import dataset_root, positive
+from harness.networks import build_network, perceptron
 from harness.run import optimizer_bytes, quiet
 from harness.settings import MNIST, ROOT
-from harness.networks import build_network, perceptron
 
 BATCH = 128
 Timer = Callable[[], float]  # does the work once, returns seconds

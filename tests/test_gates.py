@@ -18,7 +18,7 @@ def tensor(*shape, positive=False):
 @pytest.mark.parametrize("shape", [(7,), (4, 5), (2, 3, 4)])
 def test_eligibility_coincidence_and_resistance_equal_reference(shape):
     g, m, v = tensor(*shape), tensor(*shape), tensor(*shape, positive=True)
-    mean = np.mean([x for x in v.numpy().ravel()])
+    mean = np.mean(list(v.numpy().ravel()))
     e, c, r = gates.eligibility(v), gates.coincidence(g, m, v), gates.resistance(gates.eligibility(v), 3.0)
     for i in np.ndindex(shape):
         assert float(e[i]) == pytest.approx(float(v[i]) / mean)

@@ -20,8 +20,8 @@ from conftest import MNIST, ROOT, mlp
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from harness import strategies as recipes  # noqa: E402
-from harness.legacy import LegacyReplay  # noqa: E402
 from harness.jobs import append_result, read_results, run_all  # noqa: E402
+from harness.legacy import LegacyReplay  # noqa: E402
 from harness.networks import build_network  # noqa: E402
 from harness.report import differences, interval, summarize, table  # noqa: E402
 from harness.run import build_benchmark, execute  # noqa: E402

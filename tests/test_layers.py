@@ -53,7 +53,9 @@ def test_errors_times_projection_are_the_gradient_along_the_vectors(case):
 def test_weights_move_along_the_vectors_alone(case):
     layer, x, vectors = case
     before = along(layer, vectors)
-    before_outside = torch.cat([p.detach().flatten(1) if p.dim() > 1 else p.detach()[:, None] for p in layer.parameters()], 1)
+    before_outside = torch.cat(
+        [p.detach().flatten(1) if p.dim() > 1 else p.detach()[:, None] for p in layer.parameters()], 1
+    )
     step = torch.randn_like(before)
     add_along(layer, step, vectors)
     torch.testing.assert_close(along(layer, vectors), before + step)

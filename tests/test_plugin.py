@@ -240,7 +240,7 @@ def test_works_beside_a_plugin_that_copies_the_model(split2):
 
 
 def test_weights_move_in_the_open_directions(split2):
-    changes = []
+    changes, vectors = [], {}
     for plugins in ([SelectivePlasticityPlugin(openness=0.05, rank=10, pull_back=0)], []):
         model = mlp()
         strategy = strategy_of(model, plugins)

@@ -112,7 +112,10 @@ def test_gradients_accumulated_over_several_batches_are_gated_each_by_itself(spl
         torch.manual_seed(0)
         model = mlp()
         strategy = strategy_of(
-            model, [SelectivePlasticityPlugin(pull_back=0.0, rank=20)], optimizer=make(model.parameters(), lr=lr), batch=batch
+            model,
+            [SelectivePlasticityPlugin(pull_back=0.0, rank=20)],
+            optimizer=make(model.parameters(), lr=lr),
+            batch=batch,
         )
         for experience in split2.train_stream:
             strategy.train(experience, shuffle=False)

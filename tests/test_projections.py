@@ -14,6 +14,7 @@ from conftest import MNIST, ROOT, mlp, strategy_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from harness.networks import build_network, gate_bytes, network_bytes  # noqa: E402
 from harness.projections import (  # noqa: E402
     GradientProjectionMemory,
     OrthogonalWeightsModification,
@@ -24,7 +25,6 @@ from harness.projections import (  # noqa: E402
 from harness.ridge import StreamingRidge, build_random_features, stored_bytes  # noqa: E402
 from harness.run import execute, memory_bytes  # noqa: E402
 from harness.settings import Run  # noqa: E402
-from harness.networks import build_network, gate_bytes, network_bytes  # noqa: E402
 from harness.strategies import build_model, learning_without_forgetting  # noqa: E402
 
 
@@ -156,7 +156,7 @@ def test_lwf_keeps_the_old_networks_answers(split2, criterion):
         after = strategy.model(old)[:, :5].detach()
         drift.append((after.softmax(1) - before.softmax(1)).abs().mean().item())
     assert drift[1] < drift[0]
-    assert memory_bytes(lwf) == model_bytes(strategy.model)  # one copy of the network
+    assert memory_bytes(lwf) == network_bytes(strategy.model)  # one copy of the network
 
 
 # -- Random features and ridge regression ----------------------------------------------------------------------------

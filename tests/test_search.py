@@ -22,12 +22,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import hyperparameter_search  # noqa: E402
 import permuted_mnist  # noqa: E402
+from test_sweeps import lines, started, wait_until  # noqa: E402
+
 from harness import files, search  # noqa: E402
 from harness.jobs import read_results  # noqa: E402
 from harness.run import execute  # noqa: E402
 from harness.settings import STRATEGIES, STUDIES, Run, code_fingerprint  # noqa: E402
 from harness.strategies import recipe_of  # noqa: E402
-from test_sweeps import lines, started, wait_until  # noqa: E402
 
 TINY = ["--benchmark", "permuted-mnist", "--tasks", "2", "--train-per-task", "200", "--seeds", "1", "--jobs", "1"]
 

@@ -11,9 +11,13 @@ import re
 import pytest
 import torch
 from avalanche.training.plugins import SupervisedPlugin
-from conftest import ROOT, strategy_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from avalanche_sp import SelectivePlasticityPlugin
+
+from conftest import ROOT, strategy_of
 from theory import (
     HOLDS,
     KAPPA,
@@ -31,9 +35,6 @@ from theory import (
     squared_error,
     with_spectrum,
 )
-from torch import Tensor, nn
-
-from avalanche_sp import SelectivePlasticityPlugin
 
 # -- 1. The gate is a soft projection ----------------------------------------------------------------------------------
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from theory import (
     HOLDS,
     KAPPA,
@@ -28,7 +30,6 @@ from theory import (
     squared_error,
     with_spectrum,
 )
-from torch import Tensor, nn
 
 # -- 4. The pull-back --------------------------------------------------------------------------------------------------
 

@@ -53,8 +53,8 @@ def split_mnist(
         FileNotFoundError: there is no MNIST in ``dataset_root`` and ``download`` is False.
 
     References:
-        F. Zenke, B. Poole, S. Ganguli: Continual learning through synaptic intelligence, ICML 2017;
-        G. van de Ven, A. Tolias: Three scenarios for continual learning, 2019.
+        F. Zenke, B. Poole, S. Ganguli: Continual learning through synaptic intelligence, ICML 2017; G. van de Ven,
+        A. Tolias: Three scenarios for continual learning, 2019.
     """
     if n_experiences not in (1, 2, 5, 10):
         raise ValueError(f"Invalid n_experiences value: {n_experiences} (allowed: 1, 2, 5 or 10)")
@@ -114,7 +114,8 @@ def permuted_mnist(
     train, test = _load_mnist(dataset_root, download)
     rng = torch.Generator().manual_seed(seed)
     permutations = np.random.RandomState(seed)
-    train_sets, test_sets = [], []
+    train_sets: list[TensorClassificationDataset] = []
+    test_sets: list[TensorClassificationDataset] = []
     for e in range(n_experiences):
         pixels = torch.from_numpy(permutations.permutation(784))
         for (images, labels), size, datasets in ((train, train_size, train_sets), (test, None, test_sets)):

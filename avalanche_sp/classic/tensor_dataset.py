@@ -66,16 +66,16 @@ class TensorSource(Dataset):
 
 
 class _Sample(Sequence):
-    """Sample ``index`` of ``dataset``: unpacks as x, y, task label; collated by the batch."""
+    """Sample ``position`` of ``dataset``: unpacks as x, y, task label; collated by the batch."""
 
-    __slots__ = ("dataset", "index")
+    __slots__ = ("dataset", "position")
 
-    def __init__(self, dataset: TensorClassificationDataset, index: int):
+    def __init__(self, dataset: TensorClassificationDataset, position: int):
         self.dataset = dataset
-        self.index = index
+        self.position = position
 
     def _values(self) -> list:
-        return self.dataset.read(self.index)
+        return self.dataset.read(self.position)
 
     def __getitem__(self, i):
         return self._values()[i]
@@ -96,7 +96,7 @@ def _collate_samples(samples, *, collate_fn_map=None) -> list[Tensor]:
     parts = []
     for dataset, run in groupby(samples, key=_owner):
         parts.append(
-            default_collate(list(run)) if dataset is None else dataset.read_batch([s.index for s in run])
+            default_collate(list(run)) if dataset is None else dataset.read_batch([s.position for s in run])
         )
     if len(parts) == 1:
         return parts[0]
@@ -153,8 +153,8 @@ def _resolve(data, positions: np.ndarray, sources: list[TensorSource]) -> tuple[
     if not isinstance(data, FlatData):
         raise _NotPlain
     for groups in ("_transform_groups", "_frozen_transform_groups"):
-        groups = getattr(data, groups, None)
-        if groups is not None and any(transform is not None for transform in groups.transform_groups.values()):
+        found = getattr(data, groups, None)
+        if found is not None and any(transform is not None for transform in found.transform_groups.values()):
             raise _NotPlain
     if data._indices is not None:
         positions = np.fromiter(data._indices, dtype=np.int64, count=len(data))[positions]
@@ -220,6 +220,7 @@ class TensorClassificationDataset(TaskAwareSupervisedClassificationDataset):
                 self._plain = False
         if not self._plain:
             return default_collate([self.read(i) for i in indices])
+        assert self._layout is not None
         return self._layout.gather(torch.from_numpy(np.array(indices, dtype=np.int64)))  # faster than from a list
 
     def __getitem__(self, index):

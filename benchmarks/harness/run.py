@@ -26,8 +26,8 @@ from avalanche_sp import (
     split_mnist,
 )
 from avalanche_sp.classic import benchmark_of
-from harness.settings import Run
 from harness.networks import build_network, network_bytes
+from harness.settings import Run
 from harness.strategies import build_model, build_strategy, recipe_of
 
 CURVE_POINTS = 10  # measurements of the accuracy curve in an experience

@@ -1,0 +1,90 @@
+"""What is built from a checkout: what it holds, and that it works where the checkout is not."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import PurePosixPath
+
+import pytest
+
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+NOT_COPIED = (".*", "build", "dist", "results", "_build", "*.egg-info", "__pycache__", "train-*", "*-images-*")
+
+SMOKE = """
+import sys
+from pathlib import Path
+
+import torch
+from avalanche.training import Naive
+
+import avalanche_sp
+from avalanche_sp.classic import TensorClassificationDataset, TensorSource, benchmark_of
+
+assert Path(avalanche_sp.__file__).is_relative_to(sys.argv[1]), avalanche_sp.__file__
+torch.manual_seed(0)
+data = [TensorClassificationDataset.from_source(TensorSource(torch.rand(8, 4), torch.arange(8) % 2)) for _ in range(2)]
+model = torch.nn.Linear(4, 2)
+plugin = avalanche_sp.SelectivePlasticityPlugin()
+strategy = Naive(
+    model=model,
+    optimizer=avalanche_sp.SelectivePlasticityOptimizer(model.parameters()),
+    criterion=avalanche_sp.OneHotMSELoss(),
+    train_mb_size=8,
+    plugins=[plugin, avalanche_sp.ConsolidationPlugin()],
+    evaluator=None,
+)
+for experience in benchmark_of(data, data).train_stream:
+    before = model.weight.detach().clone()
+    strategy.train(experience)
+    assert not torch.equal(model.weight, before) and model.weight.isfinite().all()
+assert len(plugin.layers) == 1
+"""
+
+
+def run(*command, cwd, **env):
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=os.environ | env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory):
+    """The folder of an sdist and of the wheel that is built from it, in a copy of the checkout."""
+    folder = tmp_path_factory.mktemp("packaging")
+    checkout = folder / "checkout"
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    assert list(checkout.rglob("*-ubyte")) and list(checkout.glob("tests/*.py"))  # what might slip in
+    run("-m", "build", "--no-isolation", "--outdir", folder / "dist", checkout, cwd=folder)
+    return folder / "dist"
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(dist):
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {PurePosixPath(name) for name in archive.namelist()}
+    package = {PurePosixPath(p.relative_to(ROOT).as_posix()) for p in (ROOT / "avalanche_sp").rglob("*.py")}
+    metadata = {name for name in names if name.parts[0].endswith(".dist-info")}
+    assert names - metadata == package
+    assert "LICENSE" in {name.name for name in metadata}
+
+
+def test_the_sdist_holds_no_data_tests_or_benchmarks(dist):
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        files = [PurePosixPath(*PurePosixPath(m.name).parts[1:]) for m in archive.getmembers() if m.isfile()]
+    assert {f.parts[0] for f in files if len(f.parts) > 1} == {"avalanche_sp", "avalanche_sp.egg-info"}
+    assert {"README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"} <= {str(f) for f in files}
+
+
+def test_the_installed_wheel_trains(dist, tmp_path):
+    (wheel,) = dist.glob("*.whl")
+    target = tmp_path / "installed"
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)
+    run("-c", SMOKE, target, cwd=tmp_path, PYTHONPATH=str(target))
