@@ -2,11 +2,13 @@
 
 from avalanche_sp.classic import permuted_mnist, split_mnist
 from avalanche_sp.consolidation import ConsolidationPlugin
+from avalanche_sp.loggers import MetricsCSVLogger
 from avalanche_sp.losses import JointReplayLoss, OneHotMSELoss
 from avalanche_sp.metrics import (
     AccuracyMatrix,
     ClaimedRank,
     GateOpenness,
+    LossSurprise,
     PresynapticSurprise,
     average_accuracy,
     average_forgetting,
@@ -15,6 +17,7 @@ from avalanche_sp.metrics import (
     selective_plasticity_metrics,
 )
 from avalanche_sp.optimizer import SelectivePlasticityOptimizer
+from avalanche_sp.plots import plot_accuracy_matrix
 from avalanche_sp.plugin import SelectivePlasticityPlugin
 
 __all__ = [
@@ -23,6 +26,8 @@ __all__ = [
     "ConsolidationPlugin",
     "GateOpenness",
     "JointReplayLoss",
+    "LossSurprise",
+    "MetricsCSVLogger",
     "OneHotMSELoss",
     "PresynapticSurprise",
     "SelectivePlasticityOptimizer",
@@ -32,6 +37,7 @@ __all__ = [
     "backward_transfer",
     "learning_accuracy",
     "permuted_mnist",
+    "plot_accuracy_matrix",
     "selective_plasticity_metrics",
     "split_mnist",
 ]

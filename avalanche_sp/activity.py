@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from avalanche.models import avalanche_forward
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from avalanche_sp.gates import claim, loss_curvature, merge_eigenspace
-from avalanche_sp.layers import along, gated_layers, presynaptic
+from avalanche_sp.layers import GatedLayer, along, gated_layers, presynaptic
 
 __all__ = ["LayerActivity", "record_activity"]
 
@@ -51,7 +51,8 @@ class LayerActivity:
     @classmethod
     def empty(cls, inputs: int, like: Tensor) -> LayerActivity:
         zero, nothing = like.new_zeros(()), like.new_zeros(0)
-        return cls(nothing, like.new_zeros(inputs, 0), zero, 0, like.new_zeros(0, 0), nothing, 0.0, nothing, zero, zero, zero)
+        vectors, anchor = like.new_zeros(inputs, 0), like.new_zeros(0, 0)
+        return cls(nothing, vectors, zero, 0, anchor, nothing, 0.0, nothing, zero, zero, zero)
 
     @property
     def state_bytes(self) -> int:
@@ -94,7 +95,7 @@ class LayerActivity:
         through = (power * (1 - self.closed).square()).sum() + novel * (1 - self.closed_rest) ** 2
         self.energy, self.passed, self.novel = self.energy + energy, self.passed + through, self.novel + novel
 
-    def merged(self, layer: nn.Module, x: Tensor, samples: int, rank: int) -> LayerActivity:
+    def merged(self, layer: GatedLayer, x: Tensor, samples: int, rank: int) -> LayerActivity:
         """This activity with that of one more experience: input vectors ``x`` (rows, d), of ``samples`` samples."""
         total = self.samples + samples
         share = self.samples / total

@@ -10,18 +10,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GATED", "NORMALISATION", "gated_layers", "presynaptic", "project", "postsynaptic", "along", "add_along"]
+__all__ = [
+    "GatedLayer",
+    "NORMALISATION",
+    "gated_layers",
+    "presynaptic",
+    "project",
+    "postsynaptic",
+    "along",
+    "add_along",
+]
 
-GATED = (nn.Linear, nn.Conv2d)
+GatedLayer = nn.Linear | nn.Conv2d
 NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.GroupNorm)
 
 
-def gated_layers(model: nn.Module) -> dict[str, nn.Module]:
+def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
     """The trainable layers that the coincidence gate knows, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, GATED) and m.weight.requires_grad}
+    return {n: m for n, m in model.named_modules() if isinstance(m, GatedLayer) and m.weight.requires_grad}
 
 
-def presynaptic(layer: nn.Module, x: Tensor) -> Tensor:
+def presynaptic(layer: GatedLayer, x: Tensor) -> Tensor:
     """A layer's input vectors, one a row.
 
     Args:
@@ -38,7 +47,7 @@ def presynaptic(layer: nn.Module, x: Tensor) -> Tensor:
     return rows if layer.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
 
-def project(layer: nn.Module, x: Tensor, vectors: Tensor) -> Tensor:
+def project(layer: GatedLayer, x: Tensor, vectors: Tensor) -> Tensor:
     """``presynaptic(layer, x) @ vectors``, a convolution's patches never being laid out.
 
     Args:
@@ -60,7 +69,7 @@ def project(layer: nn.Module, x: Tensor, vectors: Tensor) -> Tensor:
     return _rows(layer, projection.reshape(len(x), -1, *projection.shape[2:]))
 
 
-def postsynaptic(layer: nn.Module, delta: Tensor) -> Tensor:
+def postsynaptic(layer: GatedLayer, delta: Tensor) -> Tensor:
     """The gradient in a layer's output, one row for each of its input vectors.
 
     Returns:
@@ -69,14 +78,14 @@ def postsynaptic(layer: nn.Module, delta: Tensor) -> Tensor:
     return delta.reshape(-1, delta.shape[-1]) if isinstance(layer, nn.Linear) else _rows(layer, delta)
 
 
-def along(layer: nn.Module, vectors: Tensor) -> Tensor:
+def along(layer: GatedLayer, vectors: Tensor) -> Tensor:
     """A layer's weights along each vector, W V: shape (out, r)."""
     weight = layer.weight.detach().flatten(1).to(vectors.dtype)
     product = weight @ vectors[: weight.shape[1]]
     return product if layer.bias is None else product.addr_(layer.bias.detach().to(vectors.dtype), vectors[-1])
 
 
-def add_along(layer: nn.Module, coordinates: Tensor, vectors: Tensor) -> None:
+def add_along(layer: GatedLayer, coordinates: Tensor, vectors: Tensor) -> None:
     """Moves a layer's weights by ``coordinates`` (out, r) along the vectors, in place: W + coordinates V^T."""
     inputs = layer.weight[0].numel()
     layer.weight.detach().add_((coordinates @ vectors[:inputs].T).view_as(layer.weight))

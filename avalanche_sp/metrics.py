@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from avalanche.evaluation import PluginMetric
@@ -10,6 +12,7 @@ from avalanche.evaluation.metric_results import MetricValue
 from avalanche.evaluation.metric_utils import get_metric_name
 from avalanche.evaluation.metrics import Accuracy
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from avalanche_sp.activity import LayerActivity
 from avalanche_sp.plugin import SelectivePlasticityPlugin
@@ -18,6 +21,7 @@ __all__ = [
     "AccuracyMatrix",
     "ClaimedRank",
     "GateOpenness",
+    "LossSurprise",
     "PresynapticSurprise",
     "average_accuracy",
     "average_forgetting",
@@ -95,6 +99,24 @@ class AccuracyMatrix(PluginMetric):
                 matrix[i, j] = value
         return matrix
 
+    def to_csv(self, path: str | Path) -> None:
+        """Writes R to a CSV file: a line for each experience trained on, a column for each one evaluated on.
+
+        Experiences count from 0, as Avalanche's do. What was not evaluated is left empty.
+
+        Args:
+            path: the file. It is overwritten; its folder must be there.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        matrix = self.result()
+        with Path(path).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["trained_on", *range(matrix.shape[1])])
+            for i, row in enumerate(matrix):
+                writer.writerow([i, *("" if np.isnan(value) else float(value) for value in row)])
+
     def reset(self) -> None:
         self._rows.clear()
 
@@ -127,6 +149,10 @@ class AccuracyMatrix(PluginMetric):
         ]
 
 
+def _plugin_of(strategy) -> SelectivePlasticityPlugin | None:
+    return next((p for p in strategy.plugins if isinstance(p, SelectivePlasticityPlugin)), None)
+
+
 class _LayerMetric(PluginMetric):
     """A value for every gated layer, read off the strategy's SelectivePlasticityPlugin at one moment."""
 
@@ -146,7 +172,7 @@ class _LayerMetric(PluginMetric):
         self._values.clear()
 
     def _emit(self, strategy) -> list[MetricValue]:
-        plugin = next((p for p in strategy.plugins if isinstance(p, SelectivePlasticityPlugin)), None)
+        plugin = _plugin_of(strategy)
         if plugin is None or not plugin.layers:
             return []
         self._values = {name: self._read(activity) for name, activity in plugin.layers.items()}
@@ -194,6 +220,39 @@ class ClaimedRank(_LayerMetric):
         return self._emit(strategy)
 
 
+class LossSurprise(PluginMetric):
+    """Mean over an epoch of the surprise of the training loss, in [0, 1], which the plugin tells the optimizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.reset()
+
+    def __str__(self) -> str:
+        return "LossSurprise"
+
+    def result(self) -> float | None:
+        """The mean over the present epoch so far, or the last one; None before any."""
+        return float(self._sum) / self._iterations if self._iterations else None
+
+    def reset(self) -> None:
+        self._sum: float | Tensor = 0.0  # becomes a tensor: no device sync until it is read
+        self._iterations = 0
+
+    def before_training_epoch(self, strategy) -> None:
+        self.reset()
+
+    def after_training_iteration(self, strategy) -> None:
+        plugin = _plugin_of(strategy)
+        if plugin is not None and plugin.surprise is not None:
+            self._sum, self._iterations = self._sum + plugin.surprise, self._iterations + 1
+
+    def after_training_epoch(self, strategy) -> list[MetricValue]:
+        if not self._iterations:
+            return []
+        name = get_metric_name(str(self), strategy)
+        return [MetricValue(self, name, self.result(), strategy.clock.train_iterations)]
+
+
 def selective_plasticity_metrics() -> list[PluginMetric]:
     """All metrics of this module, ready for ``EvaluationPlugin(*selective_plasticity_metrics(), loggers=...)``."""
-    return [GateOpenness(), PresynapticSurprise(), ClaimedRank(), AccuracyMatrix()]
+    return [GateOpenness(), PresynapticSurprise(), ClaimedRank(), AccuracyMatrix(), LossSurprise()]

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from avalanche_sp.activity import LayerActivity, record_activity
 from avalanche_sp.gates import held_back, loss_surprise, pull_back
-from avalanche_sp.layers import NORMALISATION, add_along, along, gated_layers, postsynaptic, presynaptic, project
+from avalanche_sp.layers import (
+    NORMALISATION,
+    GatedLayer,
+    add_along,
+    along,
+    gated_layers,
+    postsynaptic,
+    presynaptic,
+    project,
+)
 from avalanche_sp.optimizer import SelectivePlasticityOptimizer
 from avalanche_sp.replay import memory_size, stream_rows
 
@@ -63,7 +72,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     Beside Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated, and
     stored samples, which show what would be forgotten, open the gate and replace the pull-back: with M of them
     the openness is multiplied by :math:`o = 1 + (M/20)^2` and the pull-back divided by :math:`o^2`, found on Split
-    MNIST (``docs/experiments.md``); the optimizer's steps are left as they are, and normalisation layers go on learning.
+    MNIST (``docs/experiments.md``); the optimizer's steps are left as they are, and normalisation layers go on
+    learning.
 
     The model is touched only while the strategy trains: hooks on its layers from a forward pass to the end of its
     backward pass. Gradients accumulated over several backward passes are gated each by itself. A
@@ -121,14 +131,14 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._pull_weight = 0.0
         self._interval = _INTERVAL
         self._has_memory = False
-        self._gated: list[tuple[str, nn.Module]] = []  # the layers that something is consolidated for
+        self._gated: list[tuple[str, GatedLayer]] = []  # the layers that something is consolidated for
         self._norms: list[nn.Module] = []  # the normalisation layers that hold still
         # For the present iteration and the next.
         self._iteration = 0
-        self._called: dict[str, nn.Module] = {}
+        self._called: dict[str, GatedLayer] = {}
         self._handles: list = []
         self._held_back: dict[str, Tensor] = {}
-        self._batch: tuple[int, int] | None = None  # rows in the batch, rows of the stream; None outside backward
+        self._batch = (0, 0)  # rows in the batch, rows of the stream; none outside the strategy's backward pass
         self._accumulated: dict[nn.Parameter, Tensor] = {}  # gradients of earlier backward passes, gated already
         self._pulls: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}  # the weights along the vectors at the last look, where steps are watched
@@ -238,16 +248,16 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     # -- Gating ----------------------------------------------------------------------------------------------------
 
-    def _watch(self, name: str, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def _watch(self, name: str, layer: GatedLayer, inputs: tuple, output: Tensor) -> None:
         """Forward hook: notes the layer's input, and waits for the error that comes back to its output."""
         if output.requires_grad:
             x = inputs[0].detach()
             self._called[name] = layer
             output.register_hook(lambda delta: self._hold_back(name, layer, x, delta))
 
-    def _hold_back(self, name: str, layer: nn.Module, x: Tensor, delta: Tensor) -> None:
+    def _hold_back(self, name: str, layer: GatedLayer, x: Tensor, delta: Tensor) -> None:
         """Tensor hook on a layer's output: what its gradient must lose. Adds up where a layer is used twice."""
-        if self._batch is None:
+        if self._batch == (0, 0):
             return
         activity = self.layers[name]
         x, delta = (self._stream_part(t).to(activity.vectors.dtype) for t in (x, delta))
@@ -257,9 +267,11 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         held = held_back(postsynaptic(layer, delta), projection, activity.closed_more).flatten(0, -2)
         self._held_back[name] = self._held_back[name].add_(held) if name in self._held_back else held
 
-    def _gate(self, name: str, layer: nn.Module, held: Tensor) -> None:
+    def _gate(self, name: str, layer: GatedLayer, held: Tensor) -> None:
         """Gates a layer's gradient, and adds the pull-back that is due."""
         activity, grad = self.layers[name], layer.weight.grad
+        if grad is None:  # frozen since the epoch began
+            return
         if name in self._pulls:
             pull = self._pulls.pop(name)
             held[: len(pull)] -= pull  # fewer rows than the layer's where a head has grown
@@ -308,7 +320,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._accumulated.clear()
         self._called.clear()
         self._held_back.clear()
-        self._batch = None
+        self._batch = (0, 0)
 
     def _observe(self, loss: Tensor, optimizer) -> None:
         if self._loss_moments is None:

@@ -9,6 +9,7 @@ median over rounds is reported. Writes overhead.json.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import statistics
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from avalanche.benchmarks import SplitMNIST
 from avalanche.training import Naive
+from avalanche.training.plugins import SupervisedPlugin
 from tabulate import tabulate
 from torch import nn
 from torch.optim import Optimizer
@@ -34,10 +36,10 @@ BATCH = 128
 Timer = Callable[[], float]  # does the work once, returns seconds
 
 
-def naive(model: nn.Module, plugins=(), criterion=None) -> Naive:
+def naive(model: nn.Module, plugins=(), criterion=None, optimizer=None) -> Naive:
     return Naive(
         model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
+        optimizer=(optimizer or functools.partial(torch.optim.SGD, lr=0.05))(model.parameters()),
         criterion=criterion or nn.CrossEntropyLoss(),
         train_mb_size=BATCH,
         plugins=list(plugins),
@@ -137,25 +139,53 @@ def training_steps() -> dict[str, Timer]:
     }
 
 
-def gated_training(root: str) -> dict[str, Timer]:
-    """An epoch of the second experience (29,404 images), Naive and squared error, consolidation included."""
+class StepClock(SupervisedPlugin):
+    """Seconds of all training iterations, from before the forward pass to after the optimizer's step."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = 0.0
+
+    def before_training_iteration(self, strategy, **kwargs):
+        self._start = time.perf_counter()
+
+    def after_training_iteration(self, strategy, **kwargs):
+        self.seconds += time.perf_counter() - self._start
+
+
+def gated_training(root: str) -> tuple[dict[str, Timer], dict[str, Timer]]:
+    """The second experience (29,404 images), Naive and squared error: its steps, and all of it with consolidation."""
     first, second = split_mnist(2, dataset_root=root).train_stream
 
-    def epoch(plugins) -> Timer:
+    def trained(plugins, optimizer, steps_alone: bool) -> Timer:
         def run() -> float:
-            strategy = naive(build_network(), plugins(), OneHotMSELoss())
+            clock = StepClock()
+            strategy = naive(build_network(), [*plugins(), clock], OneHotMSELoss(), optimizer)
             strategy.train(first)
-            return seconds(lambda: strategy.train(second))
+            clock.seconds = 0.0
+            epoch = seconds(lambda: strategy.train(second))
+            return clock.seconds if steps_alone else epoch
 
         return run
 
-    return {"without plugin": epoch(list), "SelectivePlasticityPlugin": epoch(lambda: [SelectivePlasticityPlugin()])}
+    def gate():
+        return [SelectivePlasticityPlugin()]
+
+    sgd, adam = (lambda p: torch.optim.SGD(p, lr=0.1)), torch.optim.Adam
+    steps = {
+        "SGD": trained(list, sgd, True),
+        "SGD, SelectivePlasticityPlugin": trained(gate, sgd, True),
+        "Adam": trained(list, adam, True),
+        "Adam, SelectivePlasticityPlugin": trained(gate, adam, True),
+    }
+    epochs = {"SGD": trained(list, sgd, False), "SGD, SelectivePlasticityPlugin": trained(gate, sgd, False)}
+    return steps, epochs
 
 
 def measure(timers: dict[str, Timer], rounds: int) -> list[dict]:
     """Median seconds of each, and the median of its ratio to the first, round by round.
 
-    Optimizers called fused are set against torch's fused one.
+    Optimizers called fused are set against torch's fused one, and Adam with the plugin against Adam.
     """
     for timer in timers.values():
         timer()  # warm-up
@@ -163,7 +193,7 @@ def measure(timers: dict[str, Timer], rounds: int) -> list[dict]:
     first = next(iter(timers))
     rows = []
     for name in timers:
-        reference = "torch.optim.Adam(fused=True)" if "fused" in name else first
+        reference = "torch.optim.Adam(fused=True)" if "fused" in name else "Adam" if name.startswith("Adam") else first
         ratios = [t[name] / t[reference] for t in times]
         rows.append(
             {
@@ -188,12 +218,14 @@ def main(argv: list[str] | None = None) -> int:
     quiet()
     small, small_bytes = steps_alone(256)
     large, large_bytes = steps_alone(1000)
+    gated_steps, gated_epochs = gated_training(args.dataset_root)
     parts = {
         "data": ("an epoch of 30,596 images", data_path(args.dataset_root), {}),
         "step": ("100 steps, 269,322 parameters", small, small_bytes),
         "large step": ("100 steps, 1,796,010 parameters", large, large_bytes),
         "training step": ("100 training steps, 269,322 parameters", training_steps(), {}),
-        "plugin": ("an epoch of 29,404 images, consolidation included", gated_training(args.dataset_root), {}),
+        "plugin step": ("the 230 training steps of an epoch", gated_steps, {}),
+        "plugin epoch": ("an epoch of 29,404 images, consolidation included", gated_epochs, {}),
     }
     results = {}
     for part, (what, timers, extra_bytes) in parts.items():

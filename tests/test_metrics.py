@@ -1,5 +1,6 @@
 """Measures by hand, and metrics through Avalanche's real evaluator and loggers."""
 
+import csv
 import io
 import math
 
@@ -9,11 +10,20 @@ import torch
 from avalanche.evaluation.metrics import StreamBWT, accuracy_metrics
 from avalanche.logging import InteractiveLogger, TensorboardLogger, TextLogger
 from avalanche.training import Naive
-from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import avalanche_sp
-from avalanche_sp import OneHotMSELoss, SelectivePlasticityPlugin, selective_plasticity_metrics
+from avalanche_sp import (
+    AccuracyMatrix,
+    LossSurprise,
+    MetricsCSVLogger,
+    OneHotMSELoss,
+    SelectivePlasticityPlugin,
+    plot_accuracy_matrix,
+    selective_plasticity_metrics,
+)
 
 from conftest import mlp
 
@@ -33,9 +43,9 @@ def test_a_matrix_of_another_shape_is_named():
         avalanche_sp.average_accuracy([[1, 2]])
 
 
-def train(benchmark, plugins, metrics, loggers=(), rounds=1):
+def strategy_with(plugins, metrics, loggers=()):
     model = mlp()
-    strategy = Naive(
+    return Naive(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.02),
         criterion=OneHotMSELoss(),
@@ -44,6 +54,10 @@ def train(benchmark, plugins, metrics, loggers=(), rounds=1):
         plugins=plugins,
         evaluator=EvaluationPlugin(*metrics, loggers=list(loggers)),
     )
+
+
+def train(benchmark, plugins, metrics, loggers=()):
+    strategy = strategy_with(plugins, metrics, loggers)
     torch.manual_seed(0)
     strategy.eval(benchmark.test_stream)  # before any training: not a row
     for experience in benchmark.train_stream:
@@ -65,25 +79,117 @@ def test_accuracy_matrix_and_bwt_equal_avalanches_own(split5):
     assert last["ACC_Percent/eval_phase/test_stream"] == pytest.approx(matrix[-1].mean())
 
 
-def test_gate_metrics_reach_every_logger(split2, tmp_path):
+def test_metrics_reach_every_logger(split2, tmp_path, capsys):
     text, tensorboard = io.StringIO(), TensorboardLogger(tb_log_dir=tmp_path)
     metrics = selective_plasticity_metrics()
-    loggers = [InteractiveLogger(), TextLogger(text), tensorboard]
+    loggers = [InteractiveLogger(), TextLogger(text), tensorboard, MetricsCSVLogger(tmp_path / "logs" / "all.csv")]
     strategy = train(split2, [SelectivePlasticityPlugin(rank=20)], metrics, loggers)
     tensorboard.writer.flush()
     last = strategy.evaluator.get_last_metrics()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
+    with open(tmp_path / "logs" / "all.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    printed = capsys.readouterr().out
     for metric in ("GateOpenness", "PresynapticSurprise", "ClaimedRank"):
         for layer in ("1", "3", "5", "mean"):
-            name = f"{metric}/{layer}/train_phase/train_stream/Task000"
-            assert name in text.getvalue()
-            assert events.Scalars(name)[-1].value == pytest.approx(last[name])
+            assert f"{metric}/{layer}/train_phase/train_stream/Task000" in last
+    assert "LossSurprise/train_phase/train_stream/Task000" in last
+    for measure in ("ACC", "BWT", "Forgetting", "LearningAccuracy"):
+        assert f"{measure}_Percent/eval_phase/test_stream" in last
+    for name, value in last.items():
+        assert name in text.getvalue() and name in printed
+        assert events.Scalars(name)[-1].value == pytest.approx(value)
+        row = [row for row in rows if row["name"] == name][-1]
+        assert float(row["value"]) == value and row["phase"] == ("eval" if "eval" in name else "train")
+        assert int(row["step"]) == events.Scalars(name)[-1].step
+
+
+def test_csv_logger_keeps_what_a_file_holds_and_leaves_out_what_is_no_number(tmp_path):
+    path = tmp_path / "metrics.csv"
+    MetricsCSVLogger(path).log_single_metric("Loss/train_phase", 0.25, 3)
+    logger = MetricsCSVLogger(path)
+    for value in (np.float32(0.5), torch.tensor(2.0), {"matrix": 1}, torch.zeros(2), np.zeros(2), "text", None):
+        logger.log_single_metric("Thing, other/eval_phase", value, 4)
+    logger.log_single_metric("no phase", 7, 5)
+    assert path.read_text().splitlines() == [  # flushed, though nothing was closed
+        "step,phase,name,value",
+        "3,train,Loss/train_phase,0.25",
+        '4,eval,"Thing, other/eval_phase",0.5',
+        '4,eval,"Thing, other/eval_phase",2.0',
+        "5,,no phase,7.0",
+    ]
+
+
+def test_csv_logger_refuses_a_file_of_another_kind(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="its first line is 'a,b'"):
+        MetricsCSVLogger(path)
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+class Surprises(SupervisedPlugin):
+    """Notes the plugin's surprise at every iteration."""
+
+    def __init__(self, plugin):
+        super().__init__()
+        self.plugin, self.epochs = plugin, []
+
+    def before_training_epoch(self, strategy, **kwargs):
+        self.epochs.append([])
+
+    def after_training_iteration(self, strategy, **kwargs):
+        self.epochs[-1].append(float(self.plugin.surprise))
+
+
+def test_loss_surprise_is_the_mean_over_each_epoch(split2):
+    plugin, metric = SelectivePlasticityPlugin(), LossSurprise()
+    notes = Surprises(plugin)
+    assert metric.result() is None
+    strategy = train(split2, [plugin, notes], [metric])
+    values = strategy.evaluator.get_all_metrics()["LossSurprise/train_phase/train_stream/Task000"][1]
+    assert len(notes.epochs) == 2
+    assert values == pytest.approx([np.mean(epoch) for epoch in notes.epochs])
+    assert 0 < metric.result() == values[-1] < 1
+
+
+def test_accuracy_matrix_to_csv(split5, tmp_path):
+    metric = AccuracyMatrix()
+    train(split5, [], [metric])
+    metric.to_csv(tmp_path / "matrix.csv")
+    lines = (tmp_path / "matrix.csv").read_text().splitlines()
+    assert lines[0] == "trained_on,0,1,2,3,4"
+    table = np.array([[float(value) for value in line.split(",")] for line in lines[1:]])
+    np.testing.assert_array_equal(table[:, 0], range(5))
+    np.testing.assert_array_equal(table[:, 1:], metric.result())
+
+
+def test_accuracy_matrix_to_csv_leaves_what_was_not_evaluated_empty(split2, tmp_path):
+    metric = AccuracyMatrix()
+    strategy = strategy_with([], [metric])
+    strategy.train(split2.train_stream[0])
+    strategy.eval(split2.test_stream[1:])
+    metric.to_csv(tmp_path / "matrix.csv")
+    header, row = (tmp_path / "matrix.csv").read_text().splitlines()
+    assert header == "trained_on,0,1" and row.startswith("0,,")
+
+
+def test_plot_of_an_accuracy_matrix():
+    figure = Figure()
+    ax = figure.subplots()
+    assert plot_accuracy_matrix([[90, np.nan], [60, 85]], ax) is ax
+    assert [text.get_text() for text in ax.texts] == ["90", "60", "85"]
+    np.testing.assert_array_equal(ax.images[0].get_array().compressed(), [90, 60, 85])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["1", "2"]
+    figure.canvas.draw()
+    with pytest.raises(ValueError, match=r"Invalid matrix shape: \(3,\)"):
+        plot_accuracy_matrix([1, 2, 3])
 
 
 @pytest.mark.parametrize("openness_setting, claimed", [(1e-9, 20), (1e9, 0)])
 def test_gate_metrics_say_what_the_gate_did(split2, openness_setting, claimed):
-    openness, surprise, rank, _ = metrics = selective_plasticity_metrics()
+    openness, surprise, rank, *_ = metrics = selective_plasticity_metrics()
     plugin = SelectivePlasticityPlugin(openness=openness_setting, rank=20, pull_back=0)
     strategy = train(split2, [plugin], metrics)
     assert set(openness.result()) == set(plugin.layers) == {"1", "3", "5"}
@@ -97,7 +203,7 @@ def test_gate_metrics_say_what_the_gate_did(split2, openness_setting, claimed):
 
 def test_openness_and_surprise_are_shares_of_the_streams_energy(split2):
     """With full rank the whole input lies along the vectors: nothing is new, and f alone says what passes."""
-    openness, surprise, _, _ = metrics = selective_plasticity_metrics()
+    openness, surprise, *_ = metrics = selective_plasticity_metrics()
     plugin = SelectivePlasticityPlugin(openness=1.0, rank=785)
     train(split2, [plugin], metrics)
     for layer in plugin.layers:
@@ -109,5 +215,6 @@ def test_without_plugin_or_gate_the_gate_metrics_are_silent(split2):
     for plugins in ([], [SelectivePlasticityPlugin(openness=math.inf)]):
         metrics = selective_plasticity_metrics()
         strategy = train(split2, plugins, metrics)
-        assert not any("GateOpenness" in name for name in strategy.evaluator.get_last_metrics())
-        assert metrics[0].result() == {}
+        names = strategy.evaluator.get_last_metrics()
+        assert not any("GateOpenness" in name or "LossSurprise" in name for name in names)
+        assert metrics[0].result() == {} and metrics[-1].result() is None
