@@ -206,6 +206,7 @@ def test_an_error_in_the_forward_pass_leaves_no_trace_in_the_next_iteration(spli
     plugin = SelectivePlasticityPlugin()
     strategy = trained(split2, [plugin])
     strategy.mbatch = split2.train_stream[0].dataset.read_batch([0, 1])
+    plugin.before_training_epoch(strategy)
     plugin.before_forward(strategy)  # and no after_forward: the forward pass was interrupted
     assert any(m._forward_hooks for m in strategy.model.modules())
     strategy.train(split2.train_stream[0])
