@@ -203,12 +203,16 @@ def test_the_model_is_left_as_it_was_found(split2):
 
 
 def test_an_error_in_the_forward_pass_leaves_no_trace_in_the_next_iteration(split2):
-    plugin = SelectivePlasticityPlugin()
-    strategy = trained(split2, [plugin])
-    strategy.mbatch = split2.train_stream[0].dataset.read_batch([0, 1])
-    plugin.before_training_epoch(strategy)
-    plugin.before_forward(strategy)  # and no after_forward: the forward pass was interrupted
-    assert any(m._forward_hooks for m in strategy.model.modules())
+    strategy = trained(split2, [SelectivePlasticityPlugin()])
+
+    def interrupt(layer, inputs):
+        raise KeyboardInterrupt
+
+    handle = strategy.model[5].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(split2.train_stream[0])
+    handle.remove()
+    assert any(m._forward_hooks for m in strategy.model.modules())  # there was no after_forward
     strategy.train(split2.train_stream[0])
     assert not any(m._forward_hooks for m in strategy.model.modules())
 
