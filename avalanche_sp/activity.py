@@ -124,6 +124,7 @@ def record_activity(
 
     Raises:
         TypeError: a curvature is wanted and the network's output is not one tensor.
+        FloatingPointError: an input is not finite.
     """
     model, dataset = strategy.model, strategy.experience.dataset
     activity: dict[str, list[Tensor]] = {}
@@ -169,4 +170,12 @@ def record_activity(
         for module, mode in modes.items():
             module.training = mode
     curvature = torch.stack(curvatures).mean() if curvatures else torch.zeros(())
-    return {name: torch.cat(parts) for name, parts in activity.items()}, curvature
+    recorded = {name: torch.cat(parts) for name, parts in activity.items()}
+    for name, x in recorded.items():
+        if not x.square().sum().isfinite():
+            raise FloatingPointError(
+                f"the input of layer {name} is not finite, or its square is not, at the end of training experience "
+                f"{strategy.clock.train_exp_counter}: nothing was consolidated. The usual cause is too high a learning "
+                "rate."
+            )
+    return recorded, curvature

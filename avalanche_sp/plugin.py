@@ -91,7 +91,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     Raises:
         ValueError: at construction for an argument out of range; at ``train`` for a model without a layer to gate.
         TypeError: at ``train`` for a model whose output is not one tensor, unless ``pull_back`` is 0.
-        FloatingPointError: at ``train`` when the loss is not finite, before the optimizer's step.
+        FloatingPointError: at ``train`` when the loss is not finite, before the optimizer's step, or what is to be
+            consolidated is not.
 
     References:
         G. Zeng et al.: Continual learning of context-dependent processing in neural networks (OWM), Nature Machine

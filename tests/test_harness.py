@@ -116,6 +116,8 @@ def test_extra_memory_is_what_is_stored():
     parameters = sum(p.numel() for p in build_network().parameters())
     ewc = execute(make_run("ewc"), str(MNIST), "key")["extra_memory_bytes"]
     assert ewc == 2 * 2 * parameters * 4  # importances and weights, for two tasks
+    both, sp = (execute(make_run(s), str(MNIST), "key")["extra_memory_bytes"] for s in ("sp-both", "sp"))
+    assert both == sp + parameters * 4  # the optimizer's consolidated eligibility, once
 
 
 def test_equal_seeds_are_paired_and_repeat_bit_for_bit():

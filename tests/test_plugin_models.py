@@ -125,3 +125,19 @@ def test_consolidation_restores_modes_and_ignores_dropout(split2):
 def test_a_model_without_a_layer_to_gate_is_refused(split2):
     with pytest.raises(ValueError, match=r"Invalid model: Sequential has no trainable nn\.Linear or nn\.Conv2d layer"):
         strategy_of(mlp().requires_grad_(False), [SelectivePlasticityPlugin()]).train(split2.train_stream[0])
+
+
+def test_activity_that_is_not_finite_is_named_before_it_is_consolidated(split2):
+    model = mlp()
+    plugin = SelectivePlasticityPlugin()
+    strategy = strategy_of(
+        model,
+        [plugin],
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+        criterion=lambda outputs, y: outputs.mean() * 0 + 1,
+    )
+    with torch.no_grad():
+        model[1].weight.normal_(std=1e25)
+    with pytest.raises(FloatingPointError, match="input of layer 3 is not finite, or its square is not"):
+        strategy.train(split2.train_stream[0])
+    assert not plugin.layers

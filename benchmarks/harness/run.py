@@ -19,6 +19,7 @@ from torch import nn
 
 from avalanche_sp import (
     AccuracyMatrix,
+    ConsolidationPlugin,
     average_forgetting,
     backward_transfer,
     learning_accuracy,
@@ -133,6 +134,8 @@ def memory_bytes(plugin: SupervisedPlugin) -> int:
     """What a method keeps from one experience to the next, beyond the network and its optimizer's state."""
     if hasattr(plugin, "state_bytes"):
         return plugin.state_bytes
+    if isinstance(plugin, ConsolidationPlugin):
+        return 0  # it holds the optimizer's own tensors
     if isinstance(plugin, ReplayPlugin):
         buffer = plugin.storage_policy.buffer
         if not len(buffer):
