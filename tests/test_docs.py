@@ -44,22 +44,26 @@ def acc(folder, strategy):
 def test_the_readmes_prose_quotes_the_results():
     text = README.read_text()
     opening, after = text.split("<!-- table")[0], text.split("**Five tasks of two classes**")[1].split("\n\n")[0]
-    for strategy in ("sp", "naive-sgd", "ewc"):
+    for strategy in ("sp", "sp-both", "naive-sgd", "ewc", "rf-ridge"):
         assert acc("compare", strategy) in opening
-    for strategy in ("sp", "si", "mas", "replay-adam", "replay-joint", "sp-replay", "joint"):
+    for strategy in ("sp", "sp-both", "si", "mas", "lwf", "gpm", "owm", "replay-joint", "sp-replay", "joint"):
         assert re.search(rf"`{strategy}`( has)?\s+{acc('split5', strategy)}", after), strategy
-    assert acc("both_permuted10k", "sp-both") in opening and acc("both_permuted10k", "joint") in opening
+    for folder in ("split5", "permuted10k_no_replay"):
+        assert acc(folder, "rf-ridge") in after
+    assert all(acc("permuted10k_no_replay", strategy) in opening for strategy in ("sp-both", "joint"))
     section = text.split("## The optimizer")[1].split("\n## ")[0]
     study = json.loads((ROOT / "docs" / "results" / "permuted10k" / "summary.json").read_text())
-    for strategy in {s["strategy"] for s in study} - {"sp", "sp-optimizer", "sp-consolidated-adam"}:
+    for strategy in {s["strategy"] for s in study} - {"sp-optimizer", "sp-consolidated-adam"}:
         assert re.search(rf"`{strategy}`\s+{acc('permuted10k', strategy)}", section), strategy
-    for strategy in ("sp-both", "sp", "sp-consolidated", "naive-sgd", "gate-constant", "gate-random"):
-        assert f"`{strategy}` {acc('permuted60k', strategy)}" in section, strategy
+    for strategy in ("sp-both", "sp", "mas", "sp-consolidated", "ewc", "si", "naive-sgd", "gate-constant", "gate-random"):
+        assert re.search(rf"`{strategy}`\s+{acc('permuted60k', strategy)}", section), strategy
     overhead = json.loads((ROOT / "docs" / "results" / "overhead" / "overhead.json").read_text())
     ours = [overhead[part]["rows"][1] for part in ("step", "large step", "training step")]
     assert {row["name"] for row in ours} == {"SelectivePlasticityOptimizer"}
     assert all(f"{row['ratio']:.2f} times" in text for row in ours)
-    for folder in ("both_permuted10k", "both_split2", "both_split5"):
+    for part in ("plugin step", "plugin epoch"):
+        assert all(f"{row['ratio']:.2f}" in text for row in overhead[part]["rows"] if "Plugin" in row["name"])
+    for folder in ("permuted10k_no_replay", "compare", "split5"):
         assert acc(folder, "sp") in section and acc(folder, "sp-both") in section
 
 
