@@ -81,8 +81,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     Args:
         openness: :math:`\alpha` > 0, in units of the mean eigenvalue (default 0.2). Larger values learn the new
-            faster and keep less of the old. ``math.inf`` switches the gate off: training is then bit for bit what
-            it is without the plugin.
+            faster and keep less of the old; with convolutions 0.02 keeps far more. ``math.inf`` switches the gate
+            off: training is then bit for bit what it is without the plugin.
         pull_back: weight of the pull-back, 0 or more (default 1); 0 leaves the gate alone.
         rank: eigenvectors kept a layer, 1 or more (default 64).
         consolidation_samples: samples of an experience, evenly spread over it, that are run through the network
