@@ -10,6 +10,8 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from avalanche_sp.layers import presynaptic
+
 
 class GradientProjection(SupervisedPlugin):
     """Before each step, replaces the gradient of every linear layer in ``kept`` by its projection."""
@@ -133,16 +135,13 @@ def layer_inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """The input (n, d) of each linear layer for the samples ``x``, with a column of ones for a bias."""
     inputs: dict[str, Tensor] = {}
 
-    def recorder(name: str, bias: bool):
+    def recorder(name: str):
         def hook(layer, args):
-            inputs[name] = torch.cat([args[0], args[0].new_ones(len(args[0]), 1)], dim=1) if bias else args[0]
+            inputs[name] = presynaptic(layer, args[0])
 
         return hook
 
-    handles = [
-        layer.register_forward_pre_hook(recorder(name, layer.bias is not None))
-        for name, layer in linear_layers(model).items()
-    ]
+    handles = [layer.register_forward_pre_hook(recorder(name)) for name, layer in linear_layers(model).items()]
     try:
         model(x)
     finally:
