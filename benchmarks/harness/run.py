@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import random
 import time
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from avalanche.benchmarks.scenarios import CLScenario
-from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin, SupervisedPlugin
+from avalanche.training.plugins import AGEMPlugin, EvaluationPlugin, GEMPlugin, SupervisedPlugin
 from avalanche.training.regularization import RegularizationMethod
 from torch import nn
 
@@ -28,6 +29,7 @@ from avalanche_sp import (
 )
 from avalanche_sp.classic import benchmark_of
 from harness.networks import build_network, network_bytes
+from harness.rehearsal import stored_bytes
 from harness.settings import Run
 from harness.strategies import build_model, build_strategy, recipe_of
 
@@ -76,6 +78,7 @@ def execute(
         raise ValueError(f"Invalid batch_size: {run.batch_size} (allowed: at most {smallest}, the smallest experience)")
     test_sets = [_first_images(e.dataset, CURVE_IMAGES) for e in benchmark.test_stream]
     torch.manual_seed(run.seed)
+    random.seed(run.seed)  # which Avalanche's A-GEM draws its memory with
     recipe = recipe_of(run)
     model = build_model(run)
     matrix, curve = AccuracyMatrix(), AccuracyCurve(test_sets)
@@ -88,6 +91,7 @@ def execute(
         # A last batch of a few images makes a step of a few images' noise: it can undo a class (docs/experiments.md).
         strategy.train(experiences, drop_last=True)
         seconds += time.perf_counter() - start
+        _check_finite(strategy)
         strategy.eval(benchmark.test_stream)
         if after_experience is not None:
             after_experience(matrix.result())
@@ -106,12 +110,23 @@ def execute(
         "curve": curve.points,
         "seconds": seconds - curve.seconds,
         "extra_memory_bytes": sum(memory_bytes(p) for p in plugins)
+        + stored_bytes(strategy)
         + optimizer_bytes(strategy.optimizer)
         + network_bytes(model)
         - network_bytes(build_network(run.network)),  # a network of another size counts by what it is larger
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _check_finite(strategy) -> None:
+    """Few methods look at their loss: one that diverged would be reported as one that guesses."""
+    if not all(p.isfinite().all() for p in strategy.model.parameters()):
+        number = strategy.clock.train_exp_counter - 1
+        raise FloatingPointError(
+            f"the weights are not finite after training experience {number}. The usual cause is too high a "
+            "learning rate."
+        )
 
 
 def build_benchmark(run: Run, dataset_root: str) -> CLScenario:
@@ -136,13 +151,11 @@ def memory_bytes(plugin: SupervisedPlugin) -> int:
         return plugin.state_bytes
     if isinstance(plugin, ConsolidationPlugin):
         return 0  # it holds the optimizer's own tensors
-    if isinstance(plugin, ReplayPlugin):
-        buffer = plugin.storage_policy.buffer
-        if not len(buffer):
-            return 0
-        x = buffer[0][0]
-        return len(buffer) * (x.numel() * x.element_size() + 8)
-    return sum({t.data_ptr(): t.numel() * t.element_size() for t in _tensors(vars(plugin))}.values())
+    kept = vars(plugin)
+    if isinstance(plugin, (AGEMPlugin, GEMPlugin)):  # their gradients are made anew for each step
+        kept = {}
+    tensors = {t.data_ptr(): t.numel() * t.element_size() for t in _tensors(kept)}
+    return sum(tensors.values()) + stored_bytes(plugin)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
