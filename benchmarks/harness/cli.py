@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from harness.jobs import run_all
+from harness.protocols import PROTOCOLS
 from harness.settings import MNIST, NETWORKS, ROOT, STRATEGIES, STUDIES, USES_REPLAY, Run
 
 
@@ -24,6 +24,10 @@ def natural(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} (allowed: an integer, 0 or more)")
     return value
+
+
+def buffers(text: str) -> list[int]:
+    return [positive(number) for number in text.split(",")]
 
 
 def strategies(allowed: tuple[str, ...]):
@@ -54,8 +58,14 @@ def override(text: str) -> tuple[str, float]:
 def parser(description: str, *, benchmark: str, output: str, tasks: tuple[int, ...] | None) -> argparse.ArgumentParser:
     """Arguments that every script takes; ``tasks`` lists the numbers of tasks allowed (None: any)."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument(
+        "--protocol", choices=PROTOCOLS[benchmark], help="what else isn't said is as there: harness/protocols.py"
+    )
     p.add_argument("--tasks", type=positive, choices=tasks, default=tasks[0] if tasks else 10, help="experiences")
-    add_protocol(p)
+    add_training(p)
+    p.add_argument(
+        "--replay-buffer", type=buffers, default=[200], metavar="N,M", help="stored samples of the replay strategies"
+    )
     names = STRATEGIES + STUDIES[benchmark]
     p.add_argument(
         "--strategies", type=strategies(names), default=list(STRATEGIES), metavar="A,B", help=", ".join(names)
@@ -67,11 +77,18 @@ def parser(description: str, *, benchmark: str, output: str, tasks: tuple[int, .
     return p
 
 
-def add_protocol(p: argparse.ArgumentParser) -> None:
+def parsed(p: argparse.ArgumentParser, benchmark: str, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments; a protocol's stand where the command line doesn't say otherwise."""
+    protocol = p.parse_known_args(argv)[0].protocol
+    if protocol is not None:
+        p.set_defaults(**PROTOCOLS[benchmark][protocol].arguments)
+    return p.parse_args(argv)
+
+
+def add_training(p: argparse.ArgumentParser) -> None:
     p.add_argument("--epochs", type=positive, default=1, help="epochs an experience")
     p.add_argument("--batch-size", type=positive, default=64, help="stream samples in a mini-batch")
     p.add_argument("--network", choices=NETWORKS, default="256-256", help="hidden widths, or a small CNN")
-    p.add_argument("--replay-buffer", type=positive, default=200, help="stored samples of the replay strategies")
 
 
 def add_common(p: argparse.ArgumentParser, *, seeds: int, output: str) -> None:
@@ -83,8 +100,13 @@ def add_common(p: argparse.ArgumentParser, *, seeds: int, output: str) -> None:
     p.add_argument("--dataset-root", type=dataset_root, default=str(MNIST), help="folder with MNIST/raw/*-ubyte")
 
 
-def runs_of(args: argparse.Namespace, benchmark: str, replay_buffers: Iterable[int]) -> list[Run]:
+def runs_of(args: argparse.Namespace, benchmark: str) -> list[Run]:
     """Seeds outermost, so that a comparison cut short is a whole one with fewer seeds."""
+
+    def overrides(strategy: str, buffer: int) -> tuple[tuple[str, float], ...]:
+        published = PROTOCOLS[benchmark][args.protocol].settings_of(strategy, buffer) if args.protocol else {}
+        return tuple(sorted({**published, **dict(args.set)}.items()))
+
     return [
         Run(
             benchmark=benchmark,
@@ -97,11 +119,11 @@ def runs_of(args: argparse.Namespace, benchmark: str, replay_buffers: Iterable[i
             train_per_task=getattr(args, "train_per_task", None),
             validation=args.validation,
             network=args.network,
-            overrides=tuple(sorted(args.set)),
+            overrides=overrides(strategy, buffer),
         )
         for seed in range(args.first_seed, args.first_seed + args.seeds)
         for strategy in args.strategies
-        for buffer in (replay_buffers if strategy in USES_REPLAY else (0,))
+        for buffer in (args.replay_buffer if strategy in USES_REPLAY else (0,))
     ]
 
 

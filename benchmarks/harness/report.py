@@ -6,19 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 from tabulate import tabulate
 
 from harness.settings import NETWORKS, position
+from harness.statistics import holm, interval, wilcoxon
 
 MEASURES = ("acc", "bwt", "forgetting", "learning_acc")
-
-
-def interval(values: list[float]) -> dict:
-    """Mean and half-width of Student's 95% interval; the half-width is None for a single value."""
-    n = len(values)
-    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(values)) if n > 1 else None
-    return {"mean": float(np.mean(values)), "ci95": half}
 
 
 def summarize(records: list[dict]) -> list[dict]:
@@ -64,13 +57,12 @@ def differences(records: list[dict], against: str) -> list[dict]:
         seeds = sorted(accs.keys() & references[0].keys())
         if strategy != against and len(seeds) > 1:
             values = [accs[s] - references[0][s] for s in seeds]
-            p = float(stats.wilcoxon(values).pvalue) if any(values) else 1.0
             rows.append(
-                {"strategy": strategy, "replay_buffer": buffer, "seeds": len(seeds), **interval(values), "p": p}
+                {"strategy": strategy, "replay_buffer": buffer, "seeds": len(seeds), **interval(values)}
+                | {"p": wilcoxon(values)}
             )
-    largest = 0.0
-    for rank, row in enumerate(sorted(rows, key=lambda row: row["p"])):
-        row["p"] = largest = max(largest, min(1.0, row["p"] * (len(rows) - rank)))
+    for row, p in zip(rows, holm([row["p"] for row in rows])):
+        row["p"] = p
     return rows
 
 
