@@ -28,6 +28,7 @@ class LayerActivity:
         vectors: (d, r), the eigenvectors.
         mean_eigenvalue: 0-dim, over all d directions.
         samples: how many samples stand behind them.
+        rows: how many input vectors a sample gives a weight: 1, or the positions of a convolution or a sequence.
         anchor: (out, r), the weights along the vectors when they were consolidated.
         closed: (r,), how far the gate is closed along each vector, in [0, 1].
         closed_rest: the same along all other directions alike.
@@ -40,6 +41,7 @@ class LayerActivity:
     vectors: Tensor
     mean_eigenvalue: Tensor
     samples: int
+    rows: float
     anchor: Tensor
     closed: Tensor
     closed_rest: float
@@ -52,7 +54,7 @@ class LayerActivity:
     def empty(cls, inputs: int, like: Tensor) -> LayerActivity:
         zero, nothing = like.new_zeros(()), like.new_zeros(0)
         vectors, anchor = like.new_zeros(inputs, 0), like.new_zeros(0, 0)
-        return cls(nothing, vectors, zero, 0, anchor, nothing, 0.0, nothing, zero, zero, zero)
+        return cls(nothing, vectors, zero, 0, 0.0, anchor, nothing, 0.0, nothing, zero, zero, zero)
 
     @property
     def state_bytes(self) -> int:
@@ -76,6 +78,7 @@ class LayerActivity:
 
     def close(self, openness: float) -> None:
         """Sets how far the gate is closed, and starts the epoch's sums anew."""
+        openness /= max(self.rows, 1)  # a change to the weights acts on each of a sample's input vectors
         d, r = self.vectors.shape
         rest = (d * self.mean_eigenvalue - self.eigenvalues.sum()).clamp_min(0) / max(d - r, 1)
         self.closed = claim(self.eigenvalues, self.mean_eigenvalue, openness)
@@ -95,21 +98,28 @@ class LayerActivity:
         through = (power * (1 - self.closed).square()).sum() + novel * (1 - self.closed_rest) ** 2
         self.energy, self.passed, self.novel = self.energy + energy, self.passed + through, self.novel + novel
 
-    def merged(self, layer: GatedLayer, x: Tensor, samples: int, rank: int) -> LayerActivity:
-        """This activity with that of one more experience: input vectors ``x`` (rows, d), of ``samples`` samples."""
+    def merged(self, layer: GatedLayer, x: Tensor, rows: float, samples: int, rank: int) -> LayerActivity:
+        """This activity with that of one more experience.
+
+        Args:
+            x: input vectors, shape (n, d).
+            rows: how many of them a sample gives a weight.
+            samples: how many samples they stand for.
+        """
         total = self.samples + samples
         share = self.samples / total
         values, vectors = merge_eigenspace(self.eigenvalues, self.vectors, share, x, rank)
         mean = share * self.mean_eigenvalue + (1 - share) * x.square().mean(0).mean()
         new = LayerActivity.empty(len(vectors), x)
         new.eigenvalues, new.vectors, new.mean_eigenvalue, new.samples = values, vectors, mean, total
+        new.rows = share * self.rows + (1 - share) * rows
         new.anchor = along(layer, vectors)
         return new
 
 
 def record_activity(
     strategy, samples: int, criterion: Callable[[Tensor, Tensor], Tensor] | None
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> tuple[dict[str, tuple[Tensor, float]], Tensor]:
     """Runs samples of the strategy's experience, evenly spread over it, through its network as it is now.
 
     Leaves the modules' modes and the global random state alone.
@@ -119,8 +129,8 @@ def record_activity(
         criterion: loss whose curvature in the outputs is wanted, or None.
 
     Returns:
-        The input vectors (rows, d) of each gated layer that was called, by its name, and the mean curvature, 0-dim
-        (0 without a criterion).
+        By the name of each gated layer that was called, input vectors (n, d) and how many of them a sample gives
+        a weight; and the mean curvature, 0-dim (0 without a criterion).
 
     Raises:
         TypeError: a curvature is wanted and the network's output is not one tensor.
@@ -128,6 +138,7 @@ def record_activity(
     """
     model, dataset = strategy.model, strategy.experience.dataset
     activity: dict[str, list[Tensor]] = {}
+    vectors_seen: dict[str, int] = {}
     curvatures: list[Tensor] = []
 
     def recorder(name):
@@ -135,12 +146,13 @@ def record_activity(
             x = presynaptic(layer, inputs[0].float())
             kept = torch.linspace(0, len(x) - 1, min(len(x), _ROWS_A_SAMPLE * len(inputs[0])), device=x.device)
             activity.setdefault(name, []).append(x[kept.long()])
+            vectors_seen[name] = vectors_seen.get(name, 0) + len(x) // getattr(layer, "groups", 1)
 
         return hook
 
-    rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), samples)).long()
+    chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), samples)).long()
     loader = DataLoader(
-        dataset.subset(rows.tolist()),
+        dataset.subset(chosen.tolist()),
         batch_size=512,
         collate_fn=getattr(dataset, "collate_fn", None),
         generator=torch.Generator(),  # its own: a loader draws from the global one even without shuffling
@@ -178,4 +190,4 @@ def record_activity(
                 f"{strategy.clock.train_exp_counter}: nothing was consolidated. The usual cause is too high a learning "
                 "rate."
             )
-    return recorded, curvature
+    return {name: (x, vectors_seen[name] / len(chosen)) for name, x in recorded.items()}, curvature

@@ -43,15 +43,17 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     .. math::
         \Delta W = \delta\, x_{gated}^\top, \qquad
         x_{gated} = \sum_i (1 - f_i)\, v_i v_i^\top x + (1 - f_{rest}) (I - V V^\top) x, \qquad
-        f_i = \frac{\lambda_i}{\lambda_i + \alpha \bar\lambda}, \quad
-        f_{rest} = \frac{\rho}{\rho + \alpha \bar\lambda}
+        f_i = \frac{L \lambda_i}{L \lambda_i + \alpha \bar\lambda}, \quad
+        f_{rest} = \frac{L \rho}{L \rho + \alpha \bar\lambda}
 
-    New input is learned where it differs from the old; along the old directions, which carry the old answers, the
-    layer holds still. What leaks all the same is pulled back, towards the weights :math:`W^*` at consolidation, by the
-    gradient of the quadratic that stands for the old loss,
+    where L is the number of input vectors that a sample gives the layer: one, or a convolution's output positions, or
+    a sequence's tokens. A change to the weights acts on each. New input is learned where it differs from the old;
+    along the old directions, which carry the old answers, the layer holds still. What leaks all the same is pulled
+    back, towards the weights :math:`W^*` at consolidation, by the gradient of the quadratic that stands for the old
+    loss,
 
     .. math::
-        \tfrac{\kappa}{2} \frac{N_{old}}{N_{new}} \operatorname{tr}\big((W - W^*) C (W - W^*)^\top\big),
+        \tfrac{\kappa}{2} \frac{N_{old}}{N_{new}} L \operatorname{tr}\big((W - W^*) C (W - W^*)^\top\big),
         \qquad C = V \operatorname{diag}(\lambda) V^\top
 
     where :math:`\kappa` is the loss's measured curvature in its outputs and the ratio is at most 20. So more steps
@@ -81,8 +83,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     Args:
         openness: :math:`\alpha` > 0, in units of the mean eigenvalue (default 0.2). Larger values learn the new
-            faster and keep less of the old; with convolutions 0.02 keeps far more. ``math.inf`` switches the gate
-            off: training is then bit for bit what it is without the plugin.
+            faster and keep less of the old. ``math.inf`` switches the gate off: training is then bit for bit what it
+            is without the plugin.
         pull_back: weight of the pull-back, 0 or more (default 1); 0 leaves the gate alone.
         rank: eigenvectors kept a layer, 1 or more (default 64).
         consolidation_samples: samples of an experience, evenly spread over it, that are run through the network
@@ -297,7 +299,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 self._before[name] = weights.add_(back)
             if self._pull_weight:
                 drift = weights[: len(activity.anchor)] - activity.anchor
-                weight = self._pull_weight * self._curvature
+                weight = self._pull_weight * self._curvature * activity.rows
                 self._pulls[name] = pull_back(drift, activity.eigenvalues, activity.closed, weight)
 
     def _stream_part(self, x: Tensor) -> Tensor:
@@ -344,9 +346,9 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         seen, new = self._samples_seen, len(strategy.experience.dataset)
         self._curvature = (seen * self._curvature + new * curvature) / (seen + new)
         layers = gated_layers(strategy.model)
-        for name, x in recorded.items():
+        for name, (x, rows) in recorded.items():
             old = self.layers.get(name) or LayerActivity.empty(x.shape[1], x)
-            self.layers[name] = old.merged(layers[name], x, new, self.rank)
+            self.layers[name] = old.merged(layers[name], x, rows, new, self.rank)
             self.layers[name].close(self.openness)
         self._pulls.clear()
         self._before.clear()
