@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
+from torch import nn
 
 from avalanche_sp import AccuracyMatrix
 
@@ -14,7 +15,7 @@ from conftest import MNIST, ROOT, mlp, weights
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from harness.rehearsal import MemoryDistillation, stored_bytes  # noqa: E402
+from harness.rehearsal import ConstantGate, MemoryDistillation, stored_bytes  # noqa: E402
 from harness.run import execute, memory_bytes  # noqa: E402
 from harness.settings import USES_REPLAY, Run  # noqa: E402
 from harness.strategies import build_strategy  # noqa: E402
@@ -30,6 +31,7 @@ EXTRA = {  # what each keeps
     "der++": BUFFER * (SAMPLE + 10 * 4),
     "replay-joint": BUFFER * SAMPLE,
     "replay-distilled": BUFFER * SAMPLE + NETWORK,
+    "replay-gated": BUFFER * SAMPLE,
     "cumulative": 1200 * SAMPLE,
 }
 
@@ -56,13 +58,14 @@ def naive(split2):
 
 @pytest.mark.parametrize("name", EXTRA)
 def test_it_learns_keeps_more_than_naive_training_and_repeats_bit_for_bit(name, split2, naive):
-    strategy, accuracy, extra = trained(name, split2)
+    settings = {"lr": 0.1, "gate": 0.7} if name == "replay-gated" else {}  # as it is tuned, 36 steps are too few
+    strategy, accuracy, extra = trained(name, split2, **settings)
     assert accuracy[0, 0] > 80 and accuracy[1, 1] > 50
     assert accuracy[1, 0] > naive[1, 0]
     assert extra == EXTRA[name]
-    again, _, _ = trained(name, split2)
+    again, _, _ = trained(name, split2, **settings)
     assert torch.equal(weights(strategy.model), weights(again.model))
-    other, _, _ = trained(name, split2, seed=1)
+    other, _, _ = trained(name, split2, seed=1, **settings)
     assert not torch.equal(weights(strategy.model), weights(other.model))
 
 
@@ -127,6 +130,33 @@ def test_distillation_is_the_distance_from_the_last_experiences_network_for_stor
     for weight in (0.0, float("inf")):
         with pytest.raises(ValueError, match=f"Invalid weight value: {weight} .allowed: greater than 0"):
             MemoryDistillation(weight)
+
+
+class Gradients(SupervisedPlugin):
+    """The output bias' first gradient in the second experience, and the two parts that it should be made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = True
+
+    def before_backward(self, strategy, **kwargs):
+        if self.first and len(strategy.mb_x) > 32:
+            error = 2 * (strategy.mb_output - nn.functional.one_hot(strategy.mb_y, 10)).detach() / 32
+            self.stream, self.memory = error[:32].sum(0) / 2, error[32:].sum(0) / 2  # tasks of equal size
+
+    def after_backward(self, strategy, **kwargs):
+        if self.first and len(strategy.mb_x) > 32:
+            self.first, self.found = False, strategy.model[-1].bias.grad.clone()
+
+
+def test_the_constant_gate_is_on_the_streams_samples_alone(split2):
+    gradients = Gradients()
+    trained("replay-gated", split2, plugins=[gradients], gate=0.25)
+    expected = 0.25 * gradients.stream + gradients.memory
+    assert torch.allclose(gradients.found, expected, atol=1e-6)
+    for gate in (0.0, 1.5):
+        with pytest.raises(ValueError, match=f"Invalid gate value: {gate} .allowed: greater than 0, at most 1"):
+            ConstantGate(gate)
 
 
 def test_training_that_diverged_is_no_result():

@@ -180,9 +180,10 @@ RECIPES["split-mnist"][5] |= {
     "replay-distilled": Recipe(
         "SGD", 0.1, "squared error", ("replay", "distillation"), {"weight": 0.3}, joint_weight=True
     ),
+    "replay-gated": Recipe("SGD", 0.05, "squared error", ("replay", "constant gate"), {"gate": 0.3}, joint_weight=True),
     "cumulative": Recipe("Adam", 1e-3, template="cumulative"),
 }
-for _strategy in ("a-gem", "gem", "gdumb", "er-ace", "der++", "replay-distilled", "cumulative"):
+for _strategy in ("a-gem", "gem", "gdumb", "er-ace", "der++", "replay-distilled", "replay-gated", "cumulative"):
     RECIPES["split-mnist"][2][_strategy] = RECIPES["split-mnist"][5][_strategy]
     RECIPES["permuted-mnist"][10][_strategy] = RECIPES["split-mnist"][5][_strategy]
 # As published, plain SGD or Adam with cross-entropy: docs/original.md.

@@ -98,6 +98,27 @@ class MemoryDistillation(SupervisedPlugin):
         self.teacher = copy.deepcopy(strategy.model).eval()
 
 
+class ConstantGate(SupervisedPlugin):
+    """Gates the stream's samples as the coincidence gate does, but by one number, whatever their input.
+
+    Their error signal is multiplied by ``gate`` while stored samples are replayed; these pass ungated. The control of
+    what a gate gains beside replay by knowing which directions are claimed.
+    """
+
+    def __init__(self, gate: float):
+        super().__init__()
+        if not 0 < gate <= 1:
+            raise ValueError(f"Invalid gate value: {gate} (allowed: greater than 0, at most 1)")
+        self.gate = gate
+
+    def after_forward(self, strategy, **kwargs):
+        stream = stream_rows(strategy)
+        if stream < len(strategy.mb_x):
+            factor = torch.ones(len(strategy.mb_x), 1)
+            factor[:stream] = self.gate
+            strategy.mb_output.register_hook(lambda error: error * factor)
+
+
 def stored_bytes(method) -> int:
     """What the samples take that a plugin or strategy keeps: inputs, 8 bytes a label, and what else is stored with
     them, such as DER's outputs. A-GEM and GEM store the last task's too, which nothing uses: these don't count."""

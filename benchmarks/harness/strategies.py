@@ -18,19 +18,13 @@ from avalanche_sp import (
     SelectivePlasticityOptimizer,
     SelectivePlasticityPlugin,
 )
+from harness import rehearsal
 from harness.controls import UPGD, ConstantGate, RandomGate
 from harness.legacy import LegacyReplay, LegacySelectivePlasticity
 from harness.networks import build_network, gate_bytes, network_bytes
 from harness.projections import GradientProjectionMemory, OrthogonalWeightsModification
 from harness.recipes import RECIPES, SP_RANK, Recipe, nearest
-from harness.rehearsal import (
-    GDumb,
-    MemoryDistillation,
-    averaged_gem,
-    gradient_episodic_memory,
-    memory_batch,
-    replay,
-)
+from harness.rehearsal import memory_batch
 from harness.ridge import StreamingRidge, build_random_features
 from harness.settings import STRATEGIES, STUDIES, Run
 
@@ -84,16 +78,17 @@ def learning_without_forgetting(alpha: float, temperature: float) -> LwFPlugin:
 
 
 PLUGINS = {
-    "replay": lambda s, run: replay(run),
+    "replay": lambda s, run: rehearsal.replay(run),
     "legacy": lambda s, run: LegacyReplay(run.replay_buffer, fifo=bool(s["fifo"])),
     "ewc": lambda s, run: EWCPlugin(ewc_lambda=s["strength"]),
     "si": lambda s, run: WorkingSynapticIntelligence(si_lambda=s["strength"]),
     "mas": lambda s, run: MASPlugin(lambda_reg=s["strength"], alpha=0.5),
     "lwf": lambda s, run: learning_without_forgetting(s["alpha"], s["temperature"]),
-    "a-gem": lambda s, run: averaged_gem(run),
-    "gem": lambda s, run: gradient_episodic_memory(run, s["memory_strength"]),
-    "gdumb": lambda s, run: GDumb(run.replay_buffer, int(s["passes"])),
-    "distillation": lambda s, run: MemoryDistillation(s["weight"]),
+    "a-gem": lambda s, run: rehearsal.averaged_gem(run),
+    "gem": lambda s, run: rehearsal.gradient_episodic_memory(run, s["memory_strength"]),
+    "gdumb": lambda s, run: rehearsal.GDumb(run.replay_buffer, int(s["passes"])),
+    "distillation": lambda s, run: rehearsal.MemoryDistillation(s["weight"]),
+    "constant gate": lambda s, run: rehearsal.ConstantGate(s["gate"]),
     "owm": lambda s, run: OrthogonalWeightsModification(s["alpha"]),
     "gpm": lambda s, run: GradientProjectionMemory(s["epsilon"]),
     "ridge": lambda s, run: StreamingRidge(s["ridge"]),
