@@ -70,6 +70,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist):
     with zipfile.ZipFile(wheel) as archive:
         names = {PurePosixPath(name) for name in archive.namelist()}
     package = {PurePosixPath(p.relative_to(ROOT).as_posix()) for p in (ROOT / "avalanche_sp").rglob("*.py")}
+    package.add(PurePosixPath("avalanche_sp/py.typed"))
     metadata = {name for name in names if name.parts[0].endswith(".dist-info")}
     assert names - metadata == package
     assert "LICENSE" in {name.name for name in metadata}
