@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import results  # noqa: E402
 from harness import page as pages  # noqa: E402
-from harness.comparison import against_replay, cells_of, steps  # noqa: E402
+from harness.comparison import against_others, cells_of, steps  # noqa: E402
 from harness.run import worst_case  # noqa: E402
 from harness.settings import STRATEGIES, STUDIES, code_fingerprint  # noqa: E402
 from harness.statistics import bootstrap, holm, rank_biserial, wilcoxon  # noqa: E402
@@ -79,11 +79,11 @@ GAINS |= {"sp": 1.0, "joint": 20.0}
 
 def test_verdicts_are_those_of_the_corrected_tests():
     cells = cells_of(STUDY, records(GAINS))
-    found = against_replay(cells)[50]
+    found = against_others(cells)[50]
     verdicts = {row.other.label: row.verdict for row in found}
-    assert verdicts == {"replay-sgd": "above", "replay-joint": "level", "der++": "below"}
+    assert verdicts == {"sp": "above", "replay-sgd": "above", "replay-joint": "level", "der++": "below"}
     (row,) = [row for row in found if row.other.label == "replay-sgd"]
-    assert row.p == pytest.approx(2 / 2**10 * 3)  # all seeds gain: the smallest p of ten, of three comparisons
+    assert row.p == pytest.approx(2 / 2**10 * 4)  # all seeds gain: the smallest p of ten, of four comparisons
     assert row.mean == pytest.approx(6, abs=0.5) and row.low < row.mean < row.high and row.effect == 1
     assert [(row.other.buffer, row.verdict) for row in steps(cells)] == [(0, "above"), (50, "below")]
 
@@ -91,11 +91,13 @@ def test_verdicts_are_those_of_the_corrected_tests():
 def test_sentences_say_no_more_than_the_tests(monkeypatch):
     monkeypatch.setattr(pages, "BY_BUFFER", {"a_study": STUDY})
     text = pages.page({"a_study": records(GAINS)})
-    assert "With 50 stored samples `sp-replay` is above replay-sgd (+" in text
+    assert "`sp-replay` is above every other row with no buffer, and below at least one with 50 and 200." in text
+    assert "With 50 stored samples `sp-replay` is above sp (+" in text and ") and replay-sgd (+" in text
     assert "; level with replay-joint (" in text and "; below der++ (-" in text
     assert "it falls significantly from 50 on (-" in text
     few = pages.page({"a_study": records(GAINS, seeds=3)})  # with which nothing can be significant
-    assert "above replay" not in few and "below der" not in few and "never falls significantly" in few
+    assert "above sp" not in few and "below der" not in few and "never falls significantly" in few
+    assert "With 3 seeds no difference can be significant." in few
     assert "## Published figures" not in text  # there are none
 
 

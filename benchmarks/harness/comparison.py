@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harness.settings import BOUNDS, USES_REPLAY
 from harness.statistics import bootstrap, holm, rank_biserial, wilcoxon
 from harness.studies import OURS, Study
 
@@ -85,13 +84,13 @@ def differences(ours: Cell, others: list[Cell]) -> list[Difference]:
     ]
 
 
-def against_replay(cells: list[Cell]) -> dict[int, list[Difference]]:
-    """By buffer: ours minus every other row with as many stored samples."""
-    ours = {cell.buffer: cell for cell in cells if cell.label == OURS}
-    return {
-        buffer: differences(cell, [c for c in cells if c.buffer == buffer and c.label != OURS])
-        for buffer, cell in ours.items()
-    }
+def against_others(cells: list[Cell]) -> dict[int, list[Difference]]:
+    """By buffer: ours minus every other row with as many stored samples, and minus the plugin without any."""
+    found = {}
+    for ours in (c for c in cells if c.label == OURS):
+        others = [c for c in cells if c.label == "sp" or (c.buffer == ours.buffer and c is not ours)]
+        found[ours.buffer] = differences(ours, others)
+    return {buffer: rows for buffer, rows in found.items() if rows}
 
 
 def steps(cells: list[Cell]) -> list[Difference]:
@@ -101,7 +100,3 @@ def steps(cells: list[Cell]) -> list[Difference]:
     rows = [row for rows in found for row in rows]
     ps = holm([row.p for row in rows])
     return [Difference(**{**vars(row), "p": p}) for row, p in zip(rows, ps)]
-
-
-def without_memory(cells: list[Cell]) -> list[Cell]:
-    return [c for c in cells if c.strategy not in USES_REPLAY and c.strategy not in BOUNDS]

@@ -89,14 +89,15 @@ def acc_by_buffer(panels: list[tuple[str, list[Cell]]], path: Path) -> Path:
             marker = _MARKERS.get(name, ".")
             ax.plot(x, [c.mean() for c in line], marker + "-", color=colour(name), lw=width, ms=5, label=name)
             ax.fill_between(x, low, high, color=colour(name), alpha=0.2, lw=0)
+        ours = [c.mean() for c in cells if c.label in (OURS, "sp")]
+        bottom = max(0, min(ours) - 20) if ours else 0
         for c in (c for c in cells if not c.buffer):
             if c.strategy in BOUNDS:
                 style = "--" if c.strategy == "joint" else ":"
                 ax.axhline(c.mean(), color=colour(c.strategy), ls=style, lw=1, label=c.label)
-            elif c.label != "sp":
+            elif c.label != "sp" and c.mean() >= bottom:
                 ax.plot([nothing], [c.mean()], "x", color=colour(c.label), label=c.label)
-        ours = [c.mean() for c in cells if c.label in (OURS, "sp")]
-        ax.set_ylim((max(0, min(ours) - 20) if ours else 0), 100)
+        ax.set_ylim(bottom, 100)
         ax.set_xscale("log")
         ax.set_xticks([nothing, *buffers], ["none", *map(str, buffers)], fontsize=7)
         ax.minorticks_off()

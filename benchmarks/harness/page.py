@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 from tabulate import tabulate
 
-from harness.comparison import ALPHA, Cell, Difference, against_replay, cells_of, steps
+from harness.comparison import ALPHA, Cell, Difference, against_others, cells_of, steps
 from harness.protocols import PROTOCOLS
 from harness.settings import NETWORKS
+from harness.statistics import wilcoxon
 from harness.studies import ABLATIONS, BY_BUFFER, EPOCHS, ORIGINAL, OURS, PUBLISHED, Study
 
 FIGURES = {"buffers": "results/buffers.png", "training": "results/buffers_split5/training.png"}
@@ -87,11 +88,12 @@ def _training(name: str, study: Study, cells: list[Cell]) -> list[str]:
 
 
 def _ablations(name: str, study: Study, cells: list[Cell]) -> list[str]:
-    found = against_replay(cells)
-    sentences = [
-        f"With {buffer} stored samples {_listed(rows)}.\n" for buffer, rows in found.items() if rows
-    ]
-    return [_heading(study, cells), _grid(cells), *sentences]
+    rows: dict[str, dict] = {}
+    for buffer, found in against_others(cells).items():
+        for d in found:
+            row = rows.setdefault(d.other.label, {f"`{OURS}` minus": d.other.label})
+            row[_column(buffer)] = f"{d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}], {d.verdict}"
+    return [_heading(study, cells), _grid(cells), _table(rows.values())] if rows else []
 
 
 def _original(name: str, study: Study, cells: list[Cell]) -> list[str]:
@@ -171,7 +173,7 @@ def _column(buffer: int) -> str:
 
 def _verdicts(cells: list[Cell]) -> list[str]:
     """Ours against the best of the others at each buffer, and against each of them in words."""
-    found = {buffer: rows for buffer, rows in against_replay(cells).items() if rows}
+    found = against_others(cells)
     if not found:
         return []
     table = []
@@ -187,17 +189,31 @@ def _verdicts(cells: list[Cell]) -> list[str]:
                 "verdict": best.verdict,
             }
         )
-    return [_table(table), *(f"- With {buffer} stored samples {_listed(rows)}." for buffer, rows in found.items()), ""]
+    each = [f"- With {buffer} stored samples `{OURS}` is {_listed(rows)}." for buffer, rows in found.items()]
+    return [_table(table), _summary(found), *each, ""]
+
+
+def _summary(found: dict[int, list[Difference]]) -> str:
+    most = max(row.seeds for rows in found.values() for row in rows)
+    if wilcoxon([1.0] * most) >= ALPHA:
+        return f"With {most} seeds no difference can be significant.\n"
+    above = [str(b) for b, rows in found.items() if all(row.verdict == "above" for row in rows)]
+    below = [str(b) for b, rows in found.items() if any(row.verdict == "below" for row in rows)]
+    texts = [
+        f"above every other row with {_and(above)} stored samples" if above else "above every other row with no buffer",
+        f"below at least one with {_and(below)}" if below else "below none with any",
+    ]
+    return f"`{OURS}` is {texts[0]}, and {texts[1]}.\n"
 
 
 def _listed(rows: list[Difference]) -> str:
-    """`sp-replay` is above A and B; level with C."""
+    """Above A and B; level with C."""
     parts = []
     for verdict, words in (("above", "above"), ("level", "level with"), ("below", "below")):
         names = [f"{row.other.label} ({row.mean:+.1f})" for row in rows if row.verdict == verdict]
         if names:
             parts.append(f"{words} {_and(names)}")
-    return f"`{OURS}` is " + "; ".join(parts)
+    return "; ".join(parts)
 
 
 def _growth(cells: list[Cell]) -> str:

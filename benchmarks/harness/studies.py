@@ -101,7 +101,7 @@ def _rows(*strategies: str) -> tuple[Row, ...]:
     return tuple(Row(strategy) for strategy in strategies)
 
 
-def _protocol(benchmark: str, name: str, *strategies: str) -> Study:
+def _protocol(benchmark: str, name: str, *strategies: str, seeds: int = 3) -> Study:
     arguments = PROTOCOLS[benchmark][name].arguments
     return Study(
         title=f"{ {'split-mnist': 'Split', 'permuted-mnist': 'Permuted'}[benchmark]} MNIST, `{name}`",
@@ -112,7 +112,7 @@ def _protocol(benchmark: str, name: str, *strategies: str) -> Study:
         epochs=arguments["epochs"],
         batch_size=arguments["batch_size"],
         network=arguments["network"],
-        seeds=3,
+        seeds=seeds,
         protocol=name,
     )
 
@@ -159,8 +159,10 @@ ABLATIONS = {
 }
 ORIGINAL = {
     "protocol_original": _protocol(
-        "split-mnist", "original", "replay-sgd", "replay-adam", "replay-joint", "er-ace", "der++", "sp", OURS, "joint"
-    )
+        "split-mnist", "original",
+        "replay-sgd", "replay-adam", "replay-joint", "er-ace", "der++", "sp", OURS, "joint",
+        seeds=10,
+    )  # fmt: skip
 }
 PUBLISHED = {
     "protocol_mammoth_split": _protocol("split-mnist", "mammoth", "replay-sgd", "joint", OURS),
