@@ -86,10 +86,6 @@ class LayerActivity:
         self.closed_more = self.closed - self.closed_rest
         self.energy = self.passed = self.novel = torch.zeros_like(self.mean_eigenvalue)
 
-    def open_rest(self) -> None:
-        """Gates the kept directions alone."""
-        self.closed_rest, self.closed_more = 0.0, self.closed
-
     def watch(self, x: Tensor, projection: Tensor) -> None:
         """Adds to the epoch's sums: input vectors (rows, d) and their projection onto the vectors."""
         energy = x.square().sum()

@@ -19,12 +19,12 @@ from avalanche_sp.layers import (
     project,
 )
 from avalanche_sp.optimizer import SelectivePlasticityOptimizer
-from avalanche_sp.replay import memory_size, stream_rows
+from avalanche_sp.replay import classes_of, memory_size, stream_rows
 
 __all__ = ["SelectivePlasticityPlugin"]
 
-# Stored samples with which the gate opens to twice its openness: see SelectivePlasticityPlugin.
-_MEMORY_SCALE = 20
+# Stored samples a class with which the gate opens to twice its openness: see SelectivePlasticityPlugin.
+_MEMORY_SCALE = 5
 # At most so many old samples for each new one pull at a time: more would outrun the optimizer's step size.
 _MAX_PULL = 20
 # Iterations from one look at the weights to the next, at most.
@@ -59,7 +59,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     where :math:`\kappa` is the loss's measured curvature in its outputs and the ratio is at most 20. So more steps
     don't add up to more leakage. It pulls every few iterations, 8 at most, as many times as hard. And each further
     epoch over an experience, which brings little that is new, opens the gate less: its e-th with
-    :math:`\alpha / e^2`. No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs.
+    :math:`\alpha / e^4`. No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs.
 
     It works with any optimizer. Plain SGD's steps follow the gated gradient. Momentum carried over from before a
     consolidation, step sizes of their own for every weight and weight decay do not: with any other optimizer the
@@ -71,11 +71,12 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     weights (embeddings, recurrent layers, what ``nn.MultiheadAttention`` uses without calling a layer) train
     ungated.
 
-    Beside Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated, and
-    stored samples, which show what would be forgotten, open the gate and replace the pull-back: with M of them
-    the openness is multiplied by :math:`o = 1 + (M/20)^2` and the pull-back divided by :math:`o^2`, found on Split
-    MNIST (``docs/experiments.md``); the optimizer's steps are left as they are, and normalisation layers go on
-    learning.
+    Beside Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated along the
+    :math:`v_i`; the factor :math:`1 - f_{rest}` is for the memory's gradient, too. Stored samples show what would be
+    forgotten, so they open the gate and replace the pull-back: with c of them for each class of each experience the
+    openness is multiplied by :math:`o = 1 + (c/5)^2` and the pull-back divided by :math:`o^2`, found on Split MNIST
+    (``docs/experiments.md``). The optimizer's steps are left as they are, and normalisation layers go on learning.
+    The loss for it is ``JointReplayLoss(criterion, shrinkage=25)``.
 
     The model is touched only while the strategy trains: hooks on its layers from a forward pass to the end of its
     backward pass. Gradients accumulated over several backward passes are gated each by itself. A
@@ -131,6 +132,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._loss_moments: tuple[Tensor, Tensor] | None = None
         self._curvature = torch.zeros(())  # of the loss in its outputs, over all consolidated samples
         # For the present epoch: N_old / N_new and what a memory leaves of it; iterations from look to look.
+        self._classes_seen = 0  # each experience's count anew: its samples are others
         self._pull_weight = 0.0
         self._interval = _INTERVAL
         self._has_memory = False
@@ -174,8 +176,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     def before_training_epoch(self, strategy, **kwargs):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
         memory = memory_size(strategy)
-        opening = 1 + (memory / _MEMORY_SCALE) ** 2
-        openness = self.openness * opening / (1 + strategy.clock.train_exp_epochs) ** 2
+        opening = 1 + (memory / max(self._classes_seen, 1) / _MEMORY_SCALE) ** 2
+        openness = self.openness * opening / (1 + strategy.clock.train_exp_epochs) ** 4
         self._has_memory = memory > 0
         ratio = self._samples_seen / len(strategy.experience.dataset)
         self._interval = min(max(int(_MAX_PULL / max(ratio, 1)), 1), _INTERVAL)
@@ -190,8 +192,6 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         for name, layer in self._gated:
             activity = self.layers[name]
             activity.close(openness)
-            if self._has_memory:
-                activity.open_rest()  # its factor would reach the memory's gradient, too
             if watched:
                 self._before[name] = along(layer, activity.vectors)
 
@@ -345,6 +345,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         recorded, curvature = record_activity(strategy, self.consolidation_samples, criterion)
         seen, new = self._samples_seen, len(strategy.experience.dataset)
         self._curvature = (seen * self._curvature + new * curvature) / (seen + new)
+        self._classes_seen += classes_of(strategy.experience.dataset)
         layers = gated_layers(strategy.model)
         for name, (x, rows) in recorded.items():
             old = self.layers.get(name) or LayerActivity.empty(x.shape[1], x)

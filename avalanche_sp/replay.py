@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from avalanche.benchmarks.utils.data_loader import ReplayDataLoader
 
-__all__ = ["memory_size", "stream_rows"]
+__all__ = ["classes_of", "memory_size", "stream_rows"]
 
 
 def memory_size(strategy) -> int:
@@ -13,6 +13,12 @@ def memory_size(strategy) -> int:
     if not isinstance(loader, ReplayDataLoader):
         return 0
     return sum(len(memory) for memory in loader.datasets[1:])
+
+
+def classes_of(dataset) -> int:
+    """Number of classes among a dataset's targets; 1 where it has no targets to tell apart."""
+    targets = getattr(dataset, "targets", None)
+    return len(targets.uniques) if targets is not None else 1
 
 
 def stream_rows(strategy) -> int:

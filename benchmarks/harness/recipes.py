@@ -19,7 +19,7 @@ class Recipe:
         model: "network", the run's, or "random features" in its place.
         settings: the plugins' and the template's settings; each may be given by what it was tuned for, as the rate.
         optimizer_settings: the optimizer's, besides its learning rate.
-        joint_weight: weigh replayed samples as joint training would.
+        joint_weight: weigh replayed samples as joint training would, but for a "shrinkage" among the settings.
     """
 
     optimizer: str
@@ -59,6 +59,12 @@ class Recipe:
 
 SP_RANK = 64
 _SP = {"openness": 0.2, "pull_back": 1.0, "rank": SP_RANK}  # the plugin's defaults
+_BESIDE_REPLAY = {
+    "loss": "squared error",
+    "plugins": ("replay", "sp"),
+    "settings": _SP | {"shrinkage": 25.0},
+    "joint_weight": True,
+}
 
 # By benchmark and number of tasks; found on validation images, seeds 100 to 104: docs/experiments.md.
 RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {
@@ -74,9 +80,7 @@ RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {
             "replay-sgd": Recipe("SGD", {200: 0.1, 2000: 0.3}, plugins=("replay",)),
             "replay-adam": Recipe("Adam", {200: 5e-4, 2000: 1e-3}, plugins=("replay",)),
             "replay-joint": Recipe("SGD", {200: 0.05, 2000: 0.15}, "squared error", ("replay",), joint_weight=True),
-            "sp-replay": Recipe(
-                "SGD", {200: 0.1, 2000: 0.15}, "squared error", ("replay", "sp"), settings=_SP, joint_weight=True
-            ),
+            "sp-replay-sgd": Recipe("SGD", 0.1, **_BESIDE_REPLAY),
             "joint": Recipe("Adam", 1e-3, template="joint"),
         },
         5: {
@@ -92,7 +96,7 @@ RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {
             "replay-joint": Recipe(
                 "SGD", {50: 0.01, 200: 0.1, 1000: 0.1, 2000: 0.1}, "squared error", ("replay",), joint_weight=True
             ),
-            "sp-replay": Recipe("SGD", 0.1, "squared error", ("replay", "sp"), settings=_SP, joint_weight=True),
+            "sp-replay-sgd": Recipe("SGD", 0.1, **_BESIDE_REPLAY),
             "joint": Recipe("Adam", 1e-3, template="joint"),
         },
     },
@@ -113,7 +117,7 @@ RECIPES["permuted-mnist"] = {
         "replay-sgd": Recipe("SGD", 0.2, plugins=("replay",)),
         "replay-adam": Recipe("Adam", {200: 3e-4, 2000: 1e-3}, plugins=("replay",)),
         "replay-joint": Recipe("SGD", 0.1, "squared error", ("replay",), joint_weight=True),
-        "sp-replay": Recipe("SGD", 0.1, "squared error", ("replay", "sp"), settings=_SP, joint_weight=True),
+        "sp-replay-sgd": Recipe("SGD", 0.1, **_BESIDE_REPLAY),
         "joint": Recipe("Adam", 1e-3, template="joint"),
     },
 }
@@ -150,8 +154,20 @@ RECIPES["permuted-mnist"][10] |= {
     "sp-consolidated": Recipe("SelectivePlasticity", _RATES, **_CONSOLIDATED),
     "sp-both": Recipe("SelectivePlasticity", _RATES, **_BOTH),
 }
-RECIPES["split-mnist"][2]["sp-both"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH)
-RECIPES["split-mnist"][5]["sp-both"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH)
+_BOTH_BESIDE_REPLAY = _BOTH | _BESIDE_REPLAY | {"plugins": ("replay", *_BOTH["plugins"])}
+# The same optimizer and loss beside replay without any gate.
+_NEITHER_BESIDE_REPLAY = {
+    "loss": "squared error",
+    "plugins": ("replay",),
+    "joint_weight": True,
+    "optimizer_settings": _GATED | {"plasticity_k": 0.0},
+}
+for _recipes in RECIPES["split-mnist"].values():
+    _recipes["sp-both"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH)
+    _recipes["sp-replay"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH_BESIDE_REPLAY)
+    _recipes["replay-adaptive"] = Recipe("SelectivePlasticity", 1e-3, **_NEITHER_BESIDE_REPLAY)
+RECIPES["permuted-mnist"][10]["sp-replay"] = Recipe("SelectivePlasticity", 3e-3, **_BOTH_BESIDE_REPLAY)
+RECIPES["permuted-mnist"][10]["replay-adaptive"] = Recipe("SelectivePlasticity", 1e-3, **_NEITHER_BESIDE_REPLAY)
 # Other methods without replay. The ridge regression is solved for: no step of SGD moves it.
 _RIDGE = Recipe("SGD", 0.0, "squared error", ("ridge",), {"ridge": 1.0}, model="random features")
 RECIPES["split-mnist"][2] |= {

@@ -38,7 +38,9 @@ STRATEGIES = (
 )
 # What else can be asked for by name: more methods, and studies of a part, each on its benchmark.
 _NO_REPLAY = ("lwf", "owm", "gpm")
-_REPLAY = ("a-gem", "gem", "gdumb", "er-ace", "der++", "replay-distilled", "replay-gated")
+_REPLAY = (
+    "a-gem", "gem", "gdumb", "er-ace", "der++", "replay-distilled", "replay-gated", "replay-adaptive", "sp-replay-sgd",
+)  # fmt: skip
 BOUNDS = ("cumulative", "joint")
 STUDIES = {
     "split-mnist": (

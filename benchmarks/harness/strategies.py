@@ -144,7 +144,7 @@ def build_strategy(run: Run, model: nn.Module, extra_plugins: list, evaluator):
     recipe = recipe_of(run)
     criterion = LOSSES[recipe.loss]()
     if recipe.joint_weight:
-        criterion = JointReplayLoss(criterion)
+        criterion = JointReplayLoss(criterion, recipe.settings.get("shrinkage", 0.0))
     plugins = [PLUGINS[name](recipe.settings, run) for name in recipe.plugins]
     strategy = TEMPLATES[recipe.template](recipe.settings, run)(
         model=model,
