@@ -30,12 +30,12 @@ def buffers(text: str) -> list[int]:
     return [positive(number) for number in text.split(",")]
 
 
-def strategies(allowed: tuple[str, ...]):
+def names_of(kind: str, allowed: tuple[str, ...]):
     def parse(text: str) -> list[str]:
         names = text.split(",")
         for name in names:
             if name not in allowed:
-                raise argparse.ArgumentTypeError(f"unknown strategy {name!r} (allowed: {', '.join(allowed)})")
+                raise argparse.ArgumentTypeError(f"unknown {kind} {name!r} (allowed: {', '.join(allowed)})")
         return names
 
     return parse
@@ -68,7 +68,7 @@ def parser(description: str, *, benchmark: str, output: str, tasks: tuple[int, .
     )
     names = STRATEGIES + STUDIES[benchmark]
     p.add_argument(
-        "--strategies", type=strategies(names), default=list(STRATEGIES), metavar="A,B", help=", ".join(names)
+        "--strategies", type=names_of("strategy", names), default=list(STRATEGIES), metavar="A,B", help=", ".join(names)
     )
     add_common(p, seeds=3, output=output)
     p.add_argument("--against", metavar="A", help="also report each strategy's ACC minus this one's, paired by seed")
@@ -94,9 +94,13 @@ def add_training(p: argparse.ArgumentParser) -> None:
 def add_common(p: argparse.ArgumentParser, *, seeds: int, output: str) -> None:
     p.add_argument("--seeds", type=positive, default=seeds, help="number of seeds")
     p.add_argument("--first-seed", type=natural, default=0, help="the first of them")
+    p.add_argument("--output", type=Path, default=ROOT / "results" / output, help="folder for results and figures")
+    add_workers(p)
+
+
+def add_workers(p: argparse.ArgumentParser) -> None:
     p.add_argument("--jobs", type=positive, default=os.cpu_count(), help="runs at a time, one thread each")
     p.add_argument("--scheduler", metavar="ADDRESS", help="run on the workers of this Dask scheduler: docs/sweeps.md")
-    p.add_argument("--output", type=Path, default=ROOT / "results" / output, help="folder for results and figures")
     p.add_argument("--dataset-root", type=dataset_root, default=str(MNIST), help="folder with MNIST/raw/*-ubyte")
 
 

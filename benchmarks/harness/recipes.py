@@ -93,7 +93,9 @@ RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {
             "sp": Recipe("SGD", 0.07, "squared error", plugins=("sp",), settings=_SP),
             "replay-sgd": Recipe("SGD", 0.2, plugins=("replay",)),
             "replay-adam": Recipe("Adam", {200: 2e-4, 2000: 1e-3}, plugins=("replay",)),
-            "replay-joint": Recipe("SGD", {200: 0.03, 2000: 0.1}, "squared error", ("replay",), joint_weight=True),
+            "replay-joint": Recipe(
+                "SGD", {50: 0.01, 200: 0.1, 1000: 0.1, 2000: 0.1}, "squared error", ("replay",), joint_weight=True
+            ),
             "sp-replay-sgd": Recipe("SGD", 0.1, **_BESIDE_REPLAY),
             "joint": Recipe("Adam", 1e-3, template="joint"),
         },
@@ -188,11 +190,16 @@ RECIPES["permuted-mnist"][10] |= {
 }
 # Methods that store samples. Of those that choose their loss, a row says which; the others bring their own.
 RECIPES["split-mnist"][5] |= {
-    "a-gem": Recipe("SGD", 0.05, plugins=("a-gem",)),
+    "a-gem": Recipe("SGD", 0.01, plugins=("a-gem",)),
     "gem": Recipe("SGD", 0.05, plugins=("gem",), settings={"memory_strength": 0.5}),
-    "gdumb": Recipe("SGD", 0.1, plugins=("gdumb",), settings={"passes": 50.0}),
-    "er-ace": Recipe("SGD", 0.1, template="er-ace"),
-    "der++": Recipe("SGD", 0.05, settings={"alpha": 0.3, "beta": 1.0}, template="der++"),
+    "gdumb": Recipe("SGD", 0.2, plugins=("gdumb",), settings={"passes": {50: 100.0, 200: 100.0, 1000: 10.0}}),
+    "er-ace": Recipe("SGD", {50: 0.2, 200: 0.3, 1000: 0.2}, template="er-ace"),
+    "der++": Recipe(
+        "SGD",
+        {50: 0.01, 200: 0.05, 1000: 0.05},
+        settings={"alpha": {50: 1.0, 200: 0.3, 1000: 1.0}, "beta": {50: 1.0, 200: 0.5, 1000: 0.5}},
+        template="der++",
+    ),
     "replay-distilled": Recipe(
         "SGD", 0.1, "squared error", ("replay", "distillation"), {"weight": 0.3}, joint_weight=True
     ),

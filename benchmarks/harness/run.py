@@ -34,11 +34,12 @@ from harness.settings import Run
 from harness.strategies import build_model, build_strategy, recipe_of
 
 CURVE_POINTS = 10  # measurements of the accuracy curve in an experience
+FIRST_STEPS = (1, 2, 5, 10, 20)  # and at these iterations of every later one, where old tasks fall deepest
 CURVE_IMAGES = 1000  # test images a task behind each
 
 
 class AccuracyCurve(SupervisedPlugin):
-    """Accuracy on every task, in percent, at evenly spaced iterations; ``seconds`` is what measuring took."""
+    """Accuracy on every task, in percent, during an experience; ``seconds`` is what measuring took."""
 
     def __init__(self, test_sets: list[tuple[torch.Tensor, torch.Tensor]]):
         super().__init__()
@@ -49,6 +50,9 @@ class AccuracyCurve(SupervisedPlugin):
     def before_training_exp(self, strategy, **kwargs):
         iterations = len(strategy.dataloader) * strategy.train_epochs
         self._at = {max(1, round(iterations * (i + 1) / CURVE_POINTS)) for i in range(CURVE_POINTS)}
+        self._experience = strategy.clock.train_exp_counter
+        if self._experience:
+            self._at |= set(FIRST_STEPS)
 
     @torch.no_grad()
     def after_training_iteration(self, strategy, **kwargs):
@@ -60,7 +64,8 @@ class AccuracyCurve(SupervisedPlugin):
             100 * (strategy.model(x).argmax(1) == y).float().mean().item() for x, y in self.test_sets
         ]
         strategy.model.train()
-        self.points.append({"iteration": strategy.clock.train_iterations + 1, "task_acc": accuracies})
+        iteration = strategy.clock.train_iterations + 1
+        self.points.append({"experience": self._experience, "iteration": iteration, "task_acc": accuracies})
         self.seconds += time.perf_counter() - start
 
 
@@ -106,6 +111,7 @@ def execute(
         "bwt": backward_transfer(accuracy) if incremental else None,
         "forgetting": average_forgetting(accuracy) if incremental else None,
         "learning_acc": learning_accuracy(accuracy) if incremental else None,
+        "min_acc": worst_case(curve.points) if incremental else None,
         "accuracy_matrix": accuracy.round(4).tolist(),
         "curve": curve.points,
         "seconds": seconds - curve.seconds,
@@ -117,6 +123,14 @@ def execute(
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def worst_case(points: list[dict]) -> float | None:
+    """Mean over the old tasks of the lowest accuracy that each had after it was learned (M. De Lange et al., Continual
+    evaluation for lifelong learning, ICLR 2023, min-ACC), on the curve's images; None if no task is old."""
+    last = points[-1]["experience"]
+    lowest = [min(p["task_acc"][task] for p in points if p["experience"] > task) for task in range(last)]
+    return float(np.mean(lowest)) if lowest else None
 
 
 def _check_finite(strategy) -> None:

@@ -113,7 +113,7 @@ class Run:
 
     def key(self, code: str) -> str:
         """Names the run and the code that made it: a stored result is only ever reused for the same of both."""
-        return json.dumps([self.to_json(), code], sort_keys=True)
+        return hashlib.sha256(json.dumps([self.to_json(), code], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def code_fingerprint() -> str:
