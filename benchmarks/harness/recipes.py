@@ -62,7 +62,7 @@ _SP = {"openness": 0.2, "pull_back": 1.0, "rank": SP_RANK}  # the plugin's defau
 _BESIDE_REPLAY = {
     "loss": "squared error",
     "plugins": ("replay", "sp"),
-    "settings": _SP | {"shrinkage": 25.0},
+    "settings": _SP | {"shrinkage": 10.0},
     "joint_weight": True,
 }
 
@@ -165,9 +165,11 @@ _NEITHER_BESIDE_REPLAY = {
 for _recipes in RECIPES["split-mnist"].values():
     _recipes["sp-both"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH)
     _recipes["sp-replay"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH_BESIDE_REPLAY)
-    _recipes["replay-adaptive"] = Recipe("SelectivePlasticity", 1e-3, **_NEITHER_BESIDE_REPLAY)
+    _recipes["replay-adaptive"] = Recipe(
+        "SelectivePlasticity", {200: 3e-4, 1000: 1e-3, 2000: 2e-3}, **_NEITHER_BESIDE_REPLAY
+    )
 RECIPES["permuted-mnist"][10]["sp-replay"] = Recipe("SelectivePlasticity", 3e-3, **_BOTH_BESIDE_REPLAY)
-RECIPES["permuted-mnist"][10]["replay-adaptive"] = Recipe("SelectivePlasticity", 1e-3, **_NEITHER_BESIDE_REPLAY)
+RECIPES["permuted-mnist"][10]["replay-adaptive"] = Recipe("SelectivePlasticity", 2e-3, **_NEITHER_BESIDE_REPLAY)
 # Other methods without replay. The ridge regression is solved for: no step of SGD moves it.
 _RIDGE = Recipe("SGD", 0.0, "squared error", ("ridge",), {"ridge": 1.0}, model="random features")
 RECIPES["split-mnist"][2] |= {
