@@ -208,7 +208,17 @@ RECIPES["split-mnist"][5] |= {
     "replay-gated": Recipe("SGD", 0.05, "squared error", ("replay", "constant gate"), {"gate": 0.3}, joint_weight=True),
     "cumulative": Recipe("Adam", 1e-3, template="cumulative"),
 }
-for _strategy in ("a-gem", "gem", "gdumb", "er-ace", "der++", "replay-distilled", "replay-gated", "cumulative"):
+RECIPES["split-mnist"][2] |= {
+    "a-gem": Recipe("SGD", 0.002, plugins=("a-gem",)),
+    "gem": Recipe("SGD", 0.05, plugins=("gem",), settings={"memory_strength": 0.5}),
+    "gdumb": Recipe("SGD", {200: 0.2, 2000: 0.5}, plugins=("gdumb",), settings={"passes": 30.0}),
+    "er-ace": Recipe("SGD", {200: 0.2, 2000: 0.3}, template="er-ace"),
+    "der++": Recipe("SGD", {200: 0.05, 2000: 0.1}, settings={"alpha": 0.1, "beta": 1.0}, template="der++"),
+    "cumulative": Recipe("Adam", 1e-3, template="cumulative"),
+}
+for _strategy in ("a-gem", "gem", "gdumb", "er-ace", "der++", "cumulative"):
+    RECIPES["permuted-mnist"][10][_strategy] = RECIPES["split-mnist"][5][_strategy]
+for _strategy in ("replay-distilled", "replay-gated"):
     RECIPES["split-mnist"][2][_strategy] = RECIPES["split-mnist"][5][_strategy]
     RECIPES["permuted-mnist"][10][_strategy] = RECIPES["split-mnist"][5][_strategy]
 # As published, plain SGD or Adam with cross-entropy: docs/original.md.
