@@ -130,7 +130,12 @@ BY_BUFFER = {
     "buffers_split2": Study("Split MNIST, 2 tasks", "split-mnist", 2, _SWEEP, BUFFERS),
     "buffers_split5": Study("Split MNIST, 5 tasks", "split-mnist", 5, _SWEEP, BUFFERS, curves=(0, 200)),
     "buffers_permuted10": Study(
-        "Permuted MNIST, 10 tasks of 10,000 images", "permuted-mnist", 10, _SWEEP, (200, 500, 2000), train_per_task=10000
+        "Permuted MNIST, 10 tasks of 10,000 images",
+        "permuted-mnist",
+        10,
+        _SWEEP,
+        (200, 500, 2000),
+        train_per_task=10000,
     ),
 }
 EPOCHS = {
