@@ -116,7 +116,7 @@ RECIPES["permuted-mnist"] = {
         "sp": Recipe("SGD", 0.1, "squared error", plugins=("sp",), settings=_SP),
         "replay-sgd": Recipe("SGD", 0.2, plugins=("replay",)),
         "replay-adam": Recipe("Adam", {200: 3e-4, 2000: 1e-3}, plugins=("replay",)),
-        "replay-joint": Recipe("SGD", 0.1, "squared error", ("replay",), joint_weight=True),
+        "replay-joint": Recipe("SGD", 0.15, "squared error", ("replay",), joint_weight=True),
         "sp-replay-sgd": Recipe("SGD", 0.1, **_BESIDE_REPLAY),
         "joint": Recipe("Adam", 1e-3, template="joint"),
     },
@@ -216,8 +216,14 @@ RECIPES["split-mnist"][2] |= {
     "der++": Recipe("SGD", {200: 0.05, 2000: 0.1}, settings={"alpha": 0.1, "beta": 1.0}, template="der++"),
     "cumulative": Recipe("Adam", 1e-3, template="cumulative"),
 }
-for _strategy in ("a-gem", "gem", "gdumb", "er-ace", "der++", "cumulative"):
-    RECIPES["permuted-mnist"][10][_strategy] = RECIPES["split-mnist"][5][_strategy]
+RECIPES["permuted-mnist"][10] |= {
+    "a-gem": Recipe("SGD", 0.05, plugins=("a-gem",)),
+    "gem": Recipe("SGD", 0.05, plugins=("gem",), settings={"memory_strength": 0.5}),
+    "gdumb": Recipe("SGD", 0.2, plugins=("gdumb",), settings={"passes": 30.0}),
+    "er-ace": Recipe("SGD", 0.2, template="er-ace"),
+    "der++": Recipe("SGD", 0.1, settings={"alpha": 0.3, "beta": 1.0}, template="der++"),
+    "cumulative": Recipe("Adam", 1e-3, template="cumulative"),
+}
 for _strategy in ("replay-distilled", "replay-gated"):
     RECIPES["split-mnist"][2][_strategy] = RECIPES["split-mnist"][5][_strategy]
     RECIPES["permuted-mnist"][10][_strategy] = RECIPES["split-mnist"][5][_strategy]
