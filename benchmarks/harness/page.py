@@ -126,7 +126,7 @@ def _published(name: str, study: Study, cells: list[Cell]) -> list[str]:
                 "difference": "-" if published is None else f"{c.mean() - published:+.1f}",
             }
         )
-    return [_heading(study, cells), _table(rows), f"Published: {protocol.source}.\n"]
+    return [_heading(study, cells), _table(rows), f"Published: {protocol.source}. {protocol.note}".rstrip() + "\n"]
 
 
 def _cost(name: str, study: Study, cells: list[Cell]) -> list[str]:
