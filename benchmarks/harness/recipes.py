@@ -94,7 +94,7 @@ RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {
             "replay-sgd": Recipe("SGD", 0.2, plugins=("replay",)),
             "replay-adam": Recipe("Adam", {200: 2e-4, 2000: 1e-3}, plugins=("replay",)),
             "replay-joint": Recipe(
-                "SGD", {50: 0.01, 200: 0.1, 1000: 0.1, 2000: 0.1}, "squared error", ("replay",), joint_weight=True
+                "SGD", {50: 0.01, 200: 0.03, 1000: 0.1, 2000: 0.1}, "squared error", ("replay",), joint_weight=True
             ),
             "sp-replay-sgd": Recipe("SGD", 0.1, **_BESIDE_REPLAY),
             "joint": Recipe("Adam", 1e-3, template="joint"),
@@ -198,8 +198,8 @@ RECIPES["split-mnist"][5] |= {
     "er-ace": Recipe("SGD", {50: 0.2, 200: 0.3, 1000: 0.2}, template="er-ace"),
     "der++": Recipe(
         "SGD",
-        {50: 0.01, 200: 0.05, 1000: 0.05},
-        settings={"alpha": {50: 1.0, 200: 0.3, 1000: 1.0}, "beta": {50: 1.0, 200: 0.5, 1000: 0.5}},
+        {50: 0.01, 200: 0.05, 500: 0.05, 1000: 0.05},
+        settings={"alpha": {50: 1.0, 500: 0.3, 1000: 1.0}, "beta": {50: 1.0, 200: 0.5, 1000: 0.5}},
         template="der++",
     ),
     "replay-distilled": Recipe(
