@@ -201,7 +201,7 @@ def _summary(found: dict[int, list[Difference]]) -> str:
     above = [str(b) for b, rows in found.items() if all(row.verdict == "above" for row in rows)]
     below = [str(b) for b, rows in found.items() if any(row.verdict == "below" for row in rows)]
     texts = [
-        f"above every other row with {_and(above)} stored samples" if above else "above every other row with no buffer",
+        f"above every other row {f'with {_and(above)} stored samples' if above else 'at none of them'}",
         f"below at least one with {_and(below)}" if below else "below none with any",
     ]
     return f"`{OURS}` is {texts[0]}, and {texts[1]}.\n"
