@@ -131,8 +131,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         """Surprise of the last training loss: 0-dim tensor in [0, 1]."""
         self._loss_moments: tuple[Tensor, Tensor] | None = None
         self._curvature = torch.zeros(())  # of the loss in its outputs, over all consolidated samples
-        # For the present epoch: N_old / N_new and what a memory leaves of it; iterations from look to look.
         self._classes_seen = 0  # each experience's count anew: its samples are others
+        # For the present epoch: N_old / N_new and what a memory leaves of it; iterations from look to look.
         self._pull_weight = 0.0
         self._interval = _INTERVAL
         self._has_memory = False

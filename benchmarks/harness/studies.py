@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from harness.protocols import PROTOCOLS
+from harness.protocols import PROTOCOLS, overrides_of
 from harness.settings import USES_REPLAY, Run
 
 
@@ -83,7 +83,6 @@ class Study:
         return run.replay_buffer in self.curves
 
     def _run(self, row: Row, buffer: int, seed: int) -> Run:
-        published = PROTOCOLS[self.benchmark][self.protocol].settings_of(row.strategy, buffer) if self.protocol else {}
         return Run(
             benchmark=self.benchmark,
             strategy=row.strategy,
@@ -94,7 +93,7 @@ class Study:
             seed=seed,
             train_per_task=self.train_per_task,
             network=self.network,
-            overrides=tuple(sorted({**published, **dict(row.overrides)}.items())),
+            overrides=overrides_of(self.benchmark, self.protocol, row.strategy, buffer, row.overrides),
         )
 
 
