@@ -25,6 +25,8 @@ __all__ = ["SelectivePlasticityPlugin"]
 
 # Stored samples a class with which the gate opens to twice its openness: see SelectivePlasticityPlugin.
 _MEMORY_SCALE = 2
+# And with which further epochs close it half as fast as without any.
+_RICH_MEMORY = 200
 # At most so many old samples for each new one pull at a time: more would outrun the optimizer's step size.
 _MAX_PULL = 20
 # Iterations from one look at the weights to the next, at most.
@@ -59,7 +61,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     where :math:`\kappa` is the loss's measured curvature in its outputs and the ratio is at most 20. So more steps
     don't add up to more leakage. It pulls every few iterations, 8 at most, as many times as hard. And each further
     epoch over an experience, which brings little that is new, opens the gate less: its e-th with
-    :math:`\alpha / e^4`. No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs.
+    :math:`\alpha / e^5`. No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs.
 
     It works with any optimizer. Plain SGD's steps follow the gated gradient. Momentum carried over from before a
     consolidation, step sizes of their own for every weight and weight decay do not: with any other optimizer the
@@ -74,8 +76,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     Beside Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated along the
     :math:`v_i`; the factor :math:`1 - f_{rest}` is for the memory's gradient, too. Stored samples show what would be
     forgotten, so they open the gate and replace the pull-back: with c of them for each class of each experience the
-    openness is multiplied by :math:`o = 1 + (c/2)^{1.5}` and the pull-back divided by :math:`o^2`, found on Split MNIST
-    (``docs/experiments.md``). The optimizer's steps are left as they are, and normalisation layers go on learning.
+    openness is multiplied by :math:`o = 1 + (c/2)^{1.5}` and the pull-back divided by :math:`o^2`, and further epochs
+    close by :math:`e^{5 / (1 + (c/200)^2)}`: found on Split MNIST (``docs/experiments.md``). The optimizer's steps are left as they are, and normalisation layers go on learning.
     The loss for it is ``JointReplayLoss(criterion, shrinkage=10)``.
 
     The model is touched only while the strategy trains: hooks on its layers from a forward pass to the end of its
@@ -176,8 +178,10 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     def before_training_epoch(self, strategy, **kwargs):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
         memory = memory_size(strategy)
-        opening = 1 + (memory / max(self._classes_seen, 1) / _MEMORY_SCALE) ** 1.5
-        openness = self.openness * opening / (1 + strategy.clock.train_exp_epochs) ** 4
+        stored = memory / max(self._classes_seen, 1)
+        opening = 1 + (stored / _MEMORY_SCALE) ** 1.5
+        closing = (1 + strategy.clock.train_exp_epochs) ** (5 / (1 + (stored / _RICH_MEMORY) ** 2))
+        openness = self.openness * opening / closing
         self._has_memory = memory > 0
         ratio = self._samples_seen / len(strategy.experience.dataset)
         self._interval = min(max(int(_MAX_PULL / max(ratio, 1)), 1), _INTERVAL)
