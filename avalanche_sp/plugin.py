@@ -77,7 +77,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     :math:`v_i`; the factor :math:`1 - f_{rest}` is for the memory's gradient, too. Stored samples show what would be
     forgotten, so they open the gate and replace the pull-back: with c of them for each class of each experience the
     openness is multiplied by :math:`o = 1 + (c/2)^{1.5}` and the pull-back divided by :math:`o^2`, and further epochs
-    close by :math:`e^{5 / (1 + (c/200)^2)}`: found on Split MNIST (``docs/experiments.md``). The optimizer's steps are left as they are, and normalisation layers go on learning.
+    close by :math:`e^{5 / (1 + (c/200)^2)}`: found on Split MNIST (``docs/experiments.md``). The optimizer's steps
+    are left as they are, and normalisation layers go on learning.
     The loss for it is ``JointReplayLoss(criterion, shrinkage=10)``.
 
     The model is touched only while the strategy trains: hooks on its layers from a forward pass to the end of its
