@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from avalanche_sp.gates import claim, loss_curvature, merge_eigenspace
 from avalanche_sp.layers import GatedLayer, along, gated_layers, presynaptic
 
-__all__ = ["LayerActivity", "record_activity"]
+__all__ = ["LayerActivity", "curvature_of", "record_activity", "some_inputs"]
 
 # Input vectors that one sample adds to the second moment at most: neighbouring patches are much alike.
 _ROWS_A_SAMPLE = 8
@@ -95,16 +95,52 @@ class LayerActivity:
         through = (power * (1 - self.closed).square()).sum() + novel * (1 - self.closed_rest) ** 2
         self.energy, self.passed, self.novel = self.energy + energy, self.passed + through, self.novel + novel
 
-    def merged(self, layer: GatedLayer, x: Tensor, samples: int, rank: int) -> LayerActivity:
-        """This activity with that of one more experience: input vectors ``x`` (rows, d), of ``samples`` samples."""
+    def through(self, change: Tensor) -> Tensor:
+        """What the gate lets through of a change (out, d) of the layer's weights and bias."""
+        held = (change @ self.vectors).mul_(self.closed_more) @ self.vectors.T
+        return change * (1 - self.closed_rest) - held
+
+    def merged(
+        self, layer: GatedLayer, x: Tensor, samples: int, rank: int, mean_eigenvalue: Tensor | None = None
+    ) -> LayerActivity:
+        """This activity with that of one more experience, of ``samples`` samples.
+
+        ``x`` are its input vectors (rows, d), or others of the same leading second moment; then with its
+        ``mean_eigenvalue``.
+        """
         total = self.samples + samples
         share = self.samples / total
         values, vectors = merge_eigenspace(self.eigenvalues, self.vectors, share, x, rank)
-        mean = share * self.mean_eigenvalue + (1 - share) * x.square().mean(0).mean()
+        if mean_eigenvalue is None:
+            mean_eigenvalue = x.square().mean(0).mean()
+        mean = share * self.mean_eigenvalue + (1 - share) * mean_eigenvalue
         new = LayerActivity.empty(len(vectors), x)
         new.eigenvalues, new.vectors, new.mean_eigenvalue, new.samples = values, vectors, mean, total
         new.anchor = along(layer, vectors)
         return new
+
+
+def some_inputs(layer: GatedLayer, x: Tensor) -> Tensor:
+    """A layer's input vectors (rows, d), at most 8 a sample, evenly spread over all."""
+    vectors = presynaptic(layer, x.float())
+    kept = torch.linspace(0, len(vectors) - 1, min(len(vectors), _ROWS_A_SAMPLE * len(x)), device=x.device)
+    return vectors[kept.long()]
+
+
+def curvature_of(criterion: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor) -> Tensor:
+    """The loss's mean curvature in the outputs (n, C), 0-dim.
+
+    Raises:
+        TypeError: the network's output is not one tensor.
+    """
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"Invalid model: its output is a {type(outputs).__name__} (the pull-back measures the "
+            "loss on one output tensor; pull_back=0 leaves the gate alone)"
+        )
+    with torch.enable_grad():
+        outputs = outputs.detach().requires_grad_()
+        return loss_curvature(outputs, criterion(outputs, targets))
 
 
 def record_activity(
@@ -132,9 +168,7 @@ def record_activity(
 
     def recorder(name):
         def hook(layer, inputs):
-            x = presynaptic(layer, inputs[0].float())
-            kept = torch.linspace(0, len(x) - 1, min(len(x), _ROWS_A_SAMPLE * len(inputs[0])), device=x.device)
-            activity.setdefault(name, []).append(x[kept.long()])
+            activity.setdefault(name, []).append(some_inputs(layer, inputs[0]))
 
         return hook
 
@@ -154,16 +188,8 @@ def record_activity(
             for batch in loader:
                 x, y, task_labels = (batch[i].to(strategy.device) for i in (0, 1, -1))
                 outputs = avalanche_forward(model, x, task_labels)
-                if criterion is None:
-                    continue
-                if not isinstance(outputs, Tensor):
-                    raise TypeError(
-                        f"Invalid model: its output is a {type(outputs).__name__} (the pull-back measures the "
-                        "loss on one output tensor; pull_back=0 leaves the gate alone)"
-                    )
-                with torch.enable_grad():
-                    outputs = outputs.detach().requires_grad_()
-                    curvatures.append(loss_curvature(outputs, criterion(outputs, y)))
+                if criterion is not None:
+                    curvatures.append(curvature_of(criterion, outputs, y))
     finally:
         for handle in handles:
             handle.remove()
