@@ -7,6 +7,7 @@ from avalanche_sp.losses import JointReplayLoss, OneHotMSELoss
 from avalanche_sp.metrics import (
     AccuracyMatrix,
     ClaimedRank,
+    FoundBoundaries,
     GateOpenness,
     LossSurprise,
     PresynapticSurprise,
@@ -24,6 +25,7 @@ __all__ = [
     "AccuracyMatrix",
     "ClaimedRank",
     "ConsolidationPlugin",
+    "FoundBoundaries",
     "GateOpenness",
     "JointReplayLoss",
     "LossSurprise",

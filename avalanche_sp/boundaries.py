@@ -20,8 +20,8 @@ __all__ = ["StreamWatch"]
 _LOOK = 4
 # Looks from one consolidation to the next, where nothing is to be detected.
 _LOOKS = 16
-# Decay of a second moment from look to look: its hidden inputs are those of the network of the last hundred iterations.
-_DECAY = 0.95
+# Input vectors for which older ones stand in a second moment, at most: the older ones' network is no longer there.
+_MEMORY = 1280
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Moment:
     eigenvalues: Tensor
     vectors: Tensor
     mean_eigenvalue: Tensor
-    looks: int = 0
+    rows: int = 0
 
     @classmethod
     def empty(cls, like: Tensor) -> Moment:
@@ -39,8 +39,8 @@ class Moment:
 
     def add(self, x: Tensor, rank: int) -> None:
         """Adds a batch of input vectors (rows, d). Those of earlier batches fade."""
-        self.looks += 1
-        share = min(1 - 1 / self.looks, _DECAY)
+        share = self.rows / (self.rows + len(x))
+        self.rows = min(self.rows + len(x), _MEMORY)
         self.eigenvalues, self.vectors = merge_eigenspace(self.eigenvalues, self.vectors, share, x, rank)
         self.mean_eigenvalue = share * self.mean_eigenvalue + (1 - share) * x.square().mean()
 

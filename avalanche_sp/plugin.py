@@ -93,9 +93,16 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         rank: eigenvectors kept a layer, 1 or more (default 64).
         consolidation_samples: samples of an experience, evenly spread over it, that are run through the network
             at its end, 1 or more (default 5000).
+        consolidate: when to. ``"experience"`` (default): at the end of every experience. ``"surprise"``: when the
+            stream's loss shows a change, what was learned before it. ``"continuous"``: every 64 iterations. The last
+            two need no boundaries: experiences may be of any length, as Avalanche's online streams' are
+            (``docs/boundaries.md``).
+        detector: what finds a change, an object with ``update(x)`` and ``drift_detected``, such as river's. Default:
+            river's Page-Hinkley test, for ``"surprise"``.
 
     Raises:
         ValueError: at construction for an argument out of range; at ``train`` for a model without a layer to gate.
+        ImportError: at construction, for ``"surprise"`` without a detector where river is not installed.
         TypeError: at ``train`` for a model whose output is not one tensor, unless ``pull_back`` is 0.
         FloatingPointError: at ``train`` when the loss is not finite, before the optimizer's step, or what is to be
             consolidated is not.
@@ -140,6 +147,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self.pull_back = pull_back
         self.rank = rank
         self.consolidation_samples = consolidation_samples
+        self.consolidate = consolidate
         self.layers: dict[str, LayerActivity] = {}
         """Consolidated activity by layer name; empty until the first experience has ended."""
         self.surprise: Tensor | None = None
