@@ -1,10 +1,17 @@
-# make compare and make test, and for contributors make lint and make docs. All make the environment first, once.
+# make compare and make test, and for contributors make lint, make docs, make results (the page of results from what is
+# stored) and make results-rerun (hours: trains what is missing). All make the environment first, once.
 VENV ?= .venv
 PYTHON ?= python3
 READY = $(VENV)/.ready
 
 compare: $(READY)
 	$(VENV)/bin/python benchmarks/compare.py
+
+results: $(READY)
+	$(VENV)/bin/python benchmarks/results.py
+
+results-rerun: $(READY)
+	$(VENV)/bin/python benchmarks/results.py --rerun
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest
@@ -22,4 +29,4 @@ $(READY): setup.cfg pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --editable '.[benchmarks,test,lint,docs]'
 	touch $@
 
-.PHONY: compare test lint docs
+.PHONY: compare results results-rerun test lint docs

@@ -7,6 +7,7 @@ from avalanche_sp.losses import JointReplayLoss, OneHotMSELoss
 from avalanche_sp.metrics import (
     AccuracyMatrix,
     ClaimedRank,
+    Eligibility,
     FoundBoundaries,
     GateOpenness,
     LossSurprise,
@@ -25,6 +26,7 @@ __all__ = [
     "AccuracyMatrix",
     "ClaimedRank",
     "ConsolidationPlugin",
+    "Eligibility",
     "FoundBoundaries",
     "GateOpenness",
     "JointReplayLoss",

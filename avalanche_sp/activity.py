@@ -28,6 +28,7 @@ class LayerActivity:
         vectors: (d, r), the eigenvectors.
         mean_eigenvalue: 0-dim, over all d directions.
         samples: how many samples stand behind them.
+        rows: how many input vectors a sample gives a weight: 1, or the positions of a convolution or a sequence.
         anchor: (out, r), the weights along the vectors when they were consolidated.
         closed: (r,), how far the gate is closed along each vector, in [0, 1].
         closed_rest: the same along all other directions alike.
@@ -40,6 +41,7 @@ class LayerActivity:
     vectors: Tensor
     mean_eigenvalue: Tensor
     samples: int
+    rows: float
     anchor: Tensor
     closed: Tensor
     closed_rest: float
@@ -52,7 +54,7 @@ class LayerActivity:
     def empty(cls, inputs: int, like: Tensor) -> LayerActivity:
         zero, nothing = like.new_zeros(()), like.new_zeros(0)
         vectors, anchor = like.new_zeros(inputs, 0), like.new_zeros(0, 0)
-        return cls(nothing, vectors, zero, 0, anchor, nothing, 0.0, nothing, zero, zero, zero)
+        return cls(nothing, vectors, zero, 0, 0.0, anchor, nothing, 0.0, nothing, zero, zero, zero)
 
     @property
     def state_bytes(self) -> int:
@@ -76,16 +78,13 @@ class LayerActivity:
 
     def close(self, openness: float) -> None:
         """Sets how far the gate is closed, and starts the epoch's sums anew."""
+        openness /= max(self.rows, 1)  # a change to the weights acts on each of a sample's input vectors
         d, r = self.vectors.shape
         rest = (d * self.mean_eigenvalue - self.eigenvalues.sum()).clamp_min(0) / max(d - r, 1)
         self.closed = claim(self.eigenvalues, self.mean_eigenvalue, openness)
         self.closed_rest = float(claim(rest, self.mean_eigenvalue, openness)) if d > r else 0.0
         self.closed_more = self.closed - self.closed_rest
         self.energy = self.passed = self.novel = torch.zeros_like(self.mean_eigenvalue)
-
-    def open_rest(self) -> None:
-        """Gates the kept directions alone."""
-        self.closed_rest, self.closed_more = 0.0, self.closed
 
     def watch(self, x: Tensor, projection: Tensor) -> None:
         """Adds to the epoch's sums: input vectors (rows, d) and their projection onto the vectors."""
@@ -101,12 +100,22 @@ class LayerActivity:
         return change * (1 - self.closed_rest) - held
 
     def merged(
-        self, layer: GatedLayer, x: Tensor, samples: int, rank: int, mean_eigenvalue: Tensor | None = None
+        self,
+        layer: GatedLayer,
+        x: Tensor,
+        rows: float,
+        samples: int,
+        rank: int,
+        mean_eigenvalue: Tensor | None = None,
     ) -> LayerActivity:
-        """This activity with that of one more experience, of ``samples`` samples.
+        """This activity with that of one more experience.
 
-        ``x`` are its input vectors (rows, d), or others of the same leading second moment; then with its
-        ``mean_eigenvalue``.
+        Args:
+            x: input vectors, shape (n, d), or others of the same leading second moment.
+            rows: how many of them a sample gives a weight.
+            samples: how many samples they stand for.
+            rank: eigenvectors to keep.
+            mean_eigenvalue: of the second moment, over all directions. Default: that of ``x``.
         """
         total = self.samples + samples
         share = self.samples / total
@@ -116,15 +125,16 @@ class LayerActivity:
         mean = share * self.mean_eigenvalue + (1 - share) * mean_eigenvalue
         new = LayerActivity.empty(len(vectors), x)
         new.eigenvalues, new.vectors, new.mean_eigenvalue, new.samples = values, vectors, mean, total
+        new.rows = share * self.rows + (1 - share) * rows
         new.anchor = along(layer, vectors)
         return new
 
 
-def some_inputs(layer: GatedLayer, x: Tensor) -> Tensor:
-    """A layer's input vectors (rows, d), at most 8 a sample, evenly spread over all."""
+def some_inputs(layer: GatedLayer, x: Tensor) -> tuple[Tensor, int]:
+    """A layer's input vectors (n, d), at most 8 a sample, evenly spread over all; and how many all give a weight."""
     vectors = presynaptic(layer, x.float())
     kept = torch.linspace(0, len(vectors) - 1, min(len(vectors), _ROWS_A_SAMPLE * len(x)), device=x.device)
-    return vectors[kept.long()]
+    return vectors[kept.long()], len(vectors) // getattr(layer, "groups", 1)
 
 
 def curvature_of(criterion: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor) -> Tensor:
@@ -145,7 +155,7 @@ def curvature_of(criterion: Callable[[Tensor, Tensor], Tensor], outputs: Tensor,
 
 def record_activity(
     strategy, samples: int, criterion: Callable[[Tensor, Tensor], Tensor] | None
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> tuple[dict[str, tuple[Tensor, float]], Tensor]:
     """Runs samples of the strategy's experience, evenly spread over it, through its network as it is now.
 
     Leaves the modules' modes and the global random state alone.
@@ -155,8 +165,8 @@ def record_activity(
         criterion: loss whose curvature in the outputs is wanted, or None.
 
     Returns:
-        The input vectors (rows, d) of each gated layer that was called, by its name, and the mean curvature, 0-dim
-        (0 without a criterion).
+        By the name of each gated layer that was called, input vectors (n, d) and how many of them a sample gives
+        a weight; and the mean curvature, 0-dim (0 without a criterion).
 
     Raises:
         TypeError: a curvature is wanted and the network's output is not one tensor.
@@ -164,17 +174,20 @@ def record_activity(
     """
     model, dataset = strategy.model, strategy.experience.dataset
     activity: dict[str, list[Tensor]] = {}
+    vectors_seen: dict[str, int] = {}
     curvatures: list[Tensor] = []
 
     def recorder(name):
         def hook(layer, inputs):
-            activity.setdefault(name, []).append(some_inputs(layer, inputs[0]))
+            x, count = some_inputs(layer, inputs[0])
+            activity.setdefault(name, []).append(x)
+            vectors_seen[name] = vectors_seen.get(name, 0) + count
 
         return hook
 
-    rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), samples)).long()
+    chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), samples)).long()
     loader = DataLoader(
-        dataset.subset(rows.tolist()),
+        dataset.subset(chosen.tolist()),
         batch_size=512,
         collate_fn=getattr(dataset, "collate_fn", None),
         generator=torch.Generator(),  # its own: a loader draws from the global one even without shuffling
@@ -204,4 +217,4 @@ def record_activity(
                 f"{strategy.clock.train_exp_counter}: nothing was consolidated. The usual cause is too high a learning "
                 "rate."
             )
-    return recorded, curvature
+    return {name: (x, vectors_seen[name] / len(chosen)) for name, x in recorded.items()}, curvature

@@ -26,12 +26,16 @@ _MEMORY = 1280
 
 @dataclass
 class Moment:
-    """Running second moment of a layer's input vectors: its leading eigenpairs, and the mean of all eigenvalues."""
+    """Running second moment of a layer's input vectors: its leading eigenpairs, and the mean of all eigenvalues.
+
+    ``rows`` is how many input vectors a sample gives a weight, ``weight`` how many the moment stands for.
+    """
 
     eigenvalues: Tensor
     vectors: Tensor
     mean_eigenvalue: Tensor
-    rows: int = 0
+    rows: float = 1.0
+    weight: int = 0
 
     @classmethod
     def empty(cls, like: Tensor) -> Moment:
@@ -39,8 +43,8 @@ class Moment:
 
     def add(self, x: Tensor, rank: int) -> None:
         """Adds a batch of input vectors (rows, d). Those of earlier batches fade."""
-        share = self.rows / (self.rows + len(x))
-        self.rows = min(self.rows + len(x), _MEMORY)
+        share = self.weight / (self.weight + len(x))
+        self.weight = min(self.weight + len(x), _MEMORY)
         self.eigenvalues, self.vectors = merge_eigenspace(self.eigenvalues, self.vectors, share, x, rank)
         self.mean_eigenvalue = share * self.mean_eigenvalue + (1 - share) * x.square().mean()
 
@@ -82,6 +86,7 @@ class StreamWatch:
 
     def _start(self) -> None:
         self.samples = 0  # of the stream, since the last consolidation
+        self.classes: set[int] = set()  # among those looked at
         self.curvature = torch.zeros(())
         self.looks = 0
         self.moments: dict[str, Moment] = {}
@@ -132,9 +137,12 @@ class StreamWatch:
     def _take(self, strategy) -> None:
         batch, stream = len(strategy.mb_x), stream_rows(strategy)
         for name, layer, inputs in self._inputs:
-            x = some_inputs(layer, stream_part(inputs, batch, stream))
-            self.moments.setdefault(name, Moment.empty(x)).add(x, self.rank)
+            x, count = some_inputs(layer, stream_part(inputs, batch, stream))
+            moment = self.moments.setdefault(name, Moment.empty(x))
+            moment.add(x, self.rank)
+            moment.rows = count / stream
         self.looks += 1
+        self.classes.update(strategy.mb_y[:stream].flatten().tolist())
         if self.measure_curvature:
             outputs = strategy.mb_output[:stream] if stream < batch else strategy.mb_output
             curvature = curvature_of(strategy._criterion, outputs, strategy.mb_y[:stream])
@@ -160,7 +168,9 @@ class StreamWatch:
                 moment = self.moments[name]
                 x = moment.factor()
                 old = layers.get(name) or LayerActivity.empty(x.shape[1], x)
-                layers[name] = old.merged(layer, x, self.samples, self.rank, moment.mean_eigenvalue)
+                layers[name] = old.merged(
+                    layer, x, moment.rows, self.samples, self.rank, moment.mean_eigenvalue
+                )
         for name, held in _held_by_norms(model).items():
             for now, before in zip(held, self._norms.get(name, ())):
                 now.copy_(before)

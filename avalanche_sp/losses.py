@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
-from avalanche_sp.replay import memory_size, stream_rows
+from avalanche_sp.replay import classes_of, memory_size, stream_rows
 
 __all__ = ["OneHotMSELoss", "JointReplayLoss"]
 
@@ -38,27 +38,42 @@ class OneHotMSELoss(nn.Module):
 class JointReplayLoss(SupervisedPlugin):
     """Weighs replayed samples as the joint training of all experiences would.
 
-        L = (L_stream + w L_memory) / (1 + w),   w = N_old / N_new
+        L = (L_stream + w L_memory) / (1 + w),   w = N_old / N_new * c / (c + s)
 
     N_new is the number of samples of the present experience and N_old of all earlier ones: the memory stands for
     everything it was drawn from. ``ReplayPlugin`` alone weighs each row of the batch alike. Use it as the
     strategy's ``criterion``; the strategy then calls it as a plugin too.
 
+    Where something else stands for the old data too, a small memory should count for less: c is the number of stored
+    samples for each class of each experience, and s the ``shrinkage``.
+
     Args:
         criterion: loss of (outputs, targets), averaged over the batch.
+        shrinkage: stored samples a class at which the memory has half of its joint weight, 0 or more (default 0: all
+            of it, as replay alone wants it). 25 beside
+            :class:`~avalanche_sp.SelectivePlasticityPlugin` (``docs/experiments.md``).
+
+    Raises:
+        ValueError: shrinkage is out of range.
     """
 
-    def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor]):
+    def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor], shrinkage: float = 0.0):
         super().__init__()
+        if not 0 <= shrinkage < float("inf"):
+            raise ValueError(f"Invalid shrinkage value: {shrinkage} (allowed: 0 or more)")
         self.criterion = criterion
+        self.shrinkage = shrinkage
         self.samples_seen = 0
+        self.classes_seen = 0  # each experience's count anew: its samples are others
         self._stream_rows: int | None = None  # None: all rows weigh alike (evaluation, or no memory yet)
         self._memory_weight = 0.0
 
     def before_training_iteration(self, strategy, **kwargs):
-        if memory_size(strategy) and self.samples_seen:
+        memory = memory_size(strategy)
+        if memory and self.samples_seen:
             self._stream_rows = stream_rows(strategy)
-            self._memory_weight = self.samples_seen / len(strategy.experience.dataset)
+            trust = memory / (memory + self.shrinkage * self.classes_seen)
+            self._memory_weight = trust * self.samples_seen / len(strategy.experience.dataset)
 
     def before_eval_iteration(self, strategy, **kwargs):
         self._stream_rows = None
@@ -66,6 +81,7 @@ class JointReplayLoss(SupervisedPlugin):
     def after_training_exp(self, strategy, **kwargs):
         self._stream_rows = None
         self.samples_seen += len(strategy.experience.dataset)
+        self.classes_seen += classes_of(strategy.experience.dataset)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         n = self._stream_rows

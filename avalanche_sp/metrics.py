@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
 from avalanche.evaluation.metric_utils import get_metric_name
@@ -15,11 +16,13 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from avalanche_sp.activity import LayerActivity
+from avalanche_sp.optimizer import SelectivePlasticityOptimizer
 from avalanche_sp.plugin import SelectivePlasticityPlugin
 
 __all__ = [
     "AccuracyMatrix",
     "ClaimedRank",
+    "Eligibility",
     "FoundBoundaries",
     "GateOpenness",
     "LossSurprise",
@@ -155,11 +158,10 @@ def _plugin_of(strategy) -> SelectivePlasticityPlugin | None:
 
 
 class _LayerMetric(PluginMetric):
-    """A value for every gated layer, read off the strategy's SelectivePlasticityPlugin at one moment."""
+    """A value for every layer, read at one moment."""
 
-    def __init__(self, read: Callable[[LayerActivity], float]):
+    def __init__(self):
         super().__init__()
-        self._read = read
         self._values: dict[str, float] = {}
 
     def __str__(self) -> str:
@@ -172,11 +174,14 @@ class _LayerMetric(PluginMetric):
     def reset(self) -> None:
         self._values.clear()
 
+    def _read(self, strategy) -> dict[str, float]:
+        raise NotImplementedError
+
     def _emit(self, strategy) -> list[MetricValue]:
-        plugin = _plugin_of(strategy)
-        if plugin is None or not plugin.layers:
+        values = self._read(strategy)
+        if not values:
             return []
-        self._values = {name: self._read(activity) for name, activity in plugin.layers.items()}
+        self._values = values
         named = {f"{self}/{layer}": value for layer, value in self._values.items()}
         named[f"{self}/mean"] = sum(self._values.values()) / len(self._values)
         return [
@@ -185,7 +190,19 @@ class _LayerMetric(PluginMetric):
         ]
 
 
-class GateOpenness(_LayerMetric):
+class _ActivityMetric(_LayerMetric):
+    """What the strategy's SelectivePlasticityPlugin knows of each gated layer."""
+
+    def __init__(self, of: Callable[[LayerActivity], float]):
+        super().__init__()
+        self._of = of
+
+    def _read(self, strategy) -> dict[str, float]:
+        plugin = _plugin_of(strategy)
+        return {} if plugin is None else {name: self._of(activity) for name, activity in plugin.layers.items()}
+
+
+class GateOpenness(_ActivityMetric):
     """Share of the stream's presynaptic energy that the gate let through, per layer, epoch by epoch.
 
     ``sum |x_gated|^2 / sum |x|^2``
@@ -198,7 +215,7 @@ class GateOpenness(_LayerMetric):
         return self._emit(strategy)
 
 
-class PresynapticSurprise(_LayerMetric):
+class PresynapticSurprise(_ActivityMetric):
     """Share of the stream's presynaptic energy outside all that was consolidated, per layer, epoch by epoch.
 
     ``1 - sum |V^T x|^2 / sum |x|^2``
@@ -211,11 +228,33 @@ class PresynapticSurprise(_LayerMetric):
         return self._emit(strategy)
 
 
-class ClaimedRank(_LayerMetric):
+class ClaimedRank(_ActivityMetric):
     """Number of input directions that consolidation has at least half closed, per layer, after each experience."""
 
     def __init__(self):
         super().__init__(lambda activity: activity.claimed_rank)
+
+    def after_training_exp(self, strategy) -> list[MetricValue]:
+        return self._emit(strategy)
+
+
+class Eligibility(_LayerMetric):
+    """Mean eligibility of a layer's synapses as the optimizer's gate reads it, after each experience.
+
+    For a :class:`~avalanche_sp.SelectivePlasticityOptimizer`; with another optimizer it is silent. Eligibility is in
+    units of its mean over a tensor, so it is 1 after one experience. Consolidated it is the largest of all
+    experiences', synapse by synapse: the more each needs synapses of its own, the further it rises.
+    """
+
+    def _read(self, strategy) -> dict[str, float]:
+        optimizer = strategy.optimizer
+        if not isinstance(optimizer, SelectivePlasticityOptimizer):
+            return {}
+        layers: dict[str, list[Tensor]] = {}
+        for name, p in strategy.model.named_parameters():
+            if "step" in optimizer.state.get(p, {}):
+                layers.setdefault(name.rpartition(".")[0] or name, []).append(optimizer.get_param_eligibility(p))
+        return {name: float(torch.cat([e.flatten() for e in all_]).mean()) for name, all_ in layers.items()}
 
     def after_training_exp(self, strategy) -> list[MetricValue]:
         return self._emit(strategy)
@@ -282,4 +321,12 @@ class FoundBoundaries(PluginMetric):
 
 def selective_plasticity_metrics() -> list[PluginMetric]:
     """All metrics of this module, ready for ``EvaluationPlugin(*selective_plasticity_metrics(), loggers=...)``."""
-    return [GateOpenness(), PresynapticSurprise(), ClaimedRank(), AccuracyMatrix(), FoundBoundaries(), LossSurprise()]
+    return [
+        GateOpenness(),
+        PresynapticSurprise(),
+        ClaimedRank(),
+        AccuracyMatrix(),
+        FoundBoundaries(),
+        Eligibility(),
+        LossSurprise(),
+    ]

@@ -25,12 +25,12 @@ from avalanche_sp.layers import (
     weights_and_bias,
 )
 from avalanche_sp.optimizer import SelectivePlasticityOptimizer
-from avalanche_sp.replay import memory_size, stream_part, stream_rows
+from avalanche_sp.replay import classes_of, memory_size, stream_part, stream_rows
 
 __all__ = ["SelectivePlasticityPlugin"]
 
-# Stored samples with which the gate opens to twice its openness: see SelectivePlasticityPlugin.
-_MEMORY_SCALE = 20
+# Stored samples a class with which the gate opens to twice its openness: see SelectivePlasticityPlugin.
+_MEMORY_SCALE = 5
 # At most so many old samples for each new one pull at a time: more would outrun the optimizer's step size.
 _MAX_PULL = 20
 # Iterations from one look at the weights to the next, at most.
@@ -49,21 +49,23 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     .. math::
         \Delta W = \delta\, x_{gated}^\top, \qquad
         x_{gated} = \sum_i (1 - f_i)\, v_i v_i^\top x + (1 - f_{rest}) (I - V V^\top) x, \qquad
-        f_i = \frac{\lambda_i}{\lambda_i + \alpha \bar\lambda}, \quad
-        f_{rest} = \frac{\rho}{\rho + \alpha \bar\lambda}
+        f_i = \frac{L \lambda_i}{L \lambda_i + \alpha \bar\lambda}, \quad
+        f_{rest} = \frac{L \rho}{L \rho + \alpha \bar\lambda}
 
-    New input is learned where it differs from the old; along the old directions, which carry the old answers, the
-    layer holds still. What leaks all the same is pulled back, towards the weights :math:`W^*` at consolidation, by the
-    gradient of the quadratic that stands for the old loss,
+    where L is the number of input vectors that a sample gives the layer: one, or a convolution's output positions, or
+    a sequence's tokens. A change to the weights acts on each. New input is learned where it differs from the old;
+    along the old directions, which carry the old answers, the layer holds still. What leaks all the same is pulled
+    back, towards the weights :math:`W^*` at consolidation, by the gradient of the quadratic that stands for the old
+    loss,
 
     .. math::
-        \tfrac{\kappa}{2} \frac{N_{old}}{N_{new}} \operatorname{tr}\big((W - W^*) C (W - W^*)^\top\big),
+        \tfrac{\kappa}{2} \frac{N_{old}}{N_{new}} L \operatorname{tr}\big((W - W^*) C (W - W^*)^\top\big),
         \qquad C = V \operatorname{diag}(\lambda) V^\top
 
     where :math:`\kappa` is the loss's measured curvature in its outputs and the ratio is at most 20. So more steps
     don't add up to more leakage. It pulls every few iterations, 8 at most, as many times as hard. And each further
     epoch over an experience, which brings little that is new, opens the gate less: its e-th with
-    :math:`\alpha / e^2`. No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs.
+    :math:`\alpha / e^4`. No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs.
 
     It works with any optimizer. Plain SGD's steps follow the gated gradient. Momentum carried over from before a
     consolidation, step sizes of their own for every weight and weight decay do not: with any other optimizer the
@@ -75,11 +77,12 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     weights (embeddings, recurrent layers, what ``nn.MultiheadAttention`` uses without calling a layer) train
     ungated.
 
-    Beside Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated, and
-    stored samples, which show what would be forgotten, open the gate and replace the pull-back: with M of them
-    the openness is multiplied by :math:`o = 1 + (M/20)^2` and the pull-back divided by :math:`o^2`, found on Split
-    MNIST (``docs/experiments.md``); the optimizer's steps are left as they are, and normalisation layers go on
-    learning.
+    Beside Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated along the
+    :math:`v_i`; the factor :math:`1 - f_{rest}` is for the memory's gradient, too. Stored samples show what would be
+    forgotten, so they open the gate and replace the pull-back: with c of them for each class of each experience the
+    openness is multiplied by :math:`o = 1 + (c/5)^2` and the pull-back divided by :math:`o^2`, found on Split MNIST
+    (``docs/experiments.md``). The optimizer's steps are left as they are, and normalisation layers go on learning.
+    The loss for it is ``JointReplayLoss(criterion, shrinkage=25)``.
 
     The model is touched only while the strategy trains: hooks on its layers from a forward pass to the end of its
     backward pass. Gradients accumulated over several backward passes are gated each by itself. A
@@ -87,8 +90,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     Args:
         openness: :math:`\alpha` > 0, in units of the mean eigenvalue (default 0.2). Larger values learn the new
-            faster and keep less of the old; with convolutions 0.02 keeps far more. ``math.inf`` switches the gate
-            off: training is then bit for bit what it is without the plugin.
+            faster and keep less of the old. ``math.inf`` switches the gate off: training is then bit for bit what it
+            is without the plugin.
         pull_back: weight of the pull-back, 0 or more (default 1); 0 leaves the gate alone.
         rank: eigenvectors kept a layer, 1 or more (default 64).
         consolidation_samples: samples of an experience, evenly spread over it, that are run through the network
@@ -162,6 +165,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._loss_moments: tuple[Tensor, Tensor] | None = None
         self._curvature = torch.zeros(())  # of the loss in its outputs, over all consolidated samples
         # For the present epoch: N_old / N_new and what a memory leaves of it; iterations from look to look.
+        self._classes_seen = 0  # each experience's count anew: its samples are others
         self._pull_weight = 0.0
         self._interval = _INTERVAL
         self._has_memory = False
@@ -206,8 +210,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     def before_training_epoch(self, strategy, **kwargs):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
         memory = memory_size(strategy)
-        opening = 1 + (memory / _MEMORY_SCALE) ** 2
-        openness = self.openness * opening / (1 + strategy.clock.train_exp_epochs) ** 2
+        opening = 1 + (memory / max(self._classes_seen, 1) / _MEMORY_SCALE) ** 2
+        openness = self.openness * opening / (1 + strategy.clock.train_exp_epochs) ** 4
         self._has_memory = memory > 0
         ratio = self._samples_seen / len(strategy.experience.dataset)
         if self._stream is not None:
@@ -225,8 +229,6 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         for name, layer in self._gated:
             activity = self.layers[name]
             activity.close(openness)
-            if self._has_memory:
-                activity.open_rest()  # its factor would reach the memory's gradient, too
             if watched:
                 self._before[name] = along(layer, activity.vectors)
 
@@ -340,7 +342,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 self._before[name] = weights.add_(back)
             if self._pull_weight:
                 drift = weights[: len(activity.anchor)] - activity.anchor
-                weight = self._pull_weight * self._curvature
+                weight = self._pull_weight * self._curvature * activity.rows
                 self._pulls[name] = pull_back(drift, activity.eigenvalues, activity.closed, weight)
 
     def _stream_part(self, x: Tensor) -> Tensor:
@@ -384,10 +386,11 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         recorded, curvature = record_activity(strategy, self.consolidation_samples, criterion)
         seen, new = self._samples_seen, len(strategy.experience.dataset)
         self._curvature = (seen * self._curvature + new * curvature) / (seen + new)
+        self._classes_seen += classes_of(strategy.experience.dataset)
         layers = gated_layers(strategy.model)
-        for name, x in recorded.items():
+        for name, (x, rows) in recorded.items():
             old = self.layers.get(name) or LayerActivity.empty(x.shape[1], x)
-            self.layers[name] = old.merged(layers[name], x, new, self.rank)
+            self.layers[name] = old.merged(layers[name], x, rows, new, self.rank)
             self.layers[name].close(self.openness)
         self.consolidated_at.append(strategy.clock.train_iterations)
         self._pulls.clear()
@@ -399,6 +402,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         """Consolidates in the midst of training, and goes on with the gate closed for what was consolidated."""
         seen, new = self._samples_seen, stream.samples
         self._curvature = (seen * self._curvature + new * stream.curvature) / (seen + new)
+        self._classes_seen += len(stream.classes)
         changes = stream.consolidate(strategy.model, self.layers)
         self.consolidated_at.append(strategy.clock.train_iterations + 1)  # Avalanche counts this one later
         self._pulls.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from avalanche.benchmarks.utils.data_loader import ReplayDataLoader
 from torch import Tensor
 
-__all__ = ["memory_size", "stream_rows", "stream_part"]
+__all__ = ["classes_of", "memory_size", "stream_part", "stream_rows"]
 
 
 def memory_size(strategy) -> int:
@@ -14,6 +14,12 @@ def memory_size(strategy) -> int:
     if not isinstance(loader, ReplayDataLoader):
         return 0
     return sum(len(memory) for memory in loader.datasets[1:])
+
+
+def classes_of(dataset) -> int:
+    """Number of classes among a dataset's targets; 1 where it has no targets to tell apart."""
+    targets = getattr(dataset, "targets", None)
+    return len(targets.uniques) if targets is not None else 1
 
 
 def stream_rows(strategy) -> int:

@@ -14,10 +14,10 @@ def main(argv: list[str] | None = None) -> int:
     add_common(p, seeds=3, output="compare")
     p.set_defaults(
         tasks=2, epochs=1, batch_size=64, network="256-256", strategies=list(STRATEGIES),
-        validation=False, set=[], against=None,
+        replay_buffer=BUFFERS, validation=False, set=[], against=None, protocol=None,
     )
     args = p.parse_args(argv)
-    return compare(runs_of(args, "split-mnist", BUFFERS), args)
+    return compare(runs_of(args, "split-mnist"), args)
 
 
 if __name__ == "__main__":

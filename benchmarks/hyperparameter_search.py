@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, wait
 
 from tqdm import tqdm
 
-from harness.cli import add_common, add_protocol, override, positive
+from harness.cli import add_common, add_training, override, positive
 from harness.executors import open_executor, result_of
 from harness.settings import STRATEGIES, STUDIES, USES_REPLAY, Run, code_fingerprint
 
@@ -26,7 +26,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--trials", type=positive, default=50, help="of the whole search, with those already finished")
     p.add_argument("--tasks", type=positive, help="experiences (split-mnist: 2, 5 or 10; permuted-mnist: any)")
     p.add_argument("--train-per-task", type=positive, help="training images a task of permuted-mnist (all: 50000)")
-    add_protocol(p)
+    add_training(p)
+    p.add_argument("--replay-buffer", type=positive, default=200, help="stored samples, of a strategy with replay")
     add_common(p, seeds=2, output="search")
     p.set_defaults(first_seed=100)
     p.add_argument("--set", type=override, action="append", default=[], metavar="NAME=VALUE", help="hold a setting")

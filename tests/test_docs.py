@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+import avalanche_sp
+
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -33,6 +35,13 @@ def test_a_committed_table_is_that_of_the_committed_results(results):
     assert json.loads((folder / "summary.json").read_text()) == summarize(records)
     text = (folder / "table.md").read_text()
     assert title(records) in text and table(summarize(records)) in text
+
+
+def test_all_that_is_public_is_in_the_reference():
+    reference = (ROOT / "docs" / "reference.md").read_text()
+    classic = set(avalanche_sp.classic.__all__)  # whose modules are there as a whole
+    listed = set(re.findall(r"^\.\. auto(?:class|function):: avalanche_sp\.(\w+)$", reference, re.MULTILINE))
+    assert listed == set(avalanche_sp.__all__) - classic
 
 
 def acc(folder, strategy):

@@ -58,6 +58,8 @@ def test_the_guides_script_runs_and_tensorboard_shows_the_openness(names, tmp_pa
         assert len(events.Scalars(f"ClaimedRank/{layer}/train_phase/train_stream/Task000")) == 5
     assert names["iterations"] == [6, 9, 12, 15]
     assert names["openness"] == pytest.approx([s.value for s in shown])
+    assert len((tmp_path / "accuracy.csv").read_text().splitlines()) == 6
+    assert (tmp_path / "accuracy.png").stat().st_size > 0
     for measure in ("ACC", "BWT", "Forgetting", "LearningAccuracy"):
         assert len(events.Scalars(f"{measure}_Percent/eval_phase/test_stream")) == 1
 

@@ -23,9 +23,10 @@ from harness import strategies as recipes  # noqa: E402
 from harness.jobs import append_result, read_results, run_all  # noqa: E402
 from harness.legacy import LegacyReplay  # noqa: E402
 from harness.networks import build_network  # noqa: E402
-from harness.report import differences, interval, summarize, table  # noqa: E402
+from harness.report import differences, summarize, table  # noqa: E402
 from harness.run import build_benchmark, execute  # noqa: E402
 from harness.settings import STRATEGIES, STUDIES, USES_REPLAY, Run, code_fingerprint  # noqa: E402
+from harness.statistics import interval  # noqa: E402
 
 
 def make_run(strategy="naive-sgd", benchmark="permuted-mnist", **kwargs):
@@ -80,7 +81,7 @@ def test_every_strategy_runs_and_reports(strategy):
     keeps_something = strategy not in nothing_kept
     assert (record["extra_memory_bytes"] > 0) == keeps_something
     # At every iteration where there are fewer than ten: 7 whole batches of 64 in each of two experiences.
-    assert len(record["curve"]) == (10 if strategy == "joint" else 14)
+    assert len(record["curve"]) == {"joint": 10, "cumulative": 7 + 12, "gdumb": 10 + 12}.get(strategy, 7 + 7)
     json.dumps(record)
 
 
@@ -286,6 +287,8 @@ def test_a_script_ends_with_table_results_and_figures(tmp_path):
         ("split_mnist.py", ["--tasks", "3"], "invalid choice: 3 (choose from 2, 5, 10)"),
         ("split_mnist.py", ["--epochs", "0"], "argument --epochs: 0 (allowed: an integer, 1 or more)"),
         ("permuted_mnist.py", ["--train-per-task", "-1"], "argument --train-per-task: -1 (allowed"),
+        ("permuted_mnist.py", ["--replay-buffer", "200,0"], "argument --replay-buffer: 0 (allowed: an integer, 1 or"),
+        ("permuted_mnist.py", ["--protocol", "original"], "argument --protocol: invalid choice: 'original'"),
         ("permuted_mnist.py", ["--set", "lr"], "argument --set: lr (allowed: name=number)"),
         ("permuted_mnist.py", ["--strategies", "sp", "--against", "ewc"], "--against ewc: needs 2 seeds or more"),
         ("compare.py", ["--dataset-root", "/nowhere"], "no MNIST in /nowhere (expected /nowhere/MNIST/raw/"),

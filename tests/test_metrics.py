@@ -17,15 +17,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import avalanche_sp
 from avalanche_sp import (
     AccuracyMatrix,
+    ConsolidationPlugin,
     LossSurprise,
     MetricsCSVLogger,
     OneHotMSELoss,
+    SelectivePlasticityOptimizer,
     SelectivePlasticityPlugin,
     plot_accuracy_matrix,
     selective_plasticity_metrics,
 )
 
-from conftest import mlp
+from conftest import mlp, strategy_of
 
 R = [[90, 10, 5], [95, 80, 7], [60, 85, 70]]
 
@@ -187,6 +189,28 @@ def test_plot_of_an_accuracy_matrix():
         plot_accuracy_matrix([1, 2, 3])
 
 
+def test_eligibility_is_what_the_optimizers_gate_reads(split5, tmp_path):
+    metrics = selective_plasticity_metrics()
+    model = mlp()
+    optimizer = SelectivePlasticityOptimizer(model.parameters(), beta1=0.0, eps=1e-3)
+    tensorboard = TensorboardLogger(tb_log_dir=tmp_path)
+    strategy = strategy_of(model, [ConsolidationPlugin()], optimizer=optimizer)
+    strategy.evaluator.metrics, strategy.evaluator.loggers = metrics, [tensorboard]
+    for experience in split5.train_stream[:3]:
+        strategy.train(experience)
+    tensorboard.writer.flush()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    last = strategy.evaluator.get_last_metrics()
+    for layer in (1, 3, 5):
+        e = torch.cat([optimizer.get_param_eligibility(p).flatten() for p in model[layer].parameters()])
+        name = f"Eligibility/{layer}/train_phase/train_stream/Task000"
+        shown = [scalar.value for scalar in events.Scalars(name)]
+        assert last[name] == float(e.mean()) == pytest.approx(shown[-1])
+        assert shown[0] == pytest.approx(1) and shown == sorted(shown)
+    assert "Eligibility/mean/train_phase/train_stream/Task000" in last
+
+
 @pytest.mark.parametrize("openness_setting, claimed", [(1e-9, 20), (1e9, 0)])
 def test_gate_metrics_say_what_the_gate_did(split2, openness_setting, claimed):
     openness, surprise, rank, *_ = metrics = selective_plasticity_metrics()
@@ -216,5 +240,5 @@ def test_without_plugin_or_gate_the_gate_metrics_are_silent(split2):
         metrics = selective_plasticity_metrics()
         strategy = train(split2, plugins, metrics)
         names = strategy.evaluator.get_last_metrics()
-        assert not any("GateOpenness" in name or "LossSurprise" in name for name in names)
+        assert not any(word in name for name in names for word in ("GateOpenness", "LossSurprise", "Eligibility"))
         assert metrics[0].result() == {} and metrics[-1].result() is None

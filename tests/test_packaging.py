@@ -1,12 +1,14 @@
 """What is built from a checkout: what it holds, and that it works where the checkout is not."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -70,6 +72,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist):
     with zipfile.ZipFile(wheel) as archive:
         names = {PurePosixPath(name) for name in archive.namelist()}
     package = {PurePosixPath(p.relative_to(ROOT).as_posix()) for p in (ROOT / "avalanche_sp").rglob("*.py")}
+    package.add(PurePosixPath("avalanche_sp/py.typed"))
     metadata = {name for name in names if name.parts[0].endswith(".dist-info")}
     assert names - metadata == package
     assert "LICENSE" in {name.name for name in metadata}
@@ -88,3 +91,26 @@ def test_the_installed_wheel_trains(dist, tmp_path):
     target = tmp_path / "installed"
     run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)
     run("-c", SMOKE, target, cwd=tmp_path, PYTHONPATH=str(target))
+
+
+def test_the_notebooks_first_cell_installs_what_is_missing(dist, tmp_path):
+    """The notebook away from its checkout, as in Colab, with the address of a wheel."""
+    (wheel,) = dist.glob("*.whl")
+    notebook = json.loads((ROOT / "notebooks" / "demo_selective_plasticity.ipynb").read_text())
+    cell = "".join(next(c["source"] for c in notebook["cells"] if c["cell_type"] == "code"))
+    assert cell.count('PACKAGE = ".."\n') == 1
+    run("-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
+    paths = {"base": str(tmp_path / "venv"), "platbase": str(tmp_path / "venv")}
+    site = Path(sysconfig.get_path("purelib", vars=paths))
+    # All that is installed here, but not what is installed as a link to a checkout: no .pth file is read there.
+    (site / "here.pth").write_text(sysconfig.get_path("purelib"))
+    python = Path(sysconfig.get_path("scripts", vars=paths)) / "python"
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    for address in ("..", str(wheel)):
+        script = cell.replace('PACKAGE = ".."', f"PACKAGE = {address!r}")
+        (tmp_path / "cell.ipy").write_text(script + "\nimport avalanche_sp\nprint(avalanche_sp.__file__)")
+        command = [python, "-m", "IPython", "--no-banner", "cell.ipy"]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        if address == "..":
+            assert "Invalid PACKAGE: \"..\" is no checkout here" in done.stdout + done.stderr
+    assert Path(done.stdout.splitlines()[-1]).is_relative_to(site), done.stdout + done.stderr

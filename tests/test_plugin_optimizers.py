@@ -6,6 +6,7 @@ from avalanche.training.plugins import ReplayPlugin
 from torch import nn
 
 from avalanche_sp import OneHotMSELoss, SelectivePlasticityOptimizer, SelectivePlasticityPlugin
+from avalanche_sp.gates import claim
 from avalanche_sp.layers import along, gated_layers
 
 from conftest import mlp, strategy_of, weights
@@ -87,8 +88,9 @@ def accuracy_on_first(benchmark, model):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_it_remembers_with_any_optimizer(split2, name):
-    kept = []
-    for plugins in ([], [SelectivePlasticityPlugin()]):
+    """Though a kernel is changed by, and acts on, every position of an image: the gate closes as many times further."""
+    kept, plugin = [], SelectivePlasticityPlugin()
+    for plugins in ([], [plugin]):
         torch.manual_seed(0)
         model = mlp()
         strategy = strategy_of(model, plugins, optimizer=OPTIMIZERS[name](model.parameters()), epochs=3)
@@ -154,8 +156,9 @@ def test_normalisation_layers_learn_once_and_then_hold_still_without_a_memory(sp
 
 
 def test_a_convolutional_network_remembers(split2):
-    kept = []
-    for plugins in ([], [SelectivePlasticityPlugin()]):
+    """Though a kernel is changed by, and acts on, every position of an image: the gate closes as many times further."""
+    kept, plugin = [], SelectivePlasticityPlugin()
+    for plugins in ([], [plugin]):
         torch.manual_seed(0)
         model = nn.Sequential(
             nn.Conv2d(1, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, groups=2), nn.ReLU(),
@@ -165,7 +168,11 @@ def test_a_convolutional_network_remembers(split2):
         for experience in split2.train_stream:
             strategy.train(experience)
         kept.append(accuracy_on_first(split2, model))
-    assert kept[0] < 0.3 < 0.6 < kept[1]
+    assert kept[0] < 0.3 and kept[1] > 0.8
+    assert [activity.rows for activity in plugin.layers.values()] == [144, 25, 1]
+    for activity in plugin.layers.values():
+        closed = claim(activity.eigenvalues, activity.mean_eigenvalue, plugin.openness / activity.rows)
+        torch.testing.assert_close(activity.closed, closed)
 
 
 def test_a_penalty_on_a_layer_without_error_is_not_gated(split2):

@@ -65,8 +65,6 @@ def build(cls, kwargs, model, plugins):
 @pytest.mark.parametrize("gated", [False, True], ids=["alone", "with plugin"])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_strategy_trains_and_evaluates(split5, name, gated):
-    if name == "GEM":
-        pytest.importorskip("quadprog")
     cls, kwargs = STRATEGIES[name]
     small = sliced(split5, train=100, test=50)
     plugin = SelectivePlasticityPlugin(rank=10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,19 +62,19 @@ def split_mnist(
     classes = list(range(10)) if class_order is None else [int(c) for c in class_order]
     if sorted(classes) != list(range(10)):
         raise ValueError(f"Invalid class_order value: {class_order} (allowed: the classes 0 to 9, each once)")
-    train, test = _load_mnist(dataset_root, download)
+    train, test = _find_mnist(dataset_root, download)
     rng = torch.Generator().manual_seed(seed)
     groups = torch.tensor(classes).chunk(n_experiences)
 
-    def experiences(images: Tensor, labels: Tensor) -> list[TensorClassificationDataset]:
+    def experiences(part: _Part) -> list[TensorClassificationDataset]:
         datasets = []
         for e, group in enumerate(groups):
-            rows = torch.isin(labels, group).nonzero().flatten()
-            source = TensorSource(images, labels, rows=_shuffled(rows, rng))
+            rows = torch.isin(part.read()[1], group).nonzero().flatten()
+            source = _MNISTSource(part, rows=_shuffled(rows, rng))
             datasets.append(TensorClassificationDataset.from_source(source, e if return_task_id else 0))
         return datasets
 
-    return benchmark_of(experiences(*train), experiences(*test))
+    return benchmark_of(experiences(train), experiences(test))
 
 
 def permuted_mnist(
@@ -111,16 +112,16 @@ def permuted_mnist(
         raise ValueError(f"Invalid n_experiences value: {n_experiences} (allowed: 1 or more)")
     if train_size is not None and not 1 <= train_size <= 60000:
         raise ValueError(f"Invalid train_size value: {train_size} (allowed: 1 to 60000)")
-    train, test = _load_mnist(dataset_root, download)
+    train, test = _find_mnist(dataset_root, download)
     rng = torch.Generator().manual_seed(seed)
     permutations = np.random.RandomState(seed)
     train_sets: list[TensorClassificationDataset] = []
     test_sets: list[TensorClassificationDataset] = []
     for e in range(n_experiences):
         pixels = torch.from_numpy(permutations.permutation(784))
-        for (images, labels), size, datasets in ((train, train_size, train_sets), (test, None, test_sets)):
-            rows = _shuffled(torch.arange(len(labels)), rng)[:size]
-            source = TensorSource(images, labels, rows=rows, pixels=pixels)
+        for part, size, datasets in ((train, train_size, train_sets), (test, None, test_sets)):
+            rows = _shuffled(torch.arange(len(part.read()[1])), rng)[:size]
+            source = _MNISTSource(part, rows=rows, pixels=pixels)
             datasets.append(TensorClassificationDataset.from_source(source, e if return_task_id else 0))
     return benchmark_of(train_sets, test_sets)
 
@@ -143,15 +144,41 @@ def benchmark_of(train: Sequence[AvalancheDataset], test: Sequence[AvalancheData
     return benchmark
 
 
-def _load_mnist(dataset_root: str | Path | None, download: bool) -> tuple[tuple[Tensor, Tensor], ...]:
-    """((train images, labels), (test images, labels)), images normalised, shape (N, 1, 28, 28)."""
+class _Part(NamedTuple):
+    """MNIST's training or test images in a folder."""
+
+    root: str
+    download: bool
+    number: int  # 0 is training, 1 is test
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Images, normalised, shape (N, 1, 28, 28), and labels."""
+        return _read_mnist(self.root, self.download)[self.number]
+
+
+class _MNISTSource(TensorSource):
+    """Saved without its images, which are read again: a checkpoint with a replay buffer would hold all 188 MB."""
+
+    def __init__(self, part: _Part, **kwargs):
+        super().__init__(*part.read(), **kwargs)
+        self.part = part
+
+    def __getstate__(self):
+        return {**self.__dict__, "images": None}
+
+    def __setstate__(self, state):
+        self.__dict__ = {**state, "images": state["part"].read()[0]}
+
+
+def _find_mnist(dataset_root: str | Path | None, download: bool) -> tuple[_Part, _Part]:
+    """The training and the test images."""
     root = Path(default_dataset_location("mnist") if dataset_root is None else dataset_root).expanduser()
     if not download and not (root / "MNIST" / "raw" / "train-images-idx3-ubyte").exists():
         raise FileNotFoundError(
             f"Invalid dataset_root: no MNIST in {root} (expected {root}/MNIST/raw/train-images-idx3-ubyte "
             "and its three companions). Give the folder that holds MNIST/raw, or download=True to fetch it there."
         )
-    return _read_mnist(str(root.resolve()), download)
+    return _Part(str(root.resolve()), download, 0), _Part(str(root.resolve()), download, 1)
 
 
 @lru_cache(maxsize=2)  # the tensors are shared by every benchmark of a process, and never written to

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from harness.jobs import run_all
+from harness.protocols import PROTOCOLS
 from harness.settings import MNIST, NETWORKS, ROOT, STRATEGIES, STUDIES, USES_REPLAY, Run
 
 
@@ -26,12 +26,16 @@ def natural(text: str) -> int:
     return value
 
 
-def strategies(allowed: tuple[str, ...]):
+def buffers(text: str) -> list[int]:
+    return [positive(number) for number in text.split(",")]
+
+
+def names_of(kind: str, allowed: tuple[str, ...]):
     def parse(text: str) -> list[str]:
         names = text.split(",")
         for name in names:
             if name not in allowed:
-                raise argparse.ArgumentTypeError(f"unknown strategy {name!r} (allowed: {', '.join(allowed)})")
+                raise argparse.ArgumentTypeError(f"unknown {kind} {name!r} (allowed: {', '.join(allowed)})")
         return names
 
     return parse
@@ -54,11 +58,17 @@ def override(text: str) -> tuple[str, float]:
 def parser(description: str, *, benchmark: str, output: str, tasks: tuple[int, ...] | None) -> argparse.ArgumentParser:
     """Arguments that every script takes; ``tasks`` lists the numbers of tasks allowed (None: any)."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument(
+        "--protocol", choices=PROTOCOLS[benchmark], help="what else isn't said is as there: harness/protocols.py"
+    )
     p.add_argument("--tasks", type=positive, choices=tasks, default=tasks[0] if tasks else 10, help="experiences")
-    add_protocol(p)
+    add_training(p)
+    p.add_argument(
+        "--replay-buffer", type=buffers, default=[200], metavar="N,M", help="stored samples of the replay strategies"
+    )
     names = STRATEGIES + STUDIES[benchmark]
     p.add_argument(
-        "--strategies", type=strategies(names), default=list(STRATEGIES), metavar="A,B", help=", ".join(names)
+        "--strategies", type=names_of("strategy", names), default=list(STRATEGIES), metavar="A,B", help=", ".join(names)
     )
     add_common(p, seeds=3, output=output)
     p.add_argument("--against", metavar="A", help="also report each strategy's ACC minus this one's, paired by seed")
@@ -67,24 +77,40 @@ def parser(description: str, *, benchmark: str, output: str, tasks: tuple[int, .
     return p
 
 
-def add_protocol(p: argparse.ArgumentParser) -> None:
+def parsed(p: argparse.ArgumentParser, benchmark: str, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments; a protocol's stand where the command line doesn't say otherwise."""
+    protocol = p.parse_known_args(argv)[0].protocol
+    if protocol is not None:
+        p.set_defaults(**PROTOCOLS[benchmark][protocol].arguments)
+    return p.parse_args(argv)
+
+
+def add_training(p: argparse.ArgumentParser) -> None:
     p.add_argument("--epochs", type=positive, default=1, help="epochs an experience")
     p.add_argument("--batch-size", type=positive, default=64, help="stream samples in a mini-batch")
     p.add_argument("--network", choices=NETWORKS, default="256-256", help="hidden widths, or a small CNN")
-    p.add_argument("--replay-buffer", type=positive, default=200, help="stored samples of the replay strategies")
 
 
 def add_common(p: argparse.ArgumentParser, *, seeds: int, output: str) -> None:
     p.add_argument("--seeds", type=positive, default=seeds, help="number of seeds")
     p.add_argument("--first-seed", type=natural, default=0, help="the first of them")
+    p.add_argument("--output", type=Path, default=ROOT / "results" / output, help="folder for results and figures")
+    add_workers(p)
+
+
+def add_workers(p: argparse.ArgumentParser) -> None:
     p.add_argument("--jobs", type=positive, default=os.cpu_count(), help="runs at a time, one thread each")
     p.add_argument("--scheduler", metavar="ADDRESS", help="run on the workers of this Dask scheduler: docs/sweeps.md")
-    p.add_argument("--output", type=Path, default=ROOT / "results" / output, help="folder for results and figures")
     p.add_argument("--dataset-root", type=dataset_root, default=str(MNIST), help="folder with MNIST/raw/*-ubyte")
 
 
-def runs_of(args: argparse.Namespace, benchmark: str, replay_buffers: Iterable[int]) -> list[Run]:
+def runs_of(args: argparse.Namespace, benchmark: str) -> list[Run]:
     """Seeds outermost, so that a comparison cut short is a whole one with fewer seeds."""
+
+    def overrides(strategy: str, buffer: int) -> tuple[tuple[str, float], ...]:
+        published = PROTOCOLS[benchmark][args.protocol].settings_of(strategy, buffer) if args.protocol else {}
+        return tuple(sorted({**published, **dict(args.set)}.items()))
+
     return [
         Run(
             benchmark=benchmark,
@@ -97,11 +123,11 @@ def runs_of(args: argparse.Namespace, benchmark: str, replay_buffers: Iterable[i
             train_per_task=getattr(args, "train_per_task", None),
             validation=args.validation,
             network=args.network,
-            overrides=tuple(sorted(args.set)),
+            overrides=overrides(strategy, buffer),
         )
         for seed in range(args.first_seed, args.first_seed + args.seeds)
         for strategy in args.strategies
-        for buffer in (replay_buffers if strategy in USES_REPLAY else (0,))
+        for buffer in (args.replay_buffer if strategy in USES_REPLAY else (0,))
     ]
 
 

@@ -10,16 +10,38 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from harness.settings import STRATEGIES, position
+from harness.comparison import Cell
+from harness.settings import BOUNDS, position
+from harness.statistics import bootstrap
+from harness.studies import OURS
 
-# P. Tol, Colour schemes, 2021: "muted" for the others, vermilion for selective plasticity, grey for the rest.
-_COLOURS = dict(
-    zip(
-        STRATEGIES,
-        ("#bbbbbb", "#888888", "#88ccee", "#44aa99", "#117733", "#ee9955", "#cc3311")
-        + ("#ddcc77", "#999933", "#332288", "#cc3311", "#000000"),
-    )
-)
+# Blues and greens for what replays (P. Tol, Colour schemes, 2021), red for selective plasticity, greys for the rest.
+_COLOURS = {
+    "naive-sgd": "#bbbbbb",
+    "naive-adam": "#999999",
+    "ewc": "#ddcc77",
+    "si": "#999933",
+    "mas": "#886622",
+    "lwf": "#aa8866",
+    "rf-ridge": "#666666",
+    "sp": "#ee8866",
+    "sp-both": "#aa3377",
+    "sp-replay": "#cc3311",
+    "replay-sgd": "#88ccee",
+    "replay-adam": "#77aadd",
+    "replay-joint": "#332288",
+    "replay-gated": "#6655aa",
+    "replay-distilled": "#aa99dd",
+    "er-ace": "#44aa99",
+    "der++": "#117733",
+    "gdumb": "#bbcc33",
+    "a-gem": "#cc6677",
+    "gem": "#882255",
+    "cumulative": "#555555",
+    "joint": "#000000",
+}
+# For those that only a colour would tell apart where they are drawn in one panel.
+_MARKERS = {"sp-replay": "o", "replay-joint": "s", "der++": "^", "er-ace": "v", "replay-sgd": "D", "gdumb": "P"}
 
 
 def colour(strategy: str) -> str:
@@ -48,6 +70,49 @@ def acc_by_strategy(summary: list[dict], title: str, path: Path) -> Path:
     return path
 
 
+def acc_by_buffer(panels: list[tuple[str, list[Cell]]], path: Path) -> Path:
+    """Lines: accuracy against stored samples, with bootstrap intervals; none are at the left, bounds are dashed.
+
+    What lies far below everything that `sp-replay` reaches is cut off.
+    """
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 4.4), squeeze=False, layout="constrained")
+    for ax, (title, cells) in zip(axes.flat, panels):
+        buffers = sorted({c.buffer for c in cells if c.buffer})
+        nothing = buffers[0] / 2
+        for name in dict.fromkeys(c.label for c in cells if c.buffer):
+            # Without any stored sample, ours is the plugin alone.
+            line = [c for c in cells if c.label == name or (name == OURS and c.label == "sp")]
+            line.sort(key=lambda c: c.buffer)
+            x = [c.buffer or nothing for c in line]
+            low, high = zip(*(bootstrap(list(c.values().values())) for c in line))
+            width = 2.4 if name == OURS else 1.3
+            marker = _MARKERS.get(name, ".")
+            ax.plot(x, [c.mean() for c in line], marker + "-", color=colour(name), lw=width, ms=5, label=name)
+            ax.fill_between(x, low, high, color=colour(name), alpha=0.2, lw=0)
+        ours = [c.mean() for c in cells if c.label in (OURS, "sp")]
+        bottom = max(0, min(ours) - 20) if ours else 0
+        for c in (c for c in cells if not c.buffer):
+            if c.strategy in BOUNDS:
+                style = "--" if c.strategy == "joint" else ":"
+                ax.axhline(c.mean(), color=colour(c.strategy), ls=style, lw=1, label=c.label)
+            elif c.label != "sp" and c.mean() >= bottom:
+                ax.plot([nothing], [c.mean()], "x", color=colour(c.label), label=c.label)
+        ax.set_ylim(bottom, 100)
+        ax.set_xscale("log")
+        ax.set_xticks([nothing, *buffers], ["none", *map(str, buffers)], fontsize=7)
+        ax.minorticks_off()
+        ax.set_xlabel("stored samples", fontsize=8)
+        ax.set_title(title, fontsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", color="#eeeeee")
+    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(handles.values(), handles, loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    axes.flat[0].set_ylabel("ACC, %")
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+    return path
+
+
 def accuracy_over_training(records: list[dict], title: str, path: Path) -> Path:
     """Small multiples: accuracy of each task while the tasks are learned one after another, mean over seeds."""
     groups: dict[tuple[str, int], list[dict]] = {}
@@ -68,9 +133,9 @@ def accuracy_over_training(records: list[dict], title: str, path: Path) -> Path:
         for t in range(tasks):
             shade = plt.cm.viridis(0.85 * t / max(1, tasks - 1))
             ax.plot(x, curves[:, t], color=shade, lw=1.4, label=f"task {t + 1}")
-        experiences = len(group[0]["accuracy_matrix"])
-        for e in range(1, experiences):
-            ax.axvline(x[len(x) * e // experiences - 1], color="#bbbbbb", lw=0.7, ls=":")
+        ends = {p["experience"]: p["iteration"] for p in group[0]["curve"]}
+        for end in sorted(ends.values())[:-1]:
+            ax.axvline(end, color="#bbbbbb", lw=0.7, ls=":")
         ax.set_title(label(*name), fontsize=9)
         ax.set_ylim(0, 101)
         ax.tick_params(labelsize=7)

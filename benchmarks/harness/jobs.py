@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from concurrent.futures import Future, as_completed
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def append_result(path: Path, record: dict) -> None:
     Raises:
         OSError: it could not be written (a full disk, say). The file is as it was.
     """
-    append_lines(path, json.dumps(record) + "\n", unless=lambda: _is_finished(record, path))
+    append_lines(path, json.dumps(record, separators=(",", ":")) + "\n", unless=lambda: _is_finished(record, path))
 
 
 def _is_finished(record: dict, path: Path) -> bool:
@@ -44,7 +45,12 @@ def _is_finished(record: dict, path: Path) -> bool:
 
 
 def run_all(
-    runs: list[Run], results: Path, dataset_root: str, jobs: int, scheduler: str | None = None
+    runs: list[Run],
+    results: Path,
+    dataset_root: str,
+    jobs: int,
+    scheduler: str | None = None,
+    keeps_curve: Callable[[Run], bool] = lambda run: True,
 ) -> tuple[list[dict], int]:
     """Finishes every run that ``results`` doesn't hold yet.
 
@@ -54,6 +60,7 @@ def run_all(
         dataset_root: folder with MNIST, as the workers see it.
         jobs: processes, without a scheduler.
         scheduler: address of a Dask scheduler, whose workers then do the runs.
+        keeps_curve: whether a run's accuracy curve, most of its record, is to be in the results.
 
     Returns:
         The records of ``runs``, in their order, and the number of runs that failed. A failed run is recorded with
@@ -71,14 +78,16 @@ def run_all(
     if todo:
         with open_executor(min(jobs, len(todo)), scheduler) as executor:
             try:
-                failed = _run_missing(todo, code, done, results, dataset_root, executor)
+                failed = _run_missing(todo, code, done, results, dataset_root, executor, keeps_curve)
             except BaseException:
                 executor.shutdown(wait=False)
                 raise
     return [done[run.key(code)] for run in runs if run.key(code) in done], failed
 
 
-def _run_missing(todo: list[Run], code: str, done: dict, results: Path, dataset_root: str, executor) -> int:
+def _run_missing(
+    todo: list[Run], code: str, done: dict, results: Path, dataset_root: str, executor, keeps_curve
+) -> int:
     failed = 0
     patience = 0.5 if sys.stdout.isatty() else 10  # seconds between updates: few lines in a log file
     with tqdm(total=len(todo), unit="run", file=sys.stdout, mininterval=patience) as progress:
@@ -86,6 +95,8 @@ def _run_missing(todo: list[Run], code: str, done: dict, results: Path, dataset_
         for future in as_completed(futures):
             run = futures[future]
             record = _record(future, run, code)
+            if not keeps_curve(run):
+                record.pop("curve", None)
             append_result(results, record)
             if "error" in record:
                 failed += 1

@@ -15,20 +15,30 @@ class Recipe:
         lr: learning rate, or learning rates by what they were tuned for: the buffer, of strategies with replay; else
             the training images a task.
         plugins: names from its PLUGINS.
+        template: name from its TEMPLATES: the Avalanche strategy that trains with them.
         model: "network", the run's, or "random features" in its place.
-        settings: the plugins' settings.
+        settings: the plugins' and the template's settings; each may be given by what it was tuned for, as the rate.
         optimizer_settings: the optimizer's, besides its learning rate.
-        joint_weight: weigh replayed samples as joint training would.
+        joint_weight: weigh replayed samples as joint training would, but for a "shrinkage" among the settings.
     """
 
     optimizer: str
     lr: float | dict[int, float]
     loss: str = "cross-entropy"
     plugins: tuple[str, ...] = ()
-    settings: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, float | dict[int, float]] = field(default_factory=dict)
     joint_weight: bool = False
     optimizer_settings: dict[str, float] = field(default_factory=dict)
     model: str = "network"
+    template: str = "naive"
+
+    def tuned_for(self, size: int) -> Recipe:
+        """The recipe with the values that were tuned for the nearest size."""
+
+        def at(value):
+            return nearest(value, size) if isinstance(value, dict) else value
+
+        return replace(self, lr=at(self.lr), settings={name: at(value) for name, value in self.settings.items()})
 
     def override(self, overrides: dict[str, float], accepted: tuple[str, ...] = ()) -> Recipe:
         """The recipe with other values for its settings, or for what its optimizer accepts besides."""
@@ -49,6 +59,12 @@ class Recipe:
 
 SP_RANK = 64
 _SP = {"openness": 0.2, "pull_back": 1.0, "rank": SP_RANK}  # the plugin's defaults
+_BESIDE_REPLAY = {
+    "loss": "squared error",
+    "plugins": ("replay", "sp"),
+    "settings": _SP | {"shrinkage": 25.0},
+    "joint_weight": True,
+}
 
 # By benchmark and number of tasks; found on validation images, seeds 100 to 104: docs/experiments.md.
 RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {
@@ -61,13 +77,11 @@ RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {
             "mas": Recipe("SGD", 0.005, "squared error", plugins=("mas",), settings={"strength": 400.0}),
             "sp-optimizer": Recipe("SelectivePlasticity", 3e-3),
             "sp": Recipe("SGD", 0.1, "squared error", plugins=("sp",), settings=_SP),
-            "replay-sgd": Recipe("SGD", {200: 0.1, 2000: 0.3}),
-            "replay-adam": Recipe("Adam", {200: 5e-4, 2000: 1e-3}),
-            "replay-joint": Recipe("SGD", {200: 0.05, 2000: 0.15}, "squared error", joint_weight=True),
-            "sp-replay": Recipe(
-                "SGD", {200: 0.1, 2000: 0.15}, "squared error", plugins=("sp",), settings=_SP, joint_weight=True
-            ),
-            "joint": Recipe("Adam", 1e-3),
+            "replay-sgd": Recipe("SGD", {200: 0.1, 2000: 0.3}, plugins=("replay",)),
+            "replay-adam": Recipe("Adam", {200: 5e-4, 2000: 1e-3}, plugins=("replay",)),
+            "replay-joint": Recipe("SGD", {200: 0.05, 2000: 0.15}, "squared error", ("replay",), joint_weight=True),
+            "sp-replay-sgd": Recipe("SGD", 0.1, **_BESIDE_REPLAY),
+            "joint": Recipe("Adam", 1e-3, template="joint"),
         },
         5: {
             "naive-sgd": Recipe("SGD", 0.07, "squared error"),
@@ -77,11 +91,13 @@ RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {
             "mas": Recipe("SGD", 0.005, plugins=("mas",), settings={"strength": 5.0}),
             "sp-optimizer": Recipe("SelectivePlasticity", 3e-3),
             "sp": Recipe("SGD", 0.07, "squared error", plugins=("sp",), settings=_SP),
-            "replay-sgd": Recipe("SGD", 0.2),
-            "replay-adam": Recipe("Adam", {200: 2e-4, 2000: 1e-3}),
-            "replay-joint": Recipe("SGD", {200: 0.03, 2000: 0.1}, "squared error", joint_weight=True),
-            "sp-replay": Recipe("SGD", 0.1, "squared error", plugins=("sp",), settings=_SP, joint_weight=True),
-            "joint": Recipe("Adam", 1e-3),
+            "replay-sgd": Recipe("SGD", 0.2, plugins=("replay",)),
+            "replay-adam": Recipe("Adam", {200: 2e-4, 2000: 1e-3}, plugins=("replay",)),
+            "replay-joint": Recipe(
+                "SGD", {50: 0.01, 200: 0.1, 1000: 0.1, 2000: 0.1}, "squared error", ("replay",), joint_weight=True
+            ),
+            "sp-replay-sgd": Recipe("SGD", 0.1, **_BESIDE_REPLAY),
+            "joint": Recipe("Adam", 1e-3, template="joint"),
         },
     },
 }
@@ -98,11 +114,11 @@ RECIPES["permuted-mnist"] = {
         ),
         "sp-optimizer": Recipe("SelectivePlasticity", 3e-4, "squared error"),
         "sp": Recipe("SGD", 0.1, "squared error", plugins=("sp",), settings=_SP),
-        "replay-sgd": Recipe("SGD", 0.2),
-        "replay-adam": Recipe("Adam", {200: 3e-4, 2000: 1e-3}),
-        "replay-joint": Recipe("SGD", 0.1, "squared error", joint_weight=True),
-        "sp-replay": Recipe("SGD", 0.1, "squared error", plugins=("sp",), settings=_SP, joint_weight=True),
-        "joint": Recipe("Adam", 1e-3),
+        "replay-sgd": Recipe("SGD", 0.2, plugins=("replay",)),
+        "replay-adam": Recipe("Adam", {200: 3e-4, 2000: 1e-3}, plugins=("replay",)),
+        "replay-joint": Recipe("SGD", 0.1, "squared error", ("replay",), joint_weight=True),
+        "sp-replay-sgd": Recipe("SGD", 0.1, **_BESIDE_REPLAY),
+        "joint": Recipe("Adam", 1e-3, template="joint"),
     },
 }
 
@@ -138,8 +154,20 @@ RECIPES["permuted-mnist"][10] |= {
     "sp-consolidated": Recipe("SelectivePlasticity", _RATES, **_CONSOLIDATED),
     "sp-both": Recipe("SelectivePlasticity", _RATES, **_BOTH),
 }
-RECIPES["split-mnist"][2]["sp-both"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH)
-RECIPES["split-mnist"][5]["sp-both"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH)
+_BOTH_BESIDE_REPLAY = _BOTH | _BESIDE_REPLAY | {"plugins": ("replay", *_BOTH["plugins"])}
+# The same optimizer and loss beside replay without any gate.
+_NEITHER_BESIDE_REPLAY = {
+    "loss": "squared error",
+    "plugins": ("replay",),
+    "joint_weight": True,
+    "optimizer_settings": _GATED | {"plasticity_k": 0.0},
+}
+for _recipes in RECIPES["split-mnist"].values():
+    _recipes["sp-both"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH)
+    _recipes["sp-replay"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH_BESIDE_REPLAY)
+    _recipes["replay-adaptive"] = Recipe("SelectivePlasticity", 1e-3, **_NEITHER_BESIDE_REPLAY)
+RECIPES["permuted-mnist"][10]["sp-replay"] = Recipe("SelectivePlasticity", 3e-3, **_BOTH_BESIDE_REPLAY)
+RECIPES["permuted-mnist"][10]["replay-adaptive"] = Recipe("SelectivePlasticity", 1e-3, **_NEITHER_BESIDE_REPLAY)
 # Other methods without replay. The ridge regression is solved for: no step of SGD moves it.
 _RIDGE = Recipe("SGD", 0.0, "squared error", ("ridge",), {"ridge": 1.0}, model="random features")
 RECIPES["split-mnist"][2] |= {
@@ -160,6 +188,27 @@ RECIPES["permuted-mnist"][10] |= {
     "gpm": Recipe("SGD", 0.1, "squared error", ("gpm",), {"epsilon": 0.8}),
     "rf-ridge": _RIDGE,
 }
+# Methods that store samples. Of those that choose their loss, a row says which; the others bring their own.
+RECIPES["split-mnist"][5] |= {
+    "a-gem": Recipe("SGD", 0.01, plugins=("a-gem",)),
+    "gem": Recipe("SGD", 0.05, plugins=("gem",), settings={"memory_strength": 0.5}),
+    "gdumb": Recipe("SGD", 0.2, plugins=("gdumb",), settings={"passes": {50: 100.0, 200: 100.0, 1000: 10.0}}),
+    "er-ace": Recipe("SGD", {50: 0.2, 200: 0.3, 1000: 0.2}, template="er-ace"),
+    "der++": Recipe(
+        "SGD",
+        {50: 0.01, 200: 0.05, 1000: 0.05},
+        settings={"alpha": {50: 1.0, 200: 0.3, 1000: 1.0}, "beta": {50: 1.0, 200: 0.5, 1000: 0.5}},
+        template="der++",
+    ),
+    "replay-distilled": Recipe(
+        "SGD", 0.1, "squared error", ("replay", "distillation"), {"weight": 0.3}, joint_weight=True
+    ),
+    "replay-gated": Recipe("SGD", 0.05, "squared error", ("replay", "constant gate"), {"gate": 0.3}, joint_weight=True),
+    "cumulative": Recipe("Adam", 1e-3, template="cumulative"),
+}
+for _strategy in ("a-gem", "gem", "gdumb", "er-ace", "der++", "replay-distilled", "replay-gated", "cumulative"):
+    RECIPES["split-mnist"][2][_strategy] = RECIPES["split-mnist"][5][_strategy]
+    RECIPES["permuted-mnist"][10][_strategy] = RECIPES["split-mnist"][5][_strategy]
 # As published, plain SGD or Adam with cross-entropy: docs/original.md.
 _BUFFER = {"plugins": ("legacy",), "settings": {"fifo": 1.0}}
 RECIPES["split-mnist"][2] |= {

@@ -6,19 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 from tabulate import tabulate
 
 from harness.settings import NETWORKS, position
+from harness.statistics import holm, interval, wilcoxon
 
-MEASURES = ("acc", "bwt", "forgetting", "learning_acc")
-
-
-def interval(values: list[float]) -> dict:
-    """Mean and half-width of Student's 95% interval; the half-width is None for a single value."""
-    n = len(values)
-    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(values)) if n > 1 else None
-    return {"mean": float(np.mean(values)), "ci95": half}
+MEASURES = ("acc", "bwt", "forgetting", "learning_acc", "min_acc")
 
 
 def summarize(records: list[dict]) -> list[dict]:
@@ -39,7 +32,11 @@ def summarize(records: list[dict]) -> list[dict]:
                 "lr": recipe["lr"],
                 "settings": recipe["settings"] | recipe.get("optimizer_settings", {}),
                 "seeds": sorted(r["run"]["seed"] for r in group),
-                **{m: interval([r[m] for r in group]) if group[0][m] is not None else None for m in MEASURES},
+                **{
+                    m: interval([r[m] for r in group]) if group[0][m] is not None else None
+                    for m in MEASURES
+                    if m in group[0]
+                },
                 "task_acc": np.mean([r["accuracy_matrix"][-1] for r in group], axis=0).round(4).tolist(),
                 "seconds_per_run": float(np.mean([r["seconds"] for r in group])),
                 "extra_memory_bytes": max(r["extra_memory_bytes"] for r in group),
@@ -64,13 +61,12 @@ def differences(records: list[dict], against: str) -> list[dict]:
         seeds = sorted(accs.keys() & references[0].keys())
         if strategy != against and len(seeds) > 1:
             values = [accs[s] - references[0][s] for s in seeds]
-            p = float(stats.wilcoxon(values).pvalue) if any(values) else 1.0
             rows.append(
-                {"strategy": strategy, "replay_buffer": buffer, "seeds": len(seeds), **interval(values), "p": p}
+                {"strategy": strategy, "replay_buffer": buffer, "seeds": len(seeds), **interval(values)}
+                | {"p": wilcoxon(values)}
             )
-    largest = 0.0
-    for rank, row in enumerate(sorted(rows, key=lambda row: row["p"])):
-        row["p"] = largest = max(largest, min(1.0, row["p"] * (len(rows) - rank)))
+    for row, p in zip(rows, holm([row["p"] for row in rows])):
+        row["p"] = p
     return rows
 
 
@@ -132,11 +128,10 @@ def title(records: list[dict]) -> str:
     )
 
 
-def write_report(records: list[dict], output: Path, against: str | None = None) -> list[Path]:
-    """Writes summary.json, table.md and the figures, prints the tables; returns the paths of what it wrote."""
+def write_tables(records: list[dict], output: Path, against: str | None = None) -> str:
+    """Writes summary.json and table.md; returns the tables."""
     summary = summarize(records)
-    heading = title(records)
-    text = f"{heading}; mean ± 95% interval (Student's t)\n\n{table(summary)}\n"
+    text = f"{title(records)}; mean ± 95% interval (Student's t)\n\n{table(summary)}\n"
     if against is not None:
         rows = differences(records, against)
         text += "\nPaired by seed; ± 95% interval, p of Wilcoxon's signed-rank test with Holm's correction\n\n"
@@ -144,12 +139,18 @@ def write_report(records: list[dict], output: Path, against: str | None = None) 
         (output / "differences.json").write_text(json.dumps({"against": against, "rows": rows}, indent=1) + "\n")
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (output / "table.md").write_text(text)
-    print("\n" + text)
+    return text
+
+
+def write_report(records: list[dict], output: Path, against: str | None = None) -> list[Path]:
+    """Writes tables and figures, prints the tables; returns the paths of what it wrote."""
+    print("\n" + write_tables(records, output, against))
     from harness import figures  # here, as matplotlib is slow to load
 
+    heading = title(records)
     return [
         output / "summary.json",
         output / "table.md",
-        figures.acc_by_strategy(summary, heading, output / "acc.png"),
+        figures.acc_by_strategy(summarize(records), heading, output / "acc.png"),
         figures.accuracy_over_training(records, heading, output / "training.png"),
     ]

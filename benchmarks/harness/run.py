@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import random
 import time
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from avalanche.benchmarks.scenarios import CLScenario
-from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin, SupervisedPlugin
+from avalanche.training.plugins import AGEMPlugin, EvaluationPlugin, GEMPlugin, SupervisedPlugin
 from avalanche.training.regularization import RegularizationMethod
 from torch import nn
 
@@ -28,15 +29,17 @@ from avalanche_sp import (
 )
 from avalanche_sp.classic import benchmark_of
 from harness.networks import build_network, network_bytes
+from harness.rehearsal import stored_bytes
 from harness.settings import Run
 from harness.strategies import build_model, build_strategy, recipe_of
 
 CURVE_POINTS = 10  # measurements of the accuracy curve in an experience
+FIRST_STEPS = (1, 2, 5, 10, 20)  # and at these iterations of every later one, where old tasks fall deepest
 CURVE_IMAGES = 1000  # test images a task behind each
 
 
 class AccuracyCurve(SupervisedPlugin):
-    """Accuracy on every task, in percent, at evenly spaced iterations; ``seconds`` is what measuring took."""
+    """Accuracy on every task, in percent, during an experience; ``seconds`` is what measuring took."""
 
     def __init__(self, test_sets: list[tuple[torch.Tensor, torch.Tensor]]):
         super().__init__()
@@ -47,6 +50,9 @@ class AccuracyCurve(SupervisedPlugin):
     def before_training_exp(self, strategy, **kwargs):
         iterations = len(strategy.dataloader) * strategy.train_epochs
         self._at = {max(1, round(iterations * (i + 1) / CURVE_POINTS)) for i in range(CURVE_POINTS)}
+        self._experience = strategy.clock.train_exp_counter
+        if self._experience:
+            self._at |= set(FIRST_STEPS)
 
     @torch.no_grad()
     def after_training_iteration(self, strategy, **kwargs):
@@ -58,7 +64,8 @@ class AccuracyCurve(SupervisedPlugin):
             100 * (strategy.model(x).argmax(1) == y).float().mean().item() for x, y in self.test_sets
         ]
         strategy.model.train()
-        self.points.append({"iteration": strategy.clock.train_iterations + 1, "task_acc": accuracies})
+        iteration = strategy.clock.train_iterations + 1
+        self.points.append({"experience": self._experience, "iteration": iteration, "task_acc": accuracies})
         self.seconds += time.perf_counter() - start
 
 
@@ -76,6 +83,7 @@ def execute(
         raise ValueError(f"Invalid batch_size: {run.batch_size} (allowed: at most {smallest}, the smallest experience)")
     test_sets = [_first_images(e.dataset, CURVE_IMAGES) for e in benchmark.test_stream]
     torch.manual_seed(run.seed)
+    random.seed(run.seed)  # which Avalanche's A-GEM draws its memory with
     recipe = recipe_of(run)
     model = build_model(run)
     matrix, curve = AccuracyMatrix(), AccuracyCurve(test_sets)
@@ -88,6 +96,7 @@ def execute(
         # A last batch of a few images makes a step of a few images' noise: it can undo a class (docs/experiments.md).
         strategy.train(experiences, drop_last=True)
         seconds += time.perf_counter() - start
+        _check_finite(strategy)
         strategy.eval(benchmark.test_stream)
         if after_experience is not None:
             after_experience(matrix.result())
@@ -102,16 +111,36 @@ def execute(
         "bwt": backward_transfer(accuracy) if incremental else None,
         "forgetting": average_forgetting(accuracy) if incremental else None,
         "learning_acc": learning_accuracy(accuracy) if incremental else None,
+        "min_acc": worst_case(curve.points) if incremental else None,
         "accuracy_matrix": accuracy.round(4).tolist(),
         "curve": curve.points,
         "seconds": seconds - curve.seconds,
         "extra_memory_bytes": sum(memory_bytes(p) for p in plugins)
+        + stored_bytes(strategy)
         + optimizer_bytes(strategy.optimizer)
         + network_bytes(model)
         - network_bytes(build_network(run.network)),  # a network of another size counts by what it is larger
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def worst_case(points: list[dict]) -> float | None:
+    """Mean over the old tasks of the lowest accuracy that each had after it was learned (M. De Lange et al., Continual
+    evaluation for lifelong learning, ICLR 2023, min-ACC), on the curve's images; None if no task is old."""
+    last = points[-1]["experience"]
+    lowest = [min(p["task_acc"][task] for p in points if p["experience"] > task) for task in range(last)]
+    return float(np.mean(lowest)) if lowest else None
+
+
+def _check_finite(strategy) -> None:
+    """Few methods look at their loss: one that diverged would be reported as one that guesses."""
+    if not all(p.isfinite().all() for p in strategy.model.parameters()):
+        number = strategy.clock.train_exp_counter - 1
+        raise FloatingPointError(
+            f"the weights are not finite after training experience {number}. The usual cause is too high a "
+            "learning rate."
+        )
 
 
 def build_benchmark(run: Run, dataset_root: str) -> CLScenario:
@@ -136,13 +165,11 @@ def memory_bytes(plugin: SupervisedPlugin) -> int:
         return plugin.state_bytes
     if isinstance(plugin, ConsolidationPlugin):
         return 0  # it holds the optimizer's own tensors
-    if isinstance(plugin, ReplayPlugin):
-        buffer = plugin.storage_policy.buffer
-        if not len(buffer):
-            return 0
-        x = buffer[0][0]
-        return len(buffer) * (x.numel() * x.element_size() + 8)
-    return sum({t.data_ptr(): t.numel() * t.element_size() for t in _tensors(vars(plugin))}.values())
+    kept = vars(plugin)
+    if isinstance(plugin, (AGEMPlugin, GEMPlugin)):  # their gradients are made anew for each step
+        kept = {}
+    tensors = {t.data_ptr(): t.numel() * t.element_size() for t in _tensors(kept)}
+    return sum(tensors.values()) + stored_bytes(plugin)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -14,6 +14,8 @@ MNIST = ROOT / "benchmarks" / "data" / "mnist"
 NETWORKS = {
     "256-256": "MLP 784-256-256-10",
     "100-100": "MLP 784-100-100-10",
+    "400-400": "MLP 784-400-400-10",
+    "1000-1000": "MLP 784-1000-1000-10",
     "1000": "MLP 784-1000-10",
     "cnn": "CNN of two convolutions (16 and 32 channels) and a linear layer",
 }
@@ -34,11 +36,17 @@ STRATEGIES = (
     "sp-replay",
     "joint",
 )
-# What else can be asked for by name: more methods without replay, and studies of a part, each on its benchmark.
+# What else can be asked for by name: more methods, and studies of a part, each on its benchmark.
 _NO_REPLAY = ("lwf", "owm", "gpm")
+_REPLAY = (
+    "a-gem", "gem", "gdumb", "er-ace", "der++", "replay-distilled", "replay-gated", "replay-adaptive", "sp-replay-sgd",
+)  # fmt: skip
+BOUNDS = ("cumulative", "joint")
 STUDIES = {
     "split-mnist": (
         *_NO_REPLAY,
+        *_REPLAY,
+        "cumulative",
         "legacy-adam",
         "legacy-sp",
         "legacy-adam-replay",
@@ -47,6 +55,8 @@ STUDIES = {
     ),
     "permuted-mnist": (
         *_NO_REPLAY,
+        *_REPLAY,
+        "cumulative",
         "upgd",
         "gate-off",
         "gate-constant",
@@ -57,15 +67,17 @@ STUDIES = {
     ),
 }
 USES_REPLAY = (
-    "replay-sgd", "replay-adam", "replay-joint", "sp-replay",
+    "replay-sgd", "replay-adam", "replay-joint", "sp-replay", *_REPLAY,
     "legacy-adam-replay", "legacy-control", "legacy-sp-replay",
 )  # fmt: skip
 
 
 def position(strategy: str, replay_buffer: int) -> tuple:
-    """Sort key of tables and figures: by buffer, then as listed; the upper bound last."""
-    names = STRATEGIES + tuple(dict.fromkeys(name for study in STUDIES.values() for name in study))
-    return strategy == "joint", replay_buffer, names.index(strategy)
+    """Sort key of tables and figures: by buffer, then as listed; the upper bounds last."""
+    others = tuple(dict.fromkeys(name for study in STUDIES.values() for name in study if name not in _REPLAY))
+    ours = STRATEGIES.index("sp-replay")  # last of those with replay
+    names = STRATEGIES[:ours] + _REPLAY + STRATEGIES[ours:] + others
+    return strategy in BOUNDS, replay_buffer, names.index(strategy)
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,7 @@ class Run:
 
     def key(self, code: str) -> str:
         """Names the run and the code that made it: a stored result is only ever reused for the same of both."""
-        return json.dumps([self.to_json(), code], sort_keys=True)
+        return hashlib.sha256(json.dumps([self.to_json(), code], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def code_fingerprint() -> str:
@@ -115,6 +127,7 @@ def code_fingerprint() -> str:
             "networks.py",
             "projections.py",
             "recipes.py",
+            "rehearsal.py",
             "ridge.py",
             "run.py",
             "strategies.py",

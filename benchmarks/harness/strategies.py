@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 
 import torch
-from avalanche.training import JointTraining, Naive
-from avalanche.training.plugins import EWCPlugin, LwFPlugin, MASPlugin, ReplayPlugin, SynapticIntelligencePlugin
+from avalanche.training import DER, ER_ACE, Cumulative, JointTraining, Naive
+from avalanche.training.plugins import EWCPlugin, LwFPlugin, MASPlugin, SynapticIntelligencePlugin
 from torch import nn
 
 from avalanche_sp import (
@@ -18,13 +18,15 @@ from avalanche_sp import (
     SelectivePlasticityOptimizer,
     SelectivePlasticityPlugin,
 )
+from harness import rehearsal
 from harness.controls import UPGD, ConstantGate, RandomGate
 from harness.legacy import LegacyReplay, LegacySelectivePlasticity
 from harness.networks import build_network, gate_bytes, network_bytes
 from harness.projections import GradientProjectionMemory, OrthogonalWeightsModification
 from harness.recipes import RECIPES, SP_RANK, Recipe, nearest
+from harness.rehearsal import memory_batch
 from harness.ridge import StreamingRidge, build_random_features
-from harness.settings import STRATEGIES, STUDIES, USES_REPLAY, Run
+from harness.settings import STRATEGIES, STUDIES, Run
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "cross-entropy": nn.CrossEntropyLoss,
@@ -76,16 +78,34 @@ def learning_without_forgetting(alpha: float, temperature: float) -> LwFPlugin:
 
 
 PLUGINS = {
+    "replay": lambda s, run: rehearsal.replay(run),
     "legacy": lambda s, run: LegacyReplay(run.replay_buffer, fifo=bool(s["fifo"])),
     "ewc": lambda s, run: EWCPlugin(ewc_lambda=s["strength"]),
     "si": lambda s, run: WorkingSynapticIntelligence(si_lambda=s["strength"]),
     "mas": lambda s, run: MASPlugin(lambda_reg=s["strength"], alpha=0.5),
     "lwf": lambda s, run: learning_without_forgetting(s["alpha"], s["temperature"]),
+    "a-gem": lambda s, run: rehearsal.averaged_gem(run),
+    "gem": lambda s, run: rehearsal.gradient_episodic_memory(run, s["memory_strength"]),
+    "gdumb": lambda s, run: rehearsal.GDumb(run.replay_buffer, int(s["passes"])),
+    "distillation": lambda s, run: rehearsal.MemoryDistillation(s["weight"]),
+    "constant gate": lambda s, run: rehearsal.ConstantGate(s["gate"]),
     "owm": lambda s, run: OrthogonalWeightsModification(s["alpha"]),
     "gpm": lambda s, run: GradientProjectionMemory(s["epsilon"]),
     "ridge": lambda s, run: StreamingRidge(s["ridge"]),
     "consolidation": lambda s, run: ConsolidationPlugin(),
     "sp": lambda s, run: SelectivePlasticityPlugin(s["openness"], s["pull_back"], int(s["rank"])),
+}
+# Avalanche's DER stores a network's outputs when an experience ends and draws one batch of stored samples, where its
+# publication (P. Buzzega et al., NeurIPS 2020) stores them at once and draws two. Its ER-ACE (L. Caccia et al., ICLR
+# 2022) has the new experience's samples in the memory from its beginning.
+TEMPLATES = {
+    "naive": lambda s, run: Naive,
+    "joint": lambda s, run: JointTraining,
+    "cumulative": lambda s, run: Cumulative,
+    "der++": lambda s, run: partial(
+        DER, mem_size=run.replay_buffer, batch_size_mem=memory_batch(run), alpha=s["alpha"], beta=s["beta"]
+    ),
+    "er-ace": lambda s, run: partial(ER_ACE, mem_size=run.replay_buffer, batch_size_mem=memory_batch(run)),
 }
 
 
@@ -100,8 +120,7 @@ def recipe_of(run: Run) -> Recipe:
         raise ValueError(f"Invalid strategy: {run.strategy} (allowed: {', '.join(allowed)})")
     tuned = {n: recipes for n, recipes in RECIPES[run.benchmark].items() if run.strategy in recipes}
     recipe = nearest(tuned, run.n_tasks)[run.strategy]
-    if isinstance(recipe.lr, dict):
-        recipe = replace(recipe, lr=nearest(recipe.lr, run.replay_buffer or run.train_per_task or 60000))
+    recipe = recipe.tuned_for(run.replay_buffer or run.train_per_task or 60000)
     return recipe.override(dict(run.overrides), numbers_of(OPTIMIZERS[recipe.optimizer]))
 
 
@@ -125,15 +144,9 @@ def build_strategy(run: Run, model: nn.Module, extra_plugins: list, evaluator):
     recipe = recipe_of(run)
     criterion = LOSSES[recipe.loss]()
     if recipe.joint_weight:
-        criterion = JointReplayLoss(criterion)
-    plugins = []
-    if run.strategy in USES_REPLAY and "legacy" not in recipe.plugins:
-        # Runs drop incomplete batches: a memory smaller than its batch would never be seen.
-        memory_batch = min(run.batch_size, run.replay_buffer)
-        plugins.append(ReplayPlugin(mem_size=run.replay_buffer, batch_size_mem=memory_batch))
-    plugins += [PLUGINS[name](recipe.settings, run) for name in recipe.plugins]
-    template = JointTraining if run.strategy == "joint" else Naive
-    strategy = template(
+        criterion = JointReplayLoss(criterion, recipe.settings.get("shrinkage", 0.0))
+    plugins = [PLUGINS[name](recipe.settings, run) for name in recipe.plugins]
+    strategy = TEMPLATES[recipe.template](recipe.settings, run)(
         model=model,
         optimizer=OPTIMIZERS[recipe.optimizer](model.parameters(), lr=recipe.lr, **recipe.optimizer_settings),
         criterion=criterion,

@@ -1,0 +1,89 @@
+"""Protocols of the literature by name: what they set, and what was published under them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a named protocol sets.
+
+    Attributes:
+        arguments: values of the scripts' arguments, where the command line doesn't say otherwise.
+        settings: of strategies that have published ones, each a number, or a number by buffer. The others train with
+            their recipes, which were tuned with batches of 64.
+        published: accuracy in percent by strategy and buffer (0: none).
+        source: of both.
+    """
+
+    arguments: dict
+    settings: dict[str, dict[str, float | dict[int, float]]] = field(default_factory=dict)
+    published: dict[tuple[str, int], float] = field(default_factory=dict)
+    source: str = ""
+
+    def settings_of(self, strategy: str, replay_buffer: int) -> dict[str, float]:
+        values = {}
+        for name, value in self.settings.get(strategy, {}).items():
+            if not isinstance(value, dict):
+                values[name] = value
+            elif replay_buffer in value:
+                values[name] = value[replay_buffer]
+        return values
+
+
+_MAMMOTH = "P. Buzzega et al., Dark experience for general continual learning, NeurIPS 2020"
+_VAN_DE_VEN = "G. van de Ven, A. Tolias, Three scenarios for continual learning, 2019"
+
+PROTOCOLS: dict[str, dict[str, Protocol]] = {
+    "split-mnist": {
+        # Half of each batch is replayed: 64 new samples and 64 stored ones.
+        "original": Protocol(
+            {"tasks": 2, "epochs": 5, "batch_size": 64, "network": "256-256", "replay_buffer": [2000]},
+            source="the method's first publication: docs/original.md",
+        ),
+        "mammoth": Protocol(
+            {"tasks": 5, "epochs": 1, "batch_size": 10, "network": "100-100", "replay_buffer": [200, 500, 5120]},
+            {"replay-sgd": {"lr": {200: 0.01, 500: 0.1, 5120: 0.1}}},
+            {("replay-sgd", 200): 80.4, ("replay-sgd", 500): 86.1, ("replay-sgd", 5120): 93.4, ("joint", 0): 95.6},
+            _MAMMOTH,
+        ),
+        # 2000 iterations a task: 12,000 images are 93 whole batches of 128.
+        "van-de-ven": Protocol(
+            {"tasks": 5, "epochs": 21, "batch_size": 128, "network": "400-400"},
+            {"naive-adam": {"lr": 1e-3}, "joint": {"lr": 1e-3}},
+            {("naive-adam", 0): 19.9, ("ewc", 0): 19.9, ("si", 0): 20.0, ("lwf", 0): 24.2, ("joint", 0): 97.9},
+            _VAN_DE_VEN,
+        ),
+    },
+    "permuted-mnist": {
+        "mammoth": Protocol(
+            {"tasks": 20, "epochs": 1, "batch_size": 128, "network": "100-100", "replay_buffer": [200, 500, 5120]},
+            {
+                "replay-sgd": {"lr": 0.2},
+                "der++": {
+                    "lr": {200: 0.1, 500: 0.2, 5120: 0.2},
+                    "alpha": {200: 1.0, 500: 1.0, 5120: 0.5},
+                    "beta": {200: 1.0, 500: 0.5, 5120: 1.0},
+                },
+            },
+            {("replay-sgd", 200): 72.4, ("replay-sgd", 500): 80.6, ("replay-sgd", 5120): 89.9}
+            | {("der++", 200): 83.6, ("der++", 500): 88.2, ("der++", 5120): 92.3, ("joint", 0): 94.3},
+            _MAMMOTH,
+        ),
+        "gpm": Protocol(
+            {"tasks": 10, "epochs": 5, "batch_size": 10, "network": "100-100", "replay_buffer": [1000]},
+            {"replay-sgd": {"lr": 0.01}, "gpm": {"lr": 0.01}, "owm": {"lr": 0.01}},
+            {("gpm", 0): 93.9, ("owm", 0): 90.7, ("ewc", 0): 90.0, ("replay-sgd", 1000): 87.2, ("a-gem", 1000): 83.6}
+            | {("joint", 0): 96.7},
+            "G. Saha, I. Garg, K. Roy, Gradient projection memory, ICLR 2021",
+        ),
+        # 5000 iterations a task: 60,000 images are 468 whole batches of 128.
+        "van-de-ven": Protocol(
+            {"tasks": 10, "epochs": 11, "batch_size": 128, "network": "1000-1000"},
+            {"naive-adam": {"lr": 1e-4}, "joint": {"lr": 1e-4}},
+            {("naive-adam", 0): 78.5, ("ewc", 0): 94.3, ("si", 0): 95.3, ("lwf", 0): 72.6, ("joint", 0): 97.6},
+            _VAN_DE_VEN,
+        ),
+    },
+}

@@ -1,0 +1,174 @@
+"""What the page of results shows: its studies, and the runs that each is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.protocols import PROTOCOLS
+from harness.settings import USES_REPLAY, Run
+
+
+@dataclass(frozen=True)
+class Row:
+    """A strategy, and how it differs from its recipe.
+
+    Attributes:
+        strategy: its name.
+        overrides: settings that aren't its recipe's.
+        label: what reports call it; its name, if there is nothing else to say.
+        buffers: stored samples that it is trained with, where these aren't all of the study's.
+    """
+
+    strategy: str
+    overrides: tuple[tuple[str, float], ...] = ()
+    label: str = ""
+    buffers: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs that are compared with each other.
+
+    Attributes:
+        title: what it is about.
+        benchmark, n_tasks, epochs, batch_size, train_per_task, network: as in a run.
+        rows: what is compared.
+        buffers: stored samples of the rows with replay.
+        curves: with which of them the accuracy curve is kept; 0: of the rows without replay.
+        seeds: runs of each row, unless fewer are asked for.
+        protocol: the protocol that it follows, whose published settings go before the recipes'.
+    """
+
+    title: str
+    benchmark: str
+    n_tasks: int
+    rows: tuple[Row, ...]
+    buffers: tuple[int, ...]
+    epochs: int = 1
+    batch_size: int = 64
+    train_per_task: int | None = None
+    network: str = "256-256"
+    curves: tuple[int, ...] = ()
+    seeds: int = 10
+    protocol: str | None = None
+
+    def runs(self, seeds: int, strategies: list[str] | None = None) -> list[Run]:
+        """Seeds outermost, so that a study cut short is a whole one with fewer seeds.
+
+        Args:
+            seeds: how many, from 0 up.
+            strategies: those wanted; all, by default.
+        """
+        return [
+            self._run(row, buffer, seed)
+            for seed in range(seeds)
+            for row in self.rows
+            if strategies is None or row.strategy in strategies
+            for buffer in self.buffers_of(row)
+        ]
+
+    def buffers_of(self, row: Row) -> tuple[int, ...]:
+        return (row.buffers or self.buffers) if row.strategy in USES_REPLAY else (0,)
+
+    def labels(self) -> dict[tuple[str, str], str]:
+        """What reports call a run, by its strategy and its overrides as they are in a record."""
+        return {
+            (run.strategy, str(run.to_json()["overrides"])): row.label or row.strategy
+            for row in self.rows
+            for run in (self._run(row, buffer, 0) for buffer in self.buffers_of(row))
+        }
+
+    def keeps_curve(self, run: Run) -> bool:
+        return run.replay_buffer in self.curves
+
+    def _run(self, row: Row, buffer: int, seed: int) -> Run:
+        published = PROTOCOLS[self.benchmark][self.protocol].settings_of(row.strategy, buffer) if self.protocol else {}
+        return Run(
+            benchmark=self.benchmark,
+            strategy=row.strategy,
+            n_tasks=self.n_tasks,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            replay_buffer=buffer,
+            seed=seed,
+            train_per_task=self.train_per_task,
+            network=self.network,
+            overrides=tuple(sorted({**published, **dict(row.overrides)}.items())),
+        )
+
+
+def _rows(*strategies: str) -> tuple[Row, ...]:
+    return tuple(Row(strategy) for strategy in strategies)
+
+
+def _protocol(benchmark: str, name: str, *strategies: str, seeds: int = 3) -> Study:
+    arguments = PROTOCOLS[benchmark][name].arguments
+    return Study(
+        title=f"{ {'split-mnist': 'Split', 'permuted-mnist': 'Permuted'}[benchmark]} MNIST, `{name}`",
+        benchmark=benchmark,
+        n_tasks=arguments["tasks"],
+        rows=_rows(*strategies),
+        buffers=tuple(arguments.get("replay_buffer", ())),
+        epochs=arguments["epochs"],
+        batch_size=arguments["batch_size"],
+        network=arguments["network"],
+        seeds=seeds,
+        protocol=name,
+    )
+
+
+BUFFERS = (50, 100, 200, 500, 1000, 2000, 5000)
+OURS = "sp-replay"
+_WITHOUT = ("naive-sgd", "ewc", "si", "mas", "lwf", "sp")
+_WITH = ("replay-sgd", "replay-joint", "gdumb", "a-gem", "er-ace", "der++", OURS)
+_SWEEP = (*_rows(*_WITHOUT, *_WITH), Row("gem", buffers=(50, 200)), *_rows("cumulative", "joint"))  # GEM is slow
+
+# By the name of their folder in docs/results.
+BY_BUFFER = {
+    "buffers_split2": Study("Split MNIST, 2 tasks", "split-mnist", 2, _SWEEP, BUFFERS),
+    "buffers_split5": Study("Split MNIST, 5 tasks", "split-mnist", 5, _SWEEP, BUFFERS, curves=(0, 200)),
+    "buffers_permuted10": Study(
+        "Permuted MNIST, 10 tasks of 10,000 images", "permuted-mnist", 10, _SWEEP, BUFFERS, train_per_task=10000
+    ),
+}
+EPOCHS = {
+    "epochs_split5": Study(
+        "Split MNIST, 5 tasks, 5 epochs each",
+        "split-mnist",
+        5,
+        _rows("replay-joint", "er-ace", "der++", OURS),
+        (50, 200, 1000, 2000),
+        epochs=5,
+    )
+}
+ABLATIONS = {
+    "ablations_split5": Study(
+        "Split MNIST, 5 tasks",
+        "split-mnist",
+        5,
+        (
+            Row(OURS),
+            Row(OURS, (("openness", float("inf")),), "the same, gate and pull-back off"),
+            Row(OURS, (("pull_back", 0.0),), "the same, pull-back off"),
+            Row("replay-gated", label="replay, one constant gate"),
+            Row("replay-distilled", label="replay, distillation only"),
+            Row("replay-joint", label="replay alone, at its own learning rate"),
+        ),
+        (50, 200, 1000, 2000),
+    )
+}
+ORIGINAL = {
+    "protocol_original": _protocol(
+        "split-mnist", "original",
+        "replay-sgd", "replay-adam", "replay-joint", "er-ace", "der++", "sp", OURS, "joint",
+        seeds=10,
+    )  # fmt: skip
+}
+PUBLISHED = {
+    "protocol_mammoth_split": _protocol("split-mnist", "mammoth", "replay-sgd", "joint", OURS),
+    "protocol_mammoth_permuted": _protocol("permuted-mnist", "mammoth", "replay-sgd", "der++", "joint", OURS),
+    "protocol_gpm": _protocol("permuted-mnist", "gpm", "replay-sgd", "gpm", "joint", "sp"),
+    "protocol_van_de_ven_split": _protocol("split-mnist", "van-de-ven", "naive-adam", "joint", "sp"),
+    "protocol_van_de_ven_permuted": _protocol("permuted-mnist", "van-de-ven", "naive-adam", "joint", "sp"),
+}
+EVERY = {**BY_BUFFER, **EPOCHS, **ABLATIONS, **ORIGINAL, **PUBLISHED}

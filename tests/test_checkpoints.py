@@ -1,0 +1,210 @@
+"""Strategies that are saved and go on, in the weights and the metrics, as if they had not stopped."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
+from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
+from avalanche.logging import InteractiveLogger, TensorboardLogger, TextLogger
+from avalanche.training import Naive
+from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin, SupervisedPlugin
+
+from avalanche_sp import (
+    ConsolidationPlugin,
+    JointReplayLoss,
+    MetricsCSVLogger,
+    OneHotMSELoss,
+    SelectivePlasticityOptimizer,
+    SelectivePlasticityPlugin,
+    selective_plasticity_metrics,
+)
+
+from conftest import ROOT, mlp, sliced, weights
+
+
+def everything(folder, strategy_class=Naive, epochs=1):
+    """Both gates, replay, and an evaluator with every kind of logger, their files in ``folder``."""
+    folder.mkdir(exist_ok=True)
+    model = mlp()
+    model.insert(3, torch.nn.Dropout(0.2))  # draws random numbers in every iteration
+    evaluator = EvaluationPlugin(
+        *selective_plasticity_metrics(),
+        accuracy_metrics(minibatch=True, experience=True, stream=True),
+        loss_metrics(epoch=True),
+        loggers=[
+            InteractiveLogger(),
+            TextLogger(open(folder / "log.txt", "a")),
+            TensorboardLogger(folder / "tensorboard"),
+            MetricsCSVLogger(folder / "metrics.csv"),
+        ],
+    )
+    return strategy_class(
+        model=model,
+        optimizer=SelectivePlasticityOptimizer(model.parameters(), lr=1e-3, beta1=0.0, eps=1e-3, warmup_steps=20),
+        criterion=JointReplayLoss(OneHotMSELoss()),
+        train_mb_size=32,
+        train_epochs=epochs,
+        eval_mb_size=500,
+        plugins=[ReplayPlugin(mem_size=50), SelectivePlasticityPlugin(rank=10), ConsolidationPlugin()],
+        evaluator=evaluator,
+    )
+
+
+def state(strategy):
+    """All that training has made: compared bit for bit."""
+    (plugin,) = (p for p in strategy.plugins if isinstance(p, SelectivePlasticityPlugin))
+    (replay,) = (p for p in strategy.plugins if isinstance(p, ReplayPlugin))
+    return {
+        "weights": weights(strategy.model),
+        "optimizer": [s[k] for s in strategy.optimizer.state_dict()["state"].values() for k in sorted(s)],
+        "vectors": [activity.vectors for activity in plugin.layers.values()],
+        "eigenvalues": [activity.eigenvalues for activity in plugin.layers.values()],
+        "memory": [int(y) for _, y, *_ in replay.storage_policy.buffer],
+        "metrics": dict(strategy.evaluator.get_all_metrics()),
+        "random": torch.get_rng_state(),
+    }
+
+
+def assert_equal(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def rows(folder, name="metrics.csv"):
+    with open(folder / name, newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_a_strategy_with_everything_resumes_bit_for_bit_after_any_experience(split5, tmp_path):
+    whole = everything(tmp_path / "whole")
+    torch.manual_seed(1)
+    for experience in split5.train_stream[:4]:
+        whole.train(experience)
+        whole.eval(split5.test_stream)
+        save_checkpoint(whole, tmp_path / f"{experience.current_experience}.pkl")
+    assert (tmp_path / "3.pkl").stat().st_size < 3_000_000  # the images are not in it
+    logged = rows(tmp_path / "whole")
+    for stopped in range(3):
+        torch.manual_seed(99)
+        resumed, first = maybe_load_checkpoint(everything(tmp_path / "other"), tmp_path / f"{stopped}.pkl")
+        assert first == stopped + 1
+        for experience in split5.train_stream[first:4]:
+            resumed.train(experience)
+            resumed.eval(split5.test_stream)
+        assert_equal(state(resumed), state(whole))
+        before, after = len(logged), rows(tmp_path / "whole")  # the loggers go on with their own files
+        assert len(after) > before and after[before:] == logged[before - len(after) :]
+        logged = after
+
+
+def test_the_documents_loop_goes_on_where_it_stopped(split2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (loop,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "checkpoints.md").read_text(), re.DOTALL | re.M)
+    for _ in range(2):
+        names = {"strategy": everything(tmp_path), "benchmark": split2}
+        exec(loop, names)
+        assert names["strategy"].clock.train_exp_counter == 2
+    assert names["first"] == 2
+
+
+class Stopped(Exception):
+    pass
+
+
+class Stop(SupervisedPlugin):
+    """Ends a run in the middle of an iteration, as a kill would."""
+
+    def __init__(self, iteration):
+        super().__init__()
+        self.iteration = iteration
+
+    def before_backward(self, strategy, **kwargs):
+        if strategy.clock.train_iterations == self.iteration:
+            raise Stopped
+
+
+@pytest.fixture
+def resumable(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from mid_experience_checkpoint import ResumableNaive
+
+    def strategy(name, every=7):
+        path = tmp_path / name / "run.pkl"
+        return everything(tmp_path / name, partial(ResumableNaive, checkpoint=path, every=every), epochs=2)
+
+    return strategy
+
+
+def go_on(strategy, benchmark, stop_at=None):
+    """Trains from the checkpoint on, where there is one, to the end or to an iteration; says from which iteration."""
+    strategy, first = maybe_load_checkpoint(strategy, strategy.checkpoint)
+    strategy.plugins[:] = [plugin for plugin in strategy.plugins if not isinstance(plugin, Stop)]  # the last stop
+    if stop_at is not None:
+        strategy.plugins.append(Stop(stop_at))
+    began = strategy.clock.train_iterations
+    try:
+        for experience in benchmark.train_stream[first:]:
+            strategy.train(experience)
+            strategy.eval(benchmark.test_stream)
+            strategy.save()
+    except Stopped:
+        pass
+    assert stop_at in (None, strategy.clock.train_iterations)
+    return began
+
+
+def test_a_strategy_resumes_bit_for_bit_in_the_middle_of_an_experience(resumable, split5):
+    benchmark = sliced(split5, 300, 100)  # 10 iterations an epoch, 20 an experience
+    whole, stopped, began = resumable("whole"), resumable("stopped"), []
+    torch.manual_seed(1)
+    go_on(whole, benchmark)
+    torch.manual_seed(1)
+    for stop_at in (8, 9, 19, 30, 38, 38, None):
+        began.append(go_on(stopped, benchmark, stop_at))
+        torch.manual_seed(99)
+        if stop_at is not None:
+            stopped = resumable("stopped")
+    assert began == [0, 7, 7, 17, 27, 37, 37]
+    assert_equal(state(stopped), state(whole))
+
+
+def test_an_interrupted_experience_is_the_one_to_go_on_with(resumable, split2):
+    go_on(resumable("run"), split2, stop_at=10)
+    resumed, _ = maybe_load_checkpoint(resumable("run"), resumable("run").checkpoint)
+    with pytest.raises(ValueError, match=r"Invalid experience: 1 \(allowed: 0, the one that was being trained on\)"):
+        resumed.train(split2.train_stream[1])
+
+
+@pytest.mark.slow
+def test_the_example_goes_on_after_a_kill(tmp_path):
+    """The script itself, in processes that are killed; the metrics' file tells where they are."""
+
+    def started(name):
+        command = [ROOT / "examples" / "mid_experience_checkpoint.py", "--images", "640", "--every", "4"]
+        command += ["--checkpoint", tmp_path / name]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, env=env)
+
+    killed = started("killed.pkl")
+    while not (tmp_path / "killed.pkl").exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    ends = []
+    for name in ("killed.pkl", "whole.pkl"):
+        process = started(name)
+        out, _ = process.communicate()
+        assert process.returncode == 0
+        ends.append(out.splitlines())
+    (resumed, *_), (whole, *_) = ends
+    assert whole.startswith("0 tasks trained, 0 iterations") and not resumed.endswith(", 0 iterations in all")
+    assert ends[0][-1] == ends[1][-1] and ends[0][-1].startswith("ACC ")
+    last = [rows(tmp_path, f"{name}.csv")[-4:] for name in ("killed", "whole")]
+    assert last[0] == last[1]

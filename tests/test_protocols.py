@@ -1,0 +1,60 @@
+"""Protocols by name: what they set, and that the command line goes first."""
+
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from harness.cli import parsed, parser, runs_of  # noqa: E402
+from harness.networks import build_network  # noqa: E402
+from harness.protocols import PROTOCOLS  # noqa: E402
+from harness.settings import NETWORKS, STRATEGIES, STUDIES  # noqa: E402
+from harness.strategies import recipe_of  # noqa: E402
+
+EVERY = [(benchmark, name) for benchmark, protocols in PROTOCOLS.items() for name in protocols]
+
+
+def runs(benchmark, *arguments):
+    p = parser("", benchmark=benchmark, output="none", tasks=(2, 5, 10) if benchmark == "split-mnist" else None)
+    return runs_of(parsed(p, benchmark, list(map(str, arguments))), benchmark)
+
+
+@pytest.mark.parametrize("benchmark, name", EVERY)
+def test_a_protocol_sets_what_it_says_for_every_run(benchmark, name):
+    protocol = PROTOCOLS[benchmark][name]
+    listed = [*protocol.settings, *(strategy for strategy, _ in protocol.published)]
+    assert set(listed) <= {*STRATEGIES, *STUDIES[benchmark]}
+    for run in runs(benchmark, "--protocol", name, "--strategies", ",".join(dict.fromkeys([*listed, "sp-replay"]))):
+        for argument, value in protocol.arguments.items():
+            if argument == "replay_buffer":
+                assert run.replay_buffer in (0, *value)
+            else:
+                assert getattr(run, {"tasks": "n_tasks"}.get(argument, argument)) == value
+        recipe_of(run)  # its settings exist
+
+
+def test_settings_are_published_for_some_strategies_and_buffers_alone():
+    mammoth = ["--protocol", "mammoth", "--strategies"]
+    lrs = {r.replay_buffer: r.overrides for r in runs("split-mnist", *mammoth, "replay-sgd")}
+    assert lrs[200] == (("lr", 0.01),) and lrs[5120] == (("lr", 0.1),)
+    other = runs("split-mnist", *mammoth, "replay-sgd", "--replay-buffer", 1000)
+    assert {r.overrides for r in other + runs("split-mnist", *mammoth, "sp")} == {()}
+
+
+def test_the_command_line_goes_first():
+    arguments = ["--protocol", "original", "--strategies", "sp-replay", "--seeds", 1]
+    (run,) = runs("split-mnist", *arguments)
+    assert (run.n_tasks, run.epochs, run.batch_size, run.replay_buffer) == (2, 5, 64, 2000)
+    few = runs("split-mnist", *arguments, "--epochs", 1, "--replay-buffer", "50,200", "--set", "lr=0.3")
+    lr = (("lr", 0.3),)
+    assert [(r.epochs, r.replay_buffer, r.overrides) for r in few] == [(1, 50, lr), (1, 200, lr)]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_network_is_what_its_name_says(network):
+    sizes = [m.out_features for m in build_network(network) if hasattr(m, "out_features")]
+    if network != "cnn":
+        assert sizes == [*map(int, network.split("-")), 10]
