@@ -15,9 +15,10 @@ from avalanche_sp.replay import stream_part, stream_rows
 
 __all__ = ["StreamWatch"]
 
-# Iterations from one look at the stream to the next. A look costs one device sync, and adds one mini-batch to the
-# second moments.
+# Iterations from one look at the stream to the next: one device sync a look.
 _LOOK = 4
+# Samples that a look adds to the second moments: those of the last mini-batches, as many as it takes, at most all.
+_SAMPLES = 64
 # Looks from one consolidation to the next, where nothing is to be detected.
 _LOOKS = 16
 # Input vectors for which older ones stand in a second moment, at most: the older ones' network is no longer there.
@@ -41,16 +42,38 @@ class Moment:
     def empty(cls, like: Tensor) -> Moment:
         return cls(like.new_zeros(0), like.new_zeros(like.shape[1], 0), like.new_zeros(()))
 
-    def add(self, x: Tensor, rank: int) -> None:
-        """Adds a batch of input vectors (rows, d). Those of earlier batches fade."""
-        share = self.weight / (self.weight + len(x))
-        self.weight = min(self.weight + len(x), _MEMORY)
+    def add(self, x: Tensor, weight: int, rank: int) -> None:
+        """Adds vectors (n, d) that have the second moment of ``weight`` input vectors. Those of earlier looks fade."""
+        share = self.weight / (self.weight + weight)
+        self.weight = min(self.weight + weight, _MEMORY)
         self.eigenvalues, self.vectors = merge_eigenspace(self.eigenvalues, self.vectors, share, x, rank)
         self.mean_eigenvalue = share * self.mean_eigenvalue + (1 - share) * x.square().mean()
 
     def factor(self) -> Tensor:
         """As many vectors (r, d) as are kept, whose second moment is this one."""
         return (self.vectors * (len(self.eigenvalues) * self.eigenvalues).sqrt()).T
+
+
+@dataclass
+class Mixture:
+    """Input vectors of small mini-batches, added up with random signs: (64, d), no vector by itself.
+
+    The second moment of such sums is, in expectation, that of the vectors times their number (a random sketch: D.
+    Achlioptas, Database-friendly random projections, 2003). ``weight`` is that number.
+    """
+
+    sums: Tensor
+    weight: int
+    rows: float  # how many input vectors a sample gives a weight
+
+    @classmethod
+    def of(cls, x: Tensor, rows: float, seed: int) -> Mixture:
+        generator = torch.Generator(x.device).manual_seed(seed)
+        signs = torch.randint(0, 2, (_SAMPLES, len(x)), generator=generator, device=x.device).to(x) * 2 - 1
+        return cls(signs @ x, len(x), rows)
+
+    def __add__(self, other: Mixture) -> Mixture:
+        return Mixture(self.sums + other.sums, self.weight + other.weight, other.rows)
 
 
 class StreamWatch:
@@ -79,7 +102,8 @@ class StreamWatch:
         self.measure_curvature = measure_curvature
         self.iteration = 0
         self._queue: list[Tensor] = []  # the losses since the last look: read together, one device sync a look
-        self._inputs: list[tuple[str, GatedLayer, Tensor]] = []
+        self._inputs: list[tuple[str, GatedLayer, Tensor]] = []  # of the present iteration
+        self._mixtures: dict[str, Mixture] = {}  # since the last look
         self._weights: dict[str, Tensor] = {}  # at the last calm look
         self._norms: dict[str, list[Tensor]] = {}  # and all that normalisation layers held then
         self._start()
@@ -98,26 +122,34 @@ class StreamWatch:
         tensors += [*self._weights.values(), *(t for held in self._norms.values() for t in held)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def listen(self, model: nn.Module) -> list:
-        """Hooks that note the layers' inputs in the coming forward pass, if it is one to look at."""
+    def listen(self, strategy) -> list:
+        """Hooks that note the layers' inputs in the coming forward pass, if a look takes them in."""
         self._inputs.clear()
-        if (self.iteration + 1) % _LOOK:
+        if -(self.iteration + 1) % _LOOK * stream_rows(strategy) >= _SAMPLES:
             return []
         return [
             layer.register_forward_hook(
                 lambda layer, inputs, output, name=name: self._inputs.append((name, layer, inputs[0].detach()))
             )
-            for name, layer in gated_layers(model).items()
+            for name, layer in gated_layers(strategy.model).items()
         ]
 
+    @torch.no_grad()
     def observe(self, strategy) -> None:
-        """Notes the loss of the stream's samples, after the backward pass."""
-        n, loss = stream_rows(strategy), strategy.loss
+        """Notes the loss of the stream's samples and the layers' inputs, after the backward pass."""
+        batch, n, loss = len(strategy.mb_x), stream_rows(strategy), strategy.loss
         self.samples += n
-        if n < len(strategy.mb_x) and isinstance(strategy.mb_output, Tensor):
-            with torch.no_grad():
-                loss = strategy._criterion(strategy.mb_output[:n], strategy.mb_y[:n])
+        if n < batch and isinstance(strategy.mb_output, Tensor):
+            loss = strategy._criterion(strategy.mb_output[:n], strategy.mb_y[:n])
         self._queue.append(loss.detach().squeeze())
+        for name, layer, inputs in self._inputs:
+            x, count = some_inputs(layer, stream_part(inputs, batch, n))
+            if n >= _SAMPLES:  # the look takes in this batch alone
+                new = Mixture(x * len(x) ** 0.5, len(x), count / n)
+            else:
+                new = Mixture.of(x, count / n, self.iteration)
+            self._mixtures[name] = self._mixtures[name] + new if name in self._mixtures else new
+        self._inputs.clear()
 
     @torch.no_grad()
     def look(self, strategy) -> bool:
@@ -131,16 +163,15 @@ class StreamWatch:
         if calm and not found:
             self._take(strategy)
         self._queue.clear()
-        self._inputs.clear()
+        self._mixtures.clear()
         return bool(self.moments) and (found or self.losses is None and self.iteration % (_LOOK * _LOOKS) == 0)
 
     def _take(self, strategy) -> None:
         batch, stream = len(strategy.mb_x), stream_rows(strategy)
-        for name, layer, inputs in self._inputs:
-            x, count = some_inputs(layer, stream_part(inputs, batch, stream))
-            moment = self.moments.setdefault(name, Moment.empty(x))
-            moment.add(x, self.rank)
-            moment.rows = count / stream
+        for name, new in self._mixtures.items():
+            moment = self.moments.setdefault(name, Moment.empty(new.sums))
+            moment.add(new.sums / new.weight**0.5, new.weight, self.rank)
+            moment.rows = new.rows
         self.looks += 1
         self.classes.update(strategy.mb_y[:stream].flatten().tolist())
         if self.measure_curvature:

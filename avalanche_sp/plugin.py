@@ -241,7 +241,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 )
             )
         if self._stream is not None and self.active:
-            self._handles += self._stream.listen(strategy.model)
+            self._handles += self._stream.listen(strategy)
         for module in self._norms:
             if module.training:
                 self._resting.append(module.eval())

@@ -219,6 +219,14 @@ RECIPES["split-mnist"][2] |= {
     "legacy-sp-replay": Recipe("legacy", 3e-3, optimizer_settings={"plasticity_k": 5.0}, **_BUFFER),
 }
 
+# The plugin where it isn't told when a task ends: otherwise the same.
+for _tuned in RECIPES.values():
+    for _recipes in _tuned.values():
+        for _name in ("sp", "sp-replay-sgd"):
+            for _when in ("surprise", "continuous") if _name in _recipes else ():
+                _plugins = tuple(f"sp-{_when}" if p == "sp" else p for p in _recipes[_name].plugins)
+                _recipes[f"{_name.removesuffix('-sgd')}-{_when}"] = replace(_recipes[_name], plugins=_plugins)
+
 
 def nearest(tuned: dict[int, object], value: int):
     """The entry that was tuned for the nearest value, in ratio."""

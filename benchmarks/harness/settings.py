@@ -41,11 +41,17 @@ _NO_REPLAY = ("lwf", "owm", "gpm")
 _REPLAY = (
     "a-gem", "gem", "gdumb", "er-ace", "der++", "replay-distilled", "replay-gated", "replay-adaptive", "sp-replay-sgd",
 )  # fmt: skip
+# The plugin where it isn't told when a task ends.
+UNTOLD = ("sp-surprise", "sp-continuous", "sp-replay-surprise", "sp-replay-continuous")
+# How the tasks come: one after another; the same in experiences of one batch, for strategies that are told nothing;
+# mixed with their neighbours; each turning slowly into the next; or the first once more at the end.
+STREAMS = ("tasks", "online", "blurred", "drifting", "returning")
 BOUNDS = ("cumulative", "joint")
 STUDIES = {
     "split-mnist": (
         *_NO_REPLAY,
         *_REPLAY,
+        *UNTOLD,
         "cumulative",
         "legacy-adam",
         "legacy-sp",
@@ -56,6 +62,7 @@ STUDIES = {
     "permuted-mnist": (
         *_NO_REPLAY,
         *_REPLAY,
+        *UNTOLD,
         "cumulative",
         "upgd",
         "gate-off",
@@ -67,7 +74,7 @@ STUDIES = {
     ),
 }
 USES_REPLAY = (
-    "replay-sgd", "replay-adam", "replay-joint", "sp-replay", *_REPLAY,
+    "replay-sgd", "replay-adam", "replay-joint", "sp-replay", *_REPLAY, *UNTOLD[2:],
     "legacy-adam-replay", "legacy-control", "legacy-sp-replay",
 )  # fmt: skip
 
@@ -94,6 +101,7 @@ class Run:
         validation: score on 1/6 of the training images, held out, instead of the test set, for tuning.
         network: one of NETWORKS.
         overrides: (name, value) pairs that replace the strategy's settings, for tuning.
+        stream: one of STREAMS.
     """
 
     benchmark: str
@@ -107,9 +115,11 @@ class Run:
     validation: bool = False
     network: str = "256-256"
     overrides: tuple[tuple[str, float], ...] = ()
+    stream: str = "tasks"
 
     def to_json(self) -> dict:
-        return {**asdict(self), "overrides": dict(self.overrides)}
+        values = {**asdict(self), "overrides": dict(self.overrides)}
+        return values if self.stream != "tasks" else {k: v for k, v in values.items() if k != "stream"}
 
     def key(self, code: str) -> str:
         """Names the run and the code that made it: a stored result is only ever reused for the same of both."""
@@ -131,6 +141,7 @@ def code_fingerprint() -> str:
             "ridge.py",
             "run.py",
             "strategies.py",
+            "streams.py",
         )
     ]
     digest = hashlib.sha256()

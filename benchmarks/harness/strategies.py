@@ -93,8 +93,16 @@ PLUGINS = {
     "gpm": lambda s, run: GradientProjectionMemory(s["epsilon"]),
     "ridge": lambda s, run: StreamingRidge(s["ridge"]),
     "consolidation": lambda s, run: ConsolidationPlugin(),
-    "sp": lambda s, run: SelectivePlasticityPlugin(s["openness"], s["pull_back"], int(s["rank"])),
+    "sp": lambda s, run: _gate(s),
+    "sp-surprise": lambda s, run: _gate(s, consolidate="surprise"),
+    "sp-continuous": lambda s, run: _gate(s, consolidate="continuous"),
 }
+
+
+def _gate(settings: dict[str, float], **kwargs) -> SelectivePlasticityPlugin:
+    return SelectivePlasticityPlugin(settings["openness"], settings["pull_back"], int(settings["rank"]), **kwargs)
+
+
 # Avalanche's DER stores a network's outputs when an experience ends and draws one batch of stored samples, where its
 # publication (P. Buzzega et al., NeurIPS 2020) stores them at once and draws two. Its ER-ACE (L. Caccia et al., ICLR
 # 2022) has the new experience's samples in the memory from its beginning.
