@@ -29,23 +29,22 @@ _MEMORY = 1280
 class Moment:
     """Running second moment of a layer's input vectors: its leading eigenpairs, and the mean of all eigenvalues.
 
-    ``rows`` is how many input vectors a sample gives a weight, ``weight`` how many the moment stands for.
+    ``weight`` is how many input vectors it stands for.
     """
 
     eigenvalues: Tensor
     vectors: Tensor
     mean_eigenvalue: Tensor
-    rows: float = 1.0
     weight: int = 0
 
     @classmethod
     def empty(cls, like: Tensor) -> Moment:
         return cls(like.new_zeros(0), like.new_zeros(like.shape[1], 0), like.new_zeros(()))
 
-    def add(self, x: Tensor, weight: int, rank: int) -> None:
-        """Adds vectors (n, d) that have the second moment of ``weight`` input vectors. Those of earlier looks fade."""
-        share = self.weight / (self.weight + weight)
-        self.weight = min(self.weight + weight, _MEMORY)
+    def add(self, x: Tensor, rank: int) -> None:
+        """Adds input vectors (n, d). Those of earlier looks fade."""
+        share = self.weight / (self.weight + len(x))
+        self.weight = min(self.weight + len(x), _MEMORY)
         self.eigenvalues, self.vectors = merge_eigenspace(self.eigenvalues, self.vectors, share, x, rank)
         self.mean_eigenvalue = share * self.mean_eigenvalue + (1 - share) * x.square().mean()
 
@@ -54,26 +53,11 @@ class Moment:
         return (self.vectors * (len(self.eigenvalues) * self.eigenvalues).sqrt()).T
 
 
-@dataclass
-class Mixture:
-    """Input vectors of small mini-batches, added up with random signs: (64, d), no vector by itself.
-
-    The second moment of such sums is, in expectation, that of the vectors times their number (a random sketch: D.
-    Achlioptas, Database-friendly random projections, 2003). ``weight`` is that number.
-    """
-
-    sums: Tensor
-    weight: int
-    rows: float  # how many input vectors a sample gives a weight
-
-    @classmethod
-    def of(cls, x: Tensor, rows: float, seed: int) -> Mixture:
-        generator = torch.Generator(x.device).manual_seed(seed)
-        signs = torch.randint(0, 2, (_SAMPLES, len(x)), generator=generator, device=x.device).to(x) * 2 - 1
-        return cls(signs @ x, len(x), rows)
-
-    def __add__(self, other: Mixture) -> Mixture:
-        return Mixture(self.sums + other.sums, self.weight + other.weight, other.rows)
+def rotated(x: Tensor, seed: int) -> Tensor:
+    """Other vectors (n, d) of the same second moment: what is kept of a mini-batch until the next look."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    square = torch.randn(len(x), len(x), generator=generator, device=x.device, dtype=x.dtype)
+    return torch.linalg.qr(square).Q @ x
 
 
 class StreamWatch:
@@ -103,7 +87,8 @@ class StreamWatch:
         self.iteration = 0
         self._queue: list[Tensor] = []  # the losses since the last look: read together, one device sync a look
         self._inputs: list[tuple[str, GatedLayer, Tensor]] = []  # of the present iteration
-        self._mixtures: dict[str, Mixture] = {}  # since the last look
+        self._moments: dict[str, list[Tensor]] = {}  # of the mini-batches since the last look, each as its factor
+        self._rows: dict[str, float] = {}  # input vectors that a sample gives a weight
         self._weights: dict[str, Tensor] = {}  # at the last calm look
         self._norms: dict[str, list[Tensor]] = {}  # and all that normalisation layers held then
         self._start()
@@ -144,11 +129,9 @@ class StreamWatch:
         self._queue.append(loss.detach().squeeze())
         for name, layer, inputs in self._inputs:
             x, count = some_inputs(layer, stream_part(inputs, batch, n))
-            if n >= _SAMPLES:  # the look takes in this batch alone
-                new = Mixture(x * len(x) ** 0.5, len(x), count / n)
-            else:
-                new = Mixture.of(x, count / n, self.iteration)
-            self._mixtures[name] = self._mixtures[name] + new if name in self._mixtures else new
+            # A batch that the look takes in by itself is gone with this iteration; smaller ones wait.
+            self._moments.setdefault(name, []).append(x if n >= _SAMPLES else rotated(x, self.iteration))
+            self._rows[name] = count / n
         self._inputs.clear()
 
     @torch.no_grad()
@@ -163,15 +146,13 @@ class StreamWatch:
         if calm and not found:
             self._take(strategy)
         self._queue.clear()
-        self._mixtures.clear()
+        self._moments.clear()
         return bool(self.moments) and (found or self.losses is None and self.iteration % (_LOOK * _LOOKS) == 0)
 
     def _take(self, strategy) -> None:
         batch, stream = len(strategy.mb_x), stream_rows(strategy)
-        for name, new in self._mixtures.items():
-            moment = self.moments.setdefault(name, Moment.empty(new.sums))
-            moment.add(new.sums / new.weight**0.5, new.weight, self.rank)
-            moment.rows = new.rows
+        for name, factors in self._moments.items():
+            self.moments.setdefault(name, Moment.empty(factors[0])).add(torch.cat(factors), self.rank)
         self.looks += 1
         self.classes.update(strategy.mb_y[:stream].flatten().tolist())
         if self.measure_curvature:
@@ -200,7 +181,7 @@ class StreamWatch:
                 x = moment.factor()
                 old = layers.get(name) or LayerActivity.empty(x.shape[1], x)
                 layers[name] = old.merged(
-                    layer, x, moment.rows, self.samples, self.rank, moment.mean_eigenvalue
+                    layer, x, self._rows[name], self.samples, self.rank, moment.mean_eigenvalue
                 )
         for name, held in _held_by_norms(model).items():
             for now, before in zip(held, self._norms.get(name, ())):
