@@ -19,8 +19,8 @@ __all__ = ["StreamWatch"]
 _LOOK = 4
 # Samples that a look adds to the second moments: those of the last mini-batches, as many as it takes, at most all.
 _SAMPLES = 64
-# Looks from one consolidation to the next, where nothing is to be detected.
-_LOOKS = 16
+# Samples from one consolidation to the next, where nothing is to be detected.
+_CHUNK = 4096
 # Input vectors for which older ones stand in a second moment, at most: the older ones' network is no longer there.
 _MEMORY = 1280
 
@@ -72,7 +72,7 @@ class StreamWatch:
     copy the weights go back, and of the steps since then only what the gate lets through, once it is closed for what
     was learned before the change, is done again.
 
-    Without a detector it consolidates every 64 iterations.
+    Without a detector it consolidates every 4096 samples.
 
     Args:
         detector: or None.
@@ -147,7 +147,7 @@ class StreamWatch:
             self._take(strategy)
         self._queue.clear()
         self._moments.clear()
-        return bool(self.moments) and (found or self.losses is None and self.iteration % (_LOOK * _LOOKS) == 0)
+        return bool(self.moments) and (found or self.losses is None and self.samples >= _CHUNK)
 
     def _take(self, strategy) -> None:
         batch, stream = len(strategy.mb_x), stream_rows(strategy)

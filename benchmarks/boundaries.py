@@ -26,8 +26,8 @@ PARTS = {
     "permuted": (_PERMUTED, ("sp", "sp-surprise", "sp-continuous"), (0,)),
     "permuted-replay": (_PERMUTED, _REPLAY, (200, 1000)),
     "online": (
-        _SPLIT | {"stream": "online", "batch_size": 10, "overrides": (("lr", 0.02),)},
-        ("sp", "naive-sgd", "sp-surprise", "sp-continuous"),
+        _SPLIT | {"stream": "online", "batch_size": 10, "overrides": (("lr", 0.02), ("openness", 0.1))},
+        ("sp", "sp-surprise", "sp-continuous"),
         (0,),
     ),
     "blurred-split": (_SPLIT | {"stream": "blurred"}, ("sp", "sp-surprise", "sp-continuous"), (0,)),
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     rows, failures = [], 0
     for part in args.parts:
         runs = runs_of(part, seeds, args.validation)
-        results = args.output / "results.jsonl"
+        results = args.output / "runs.jsonl"
         records, failed = run_all(runs, results, args.dataset_root, args.jobs, args.scheduler, _no_curve)
         rows, failures = rows + rows_of(part, records), failures + failed
     images = "held-out training images" if args.validation else "test images"

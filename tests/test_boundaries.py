@@ -17,6 +17,7 @@ from avalanche_sp import (
     FoundBoundaries,
     SelectivePlasticityOptimizer,
     SelectivePlasticityPlugin,
+    boundaries,
     split_mnist,
 )
 from avalanche_sp.activity import LayerActivity
@@ -26,6 +27,11 @@ from avalanche_sp.layers import set_weights, weights_and_bias
 from conftest import MNIST, mlp, sliced, strategy_of, weights
 
 FOUND = ("surprise", "continuous")
+
+
+@pytest.fixture(autouse=True)
+def consolidate_every_64_iterations(monkeypatch):
+    monkeypatch.setattr(boundaries, "_CHUNK", 64 * 16)
 
 
 @pytest.fixture(scope="module")
