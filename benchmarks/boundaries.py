@@ -30,6 +30,11 @@ PARTS = {
         ("sp", "sp-surprise", "sp-continuous"),
         (0,),
     ),
+    "online naive": (
+        _SPLIT | {"stream": "online", "batch_size": 10, "overrides": (("lr", 0.02),)},
+        ("naive-sgd",),
+        (0,),
+    ),
     "blurred-split": (_SPLIT | {"stream": "blurred"}, ("sp", "sp-surprise", "sp-continuous"), (0,)),
     "blurred-permuted": (_PERMUTED | {"stream": "blurred"}, ("sp", "sp-surprise", "sp-continuous"), (0,)),
     "drifting": (_PERMUTED | {"stream": "drifting"}, ("sp", "naive-sgd", "sp-surprise", "sp-continuous"), (0,)),
