@@ -50,7 +50,7 @@ class JointReplayLoss(SupervisedPlugin):
     Args:
         criterion: loss of (outputs, targets), averaged over the batch.
         shrinkage: stored samples a class at which the memory has half of its joint weight, 0 or more (default 0: all
-            of it, as replay alone wants it). 25 beside
+            of it, as replay alone wants it). 10 beside
             :class:`~avalanche_sp.SelectivePlasticityPlugin` (``docs/experiments.md``).
 
     Raises:

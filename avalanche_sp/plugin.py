@@ -30,7 +30,7 @@ from avalanche_sp.replay import classes_of, memory_size, stream_part, stream_row
 __all__ = ["SelectivePlasticityPlugin"]
 
 # Stored samples a class with which the gate opens to twice its openness: see SelectivePlasticityPlugin.
-_MEMORY_SCALE = 5
+_MEMORY_SCALE = 2
 # At most so many old samples for each new one pull at a time: more would outrun the optimizer's step size.
 _MAX_PULL = 20
 # Iterations from one look at the weights to the next, at most.
@@ -80,9 +80,9 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     Beside Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated along the
     :math:`v_i`; the factor :math:`1 - f_{rest}` is for the memory's gradient, too. Stored samples show what would be
     forgotten, so they open the gate and replace the pull-back: with c of them for each class of each experience the
-    openness is multiplied by :math:`o = 1 + (c/5)^2` and the pull-back divided by :math:`o^2`, found on Split MNIST
+    openness is multiplied by :math:`o = 1 + (c/2)^{1.5}` and the pull-back divided by :math:`o^2`, found on Split MNIST
     (``docs/experiments.md``). The optimizer's steps are left as they are, and normalisation layers go on learning.
-    The loss for it is ``JointReplayLoss(criterion, shrinkage=25)``.
+    The loss for it is ``JointReplayLoss(criterion, shrinkage=10)``.
 
     The model is touched only while the strategy trains: hooks on its layers from a forward pass to the end of its
     backward pass. Gradients accumulated over several backward passes are gated each by itself. A
@@ -164,8 +164,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             self._stream = StreamWatch(detector, rank, measure_curvature=pull_back > 0)
         self._loss_moments: tuple[Tensor, Tensor] | None = None
         self._curvature = torch.zeros(())  # of the loss in its outputs, over all consolidated samples
-        # For the present epoch: N_old / N_new and what a memory leaves of it; iterations from look to look.
         self._classes_seen = 0  # each experience's count anew: its samples are others
+        # For the present epoch: N_old / N_new and what a memory leaves of it; iterations from look to look.
         self._pull_weight = 0.0
         self._interval = _INTERVAL
         self._has_memory = False
@@ -210,7 +210,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     def before_training_epoch(self, strategy, **kwargs):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
         memory = memory_size(strategy)
-        opening = 1 + (memory / max(self._classes_seen, 1) / _MEMORY_SCALE) ** 2
+        opening = 1 + (memory / max(self._classes_seen, 1) / _MEMORY_SCALE) ** 1.5
         openness = self.openness * opening / (1 + strategy.clock.train_exp_epochs) ** 4
         self._has_memory = memory > 0
         ratio = self._samples_seen / len(strategy.experience.dataset)

@@ -79,7 +79,7 @@ class Spy(SelectivePlasticityPlugin):
             f = activity.closed.numpy().astype(np.float64)
             stored = len(strategy.dataloader.datasets[1]) if n < len(inputs) else 0
             classes = 2 * strategy.clock.train_exp_counter
-            opening = 1 + (stored / classes / 5) ** 2
+            opening = 1 + (stored / classes / 2) ** 1.5
             mean = activity.mean_eigenvalue.item()
             rest = (len(v) * mean - activity.eigenvalues.sum().item()) / (len(v) - v.shape[1])
             f_rest = rest / (rest + opening * self.openness * mean)

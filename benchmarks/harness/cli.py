@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from harness.jobs import run_all
-from harness.protocols import PROTOCOLS
+from harness.protocols import PROTOCOLS, overrides_of
 from harness.settings import MNIST, NETWORKS, ROOT, STRATEGIES, STUDIES, USES_REPLAY, Run
 
 
@@ -106,11 +106,6 @@ def add_workers(p: argparse.ArgumentParser) -> None:
 
 def runs_of(args: argparse.Namespace, benchmark: str) -> list[Run]:
     """Seeds outermost, so that a comparison cut short is a whole one with fewer seeds."""
-
-    def overrides(strategy: str, buffer: int) -> tuple[tuple[str, float], ...]:
-        published = PROTOCOLS[benchmark][args.protocol].settings_of(strategy, buffer) if args.protocol else {}
-        return tuple(sorted({**published, **dict(args.set)}.items()))
-
     return [
         Run(
             benchmark=benchmark,
@@ -123,7 +118,7 @@ def runs_of(args: argparse.Namespace, benchmark: str) -> list[Run]:
             train_per_task=getattr(args, "train_per_task", None),
             validation=args.validation,
             network=args.network,
-            overrides=overrides(strategy, buffer),
+            overrides=overrides_of(benchmark, args.protocol, strategy, buffer, args.set),
         )
         for seed in range(args.first_seed, args.first_seed + args.seeds)
         for strategy in args.strategies

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.statistics import bootstrap, holm, rank_biserial, wilcoxon
-from harness.studies import OURS, Study
+from harness.studies import ALONE, OURS, Study
 
 ALPHA = 0.05
 
@@ -85,17 +85,17 @@ def differences(ours: Cell, others: list[Cell]) -> list[Difference]:
 
 
 def against_others(cells: list[Cell]) -> dict[int, list[Difference]]:
-    """By buffer: ours minus every other row with as many stored samples, and minus the plugin without any."""
+    """By buffer: ours minus every other row with as many stored samples, and minus ours without any."""
     found = {}
     for ours in (c for c in cells if c.label == OURS):
-        others = [c for c in cells if c.label == "sp" or (c.buffer == ours.buffer and c is not ours)]
+        others = [c for c in cells if c.label == ALONE or (c.buffer == ours.buffer and c is not ours)]
         found[ours.buffer] = differences(ours, others)
     return {buffer: rows for buffer, rows in found.items() if rows}
 
 
 def steps(cells: list[Cell]) -> list[Difference]:
-    """Ours with each buffer minus ours with the next smaller one, beginning without any: `sp`."""
-    ours = [c for c in cells if c.label == "sp"] + sorted((c for c in cells if c.label == OURS), key=lambda c: c.buffer)
+    """Ours with each buffer minus ours with the next smaller one, beginning without any."""
+    ours = sorted((c for c in cells if c.label in (ALONE, OURS)), key=lambda c: c.buffer)
     found = [differences(larger, [smaller]) for smaller, larger in zip(ours, ours[1:])]
     rows = [row for rows in found for row in rows]
     ps = holm([row.p for row in rows])

@@ -13,7 +13,7 @@ import numpy as np
 from harness.comparison import Cell
 from harness.settings import BOUNDS, position
 from harness.statistics import bootstrap
-from harness.studies import OURS
+from harness.studies import ALONE, OURS
 
 # Blues and greens for what replays (P. Tol, Colour schemes, 2021), red for selective plasticity, greys for the rest.
 _COLOURS = {
@@ -30,6 +30,8 @@ _COLOURS = {
     "replay-sgd": "#88ccee",
     "replay-adam": "#77aadd",
     "replay-joint": "#332288",
+    "replay-adaptive": "#ddaa33",
+    "sp-replay-sgd": "#ee7733",
     "replay-gated": "#6655aa",
     "replay-distilled": "#aa99dd",
     "er-ace": "#44aa99",
@@ -42,6 +44,7 @@ _COLOURS = {
 }
 # For those that only a colour would tell apart where they are drawn in one panel.
 _MARKERS = {"sp-replay": "o", "replay-joint": "s", "der++": "^", "er-ace": "v", "replay-sgd": "D", "gdumb": "P"}
+_MARKERS |= {"replay-adaptive": "X"}
 
 
 def colour(strategy: str) -> str:
@@ -80,8 +83,7 @@ def acc_by_buffer(panels: list[tuple[str, list[Cell]]], path: Path) -> Path:
         buffers = sorted({c.buffer for c in cells if c.buffer})
         nothing = buffers[0] / 2
         for name in dict.fromkeys(c.label for c in cells if c.buffer):
-            # Without any stored sample, ours is the plugin alone.
-            line = [c for c in cells if c.label == name or (name == OURS and c.label == "sp")]
+            line = [c for c in cells if c.label == name or (name == OURS and c.label == ALONE)]
             line.sort(key=lambda c: c.buffer)
             x = [c.buffer or nothing for c in line]
             low, high = zip(*(bootstrap(list(c.values().values())) for c in line))
@@ -89,13 +91,13 @@ def acc_by_buffer(panels: list[tuple[str, list[Cell]]], path: Path) -> Path:
             marker = _MARKERS.get(name, ".")
             ax.plot(x, [c.mean() for c in line], marker + "-", color=colour(name), lw=width, ms=5, label=name)
             ax.fill_between(x, low, high, color=colour(name), alpha=0.2, lw=0)
-        ours = [c.mean() for c in cells if c.label in (OURS, "sp")]
+        ours = [c.mean() for c in cells if c.label in (OURS, ALONE)]
         bottom = max(0, min(ours) - 20) if ours else 0
         for c in (c for c in cells if not c.buffer):
             if c.strategy in BOUNDS:
                 style = "--" if c.strategy == "joint" else ":"
                 ax.axhline(c.mean(), color=colour(c.strategy), ls=style, lw=1, label=c.label)
-            elif c.label != "sp" and c.mean() >= bottom:
+            elif c.label != ALONE and c.mean() >= bottom:
                 ax.plot([nothing], [c.mean()], "x", color=colour(c.label), label=c.label)
         ax.set_ylim(bottom, 100)
         ax.set_xscale("log")

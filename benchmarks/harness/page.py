@@ -10,17 +10,18 @@ from harness.comparison import ALPHA, Cell, Difference, against_others, cells_of
 from harness.protocols import PROTOCOLS
 from harness.settings import NETWORKS
 from harness.statistics import wilcoxon
-from harness.studies import ABLATIONS, BY_BUFFER, EPOCHS, ORIGINAL, OURS, PUBLISHED, Study
+from harness.studies import ABLATIONS, ALONE, BY_BUFFER, EPOCHS, ORIGINAL, OURS, PUBLISHED, Study
 
 FIGURES = {"buffers": "results/buffers.png", "training": "results/buffers_split5/training.png"}
 
 INTRODUCTION = f"""# Selective plasticity beside stored samples
 
-`{OURS}` is `SelectivePlasticityPlugin` beside Avalanche's `ReplayPlugin`, with one set of defaults for every buffer.
-Its comparisons have as many stored samples, batches of as many of them, and, in each seed, the same network, initial
-weights, order of data and steps of the stream. `gdumb` alone trains on its buffer instead, as often as it was tuned
-to; `cumulative` and `joint` have all data. Each strategy was tuned on validation images with seeds that are not
-reported ([experiments.md](experiments.md)).
+`{OURS}` is `SelectivePlasticityPlugin` and `SelectivePlasticityOptimizer` beside Avalanche's `ReplayPlugin`, with one
+set of defaults for every buffer; `{ALONE}` is the same without a buffer. The comparisons have as many stored samples,
+batches of as many of them, and, in each seed, the same network, initial weights, order of data and steps of the
+stream. `gdumb` alone trains on its buffer instead, as often as it was tuned to; `cumulative` and `joint` have all
+data. Each strategy was tuned on validation images with seeds that are not reported
+([experiments.md](experiments.md)).
 
 A figure is the mean of test accuracy over all tasks, after the last one, with its 95% bootstrap interval. Differences
 are paired by seed. "Above" and "below" mean p < {ALPHA} in Wilcoxon's signed-rank test, with Holm's correction over
@@ -125,7 +126,7 @@ def _published(name: str, study: Study, cells: list[Cell]) -> list[str]:
                 "difference": "-" if published is None else f"{c.mean() - published:+.1f}",
             }
         )
-    return [_heading(study, cells), _table(rows), f"Published: {protocol.source}.\n"]
+    return [_heading(study, cells), _table(rows), f"Published: {protocol.source}. {protocol.note}".rstrip() + "\n"]
 
 
 def _cost(name: str, study: Study, cells: list[Cell]) -> list[str]:
@@ -200,7 +201,7 @@ def _summary(found: dict[int, list[Difference]]) -> str:
     above = [str(b) for b, rows in found.items() if all(row.verdict == "above" for row in rows)]
     below = [str(b) for b, rows in found.items() if any(row.verdict == "below" for row in rows)]
     texts = [
-        f"above every other row with {_and(above)} stored samples" if above else "above every other row with no buffer",
+        f"above every other row {f'with {_and(above)} stored samples' if above else 'at none of them'}",
         f"below at least one with {_and(below)}" if below else "below none with any",
     ]
     return f"`{OURS}` is {texts[0]}, and {texts[1]}.\n"
@@ -228,10 +229,8 @@ def _growth(cells: list[Cell]) -> str:
     ]
     what = f"it falls significantly {_and(falls)}" if falls else "it never falls significantly"
     smallest = min(found, key=lambda row: row.mean)
-    return (
-        f"From each buffer to the next larger one, `{OURS}` (`sp` where there is none) changes by {smallest.mean:+.1f} "
-        f"points at the least; {what}.\n"
-    )
+    line = f"`{OURS}` (`{ALONE}` where there is none)"
+    return f"From each buffer to the next, {line} changes by {smallest.mean:+.1f} points at the least; {what}.\n"
 
 
 def _last(cell: Cell) -> list[float]:

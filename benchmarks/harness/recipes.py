@@ -62,7 +62,7 @@ _SP = {"openness": 0.2, "pull_back": 1.0, "rank": SP_RANK}  # the plugin's defau
 _BESIDE_REPLAY = {
     "loss": "squared error",
     "plugins": ("replay", "sp"),
-    "settings": _SP | {"shrinkage": 25.0},
+    "settings": _SP | {"shrinkage": 10.0},
     "joint_weight": True,
 }
 
@@ -94,7 +94,7 @@ RECIPES: dict[str, dict[int, dict[str, Recipe]]] = {
             "replay-sgd": Recipe("SGD", 0.2, plugins=("replay",)),
             "replay-adam": Recipe("Adam", {200: 2e-4, 2000: 1e-3}, plugins=("replay",)),
             "replay-joint": Recipe(
-                "SGD", {50: 0.01, 200: 0.1, 1000: 0.1, 2000: 0.1}, "squared error", ("replay",), joint_weight=True
+                "SGD", {50: 0.01, 200: 0.03, 1000: 0.1, 2000: 0.1}, "squared error", ("replay",), joint_weight=True
             ),
             "sp-replay-sgd": Recipe("SGD", 0.1, **_BESIDE_REPLAY),
             "joint": Recipe("Adam", 1e-3, template="joint"),
@@ -116,7 +116,7 @@ RECIPES["permuted-mnist"] = {
         "sp": Recipe("SGD", 0.1, "squared error", plugins=("sp",), settings=_SP),
         "replay-sgd": Recipe("SGD", 0.2, plugins=("replay",)),
         "replay-adam": Recipe("Adam", {200: 3e-4, 2000: 1e-3}, plugins=("replay",)),
-        "replay-joint": Recipe("SGD", 0.1, "squared error", ("replay",), joint_weight=True),
+        "replay-joint": Recipe("SGD", 0.15, "squared error", ("replay",), joint_weight=True),
         "sp-replay-sgd": Recipe("SGD", 0.1, **_BESIDE_REPLAY),
         "joint": Recipe("Adam", 1e-3, template="joint"),
     },
@@ -165,9 +165,11 @@ _NEITHER_BESIDE_REPLAY = {
 for _recipes in RECIPES["split-mnist"].values():
     _recipes["sp-both"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH)
     _recipes["sp-replay"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH_BESIDE_REPLAY)
-    _recipes["replay-adaptive"] = Recipe("SelectivePlasticity", 1e-3, **_NEITHER_BESIDE_REPLAY)
+    _recipes["replay-adaptive"] = Recipe(
+        "SelectivePlasticity", {200: 3e-4, 1000: 1e-3, 2000: 2e-3}, **_NEITHER_BESIDE_REPLAY
+    )
 RECIPES["permuted-mnist"][10]["sp-replay"] = Recipe("SelectivePlasticity", 3e-3, **_BOTH_BESIDE_REPLAY)
-RECIPES["permuted-mnist"][10]["replay-adaptive"] = Recipe("SelectivePlasticity", 1e-3, **_NEITHER_BESIDE_REPLAY)
+RECIPES["permuted-mnist"][10]["replay-adaptive"] = Recipe("SelectivePlasticity", 2e-3, **_NEITHER_BESIDE_REPLAY)
 # Other methods without replay. The ridge regression is solved for: no step of SGD moves it.
 _RIDGE = Recipe("SGD", 0.0, "squared error", ("ridge",), {"ridge": 1.0}, model="random features")
 RECIPES["split-mnist"][2] |= {
@@ -196,8 +198,8 @@ RECIPES["split-mnist"][5] |= {
     "er-ace": Recipe("SGD", {50: 0.2, 200: 0.3, 1000: 0.2}, template="er-ace"),
     "der++": Recipe(
         "SGD",
-        {50: 0.01, 200: 0.05, 1000: 0.05},
-        settings={"alpha": {50: 1.0, 200: 0.3, 1000: 1.0}, "beta": {50: 1.0, 200: 0.5, 1000: 0.5}},
+        {50: 0.01, 200: 0.05, 500: 0.05, 1000: 0.05},
+        settings={"alpha": {50: 1.0, 500: 0.3, 1000: 1.0}, "beta": {50: 1.0, 200: 0.5, 1000: 0.5}},
         template="der++",
     ),
     "replay-distilled": Recipe(
@@ -206,7 +208,23 @@ RECIPES["split-mnist"][5] |= {
     "replay-gated": Recipe("SGD", 0.05, "squared error", ("replay", "constant gate"), {"gate": 0.3}, joint_weight=True),
     "cumulative": Recipe("Adam", 1e-3, template="cumulative"),
 }
-for _strategy in ("a-gem", "gem", "gdumb", "er-ace", "der++", "replay-distilled", "replay-gated", "cumulative"):
+RECIPES["split-mnist"][2] |= {
+    "a-gem": Recipe("SGD", 0.002, plugins=("a-gem",)),
+    "gem": Recipe("SGD", 0.05, plugins=("gem",), settings={"memory_strength": 0.5}),
+    "gdumb": Recipe("SGD", {200: 0.2, 2000: 0.5}, plugins=("gdumb",), settings={"passes": 30.0}),
+    "er-ace": Recipe("SGD", {200: 0.2, 2000: 0.3}, template="er-ace"),
+    "der++": Recipe("SGD", {200: 0.05, 2000: 0.1}, settings={"alpha": 0.1, "beta": 1.0}, template="der++"),
+    "cumulative": Recipe("Adam", 1e-3, template="cumulative"),
+}
+RECIPES["permuted-mnist"][10] |= {
+    "a-gem": Recipe("SGD", 0.05, plugins=("a-gem",)),
+    "gem": Recipe("SGD", 0.05, plugins=("gem",), settings={"memory_strength": 0.5}),
+    "gdumb": Recipe("SGD", 0.2, plugins=("gdumb",), settings={"passes": 30.0}),
+    "er-ace": Recipe("SGD", 0.2, template="er-ace"),
+    "der++": Recipe("SGD", 0.1, settings={"alpha": 0.3, "beta": 1.0}, template="der++"),
+    "cumulative": Recipe("Adam", 1e-3, template="cumulative"),
+}
+for _strategy in ("replay-distilled", "replay-gated"):
     RECIPES["split-mnist"][2][_strategy] = RECIPES["split-mnist"][5][_strategy]
     RECIPES["permuted-mnist"][10][_strategy] = RECIPES["split-mnist"][5][_strategy]
 # As published, plain SGD or Adam with cross-entropy: docs/original.md.

@@ -40,6 +40,12 @@ RANGES: dict[str, BaseDistribution] = {
     "plasticity_k": FloatDistribution(1.0, 10.0),
     "warmup_steps": IntDistribution(500, 2000),
     "sigma": FloatDistribution(1e-4, 1e-1, log=True),
+    "alpha": FloatDistribution(0.01, 10.0, log=True),
+    "beta": FloatDistribution(0.1, 2.0, log=True),
+    "memory_strength": FloatDistribution(0.0, 1.0),
+    "passes": IntDistribution(5, 300, log=True),
+    "weight": FloatDistribution(0.03, 10.0, log=True),
+    "gate": FloatDistribution(0.01, 1.0, log=True),
 }
 RATES = {
     True: FloatDistribution(1e-5, 1e-2, log=True),  # steps as large as the learning rate

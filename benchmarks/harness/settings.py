@@ -123,7 +123,8 @@ class Run:
 
     def key(self, code: str) -> str:
         """Names the run and the code that made it: a stored result is only ever reused for the same of both."""
-        return hashlib.sha256(json.dumps([self.to_json(), code], sort_keys=True).encode()).hexdigest()[:32]
+        settings = json.dumps(self.to_json(), sort_keys=True)
+        return f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}-{code}"
 
 
 def code_fingerprint() -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from harness.protocols import PROTOCOLS
+from harness.protocols import PROTOCOLS, overrides_of
 from harness.settings import USES_REPLAY, Run
 
 
@@ -82,7 +83,6 @@ class Study:
         return run.replay_buffer in self.curves
 
     def _run(self, row: Row, buffer: int, seed: int) -> Run:
-        published = PROTOCOLS[self.benchmark][self.protocol].settings_of(row.strategy, buffer) if self.protocol else {}
         return Run(
             benchmark=self.benchmark,
             strategy=row.strategy,
@@ -93,7 +93,7 @@ class Study:
             seed=seed,
             train_per_task=self.train_per_task,
             network=self.network,
-            overrides=tuple(sorted({**published, **dict(row.overrides)}.items())),
+            overrides=overrides_of(self.benchmark, self.protocol, row.strategy, buffer, row.overrides),
         )
 
 
@@ -119,8 +119,9 @@ def _protocol(benchmark: str, name: str, *strategies: str, seeds: int = 3) -> St
 
 BUFFERS = (50, 100, 200, 500, 1000, 2000, 5000)
 OURS = "sp-replay"
-_WITHOUT = ("naive-sgd", "ewc", "si", "mas", "lwf", "sp")
-_WITH = ("replay-sgd", "replay-joint", "gdumb", "a-gem", "er-ace", "der++", OURS)
+ALONE = "sp-both"  # ours without any stored sample
+_WITHOUT = ("naive-sgd", "ewc", "si", "mas", "lwf", "sp", ALONE)
+_WITH = ("replay-sgd", "replay-joint", "replay-adaptive", "gdumb", "a-gem", "er-ace", "der++", OURS)
 _SWEEP = (*_rows(*_WITHOUT, *_WITH), Row("gem", buffers=(50, 200)), *_rows("cumulative", "joint"))  # GEM is slow
 
 # By the name of their folder in docs/results.
@@ -128,7 +129,12 @@ BY_BUFFER = {
     "buffers_split2": Study("Split MNIST, 2 tasks", "split-mnist", 2, _SWEEP, BUFFERS),
     "buffers_split5": Study("Split MNIST, 5 tasks", "split-mnist", 5, _SWEEP, BUFFERS, curves=(0, 200)),
     "buffers_permuted10": Study(
-        "Permuted MNIST, 10 tasks of 10,000 images", "permuted-mnist", 10, _SWEEP, BUFFERS, train_per_task=10000
+        "Permuted MNIST, 10 tasks of 10,000 images",
+        "permuted-mnist",
+        10,
+        _SWEEP,
+        (200, 500, 2000),
+        train_per_task=10000,
     ),
 }
 EPOCHS = {
@@ -136,7 +142,7 @@ EPOCHS = {
         "Split MNIST, 5 tasks, 5 epochs each",
         "split-mnist",
         5,
-        _rows("replay-joint", "er-ace", "der++", OURS),
+        _rows("replay-joint", "replay-adaptive", "er-ace", "der++", ALONE, OURS),
         (50, 200, 1000, 2000),
         epochs=5,
     )
@@ -148,11 +154,15 @@ ABLATIONS = {
         5,
         (
             Row(OURS),
-            Row(OURS, (("openness", float("inf")),), "the same, gate and pull-back off"),
-            Row(OURS, (("pull_back", 0.0),), "the same, pull-back off"),
-            Row("replay-gated", label="replay, one constant gate"),
-            Row("replay-distilled", label="replay, distillation only"),
-            Row("replay-joint", label="replay alone, at its own learning rate"),
+            Row(OURS, (("openness", math.inf),), "the same, the plugin off"),
+            Row(OURS, (("plasticity_k", 0.0),), "the same, the optimizer's gate off"),
+            Row(OURS, (("openness", math.inf), ("plasticity_k", 0.0)), "the same, both gates off"),
+            Row(OURS, (("pull_back", 0.0),), "the same, the pull-back off"),
+            Row(OURS, (("shrinkage", 0.0),), "the same, a small memory at its full weight"),
+            Row("sp-replay-sgd", label="the plugin with SGD"),
+            Row("replay-gated", label="SGD with one constant gate"),
+            Row("replay-distilled", label="SGD with distillation, no gate"),
+            Row("replay-joint", label="SGD, neither"),
         ),
         (50, 200, 1000, 2000),
     )
@@ -160,15 +170,15 @@ ABLATIONS = {
 ORIGINAL = {
     "protocol_original": _protocol(
         "split-mnist", "original",
-        "replay-sgd", "replay-adam", "replay-joint", "er-ace", "der++", "sp", OURS, "joint",
+        "replay-sgd", "replay-adam", "replay-joint", "replay-adaptive", "er-ace", "der++", ALONE, OURS, "joint",
         seeds=10,
     )  # fmt: skip
 }
 PUBLISHED = {
     "protocol_mammoth_split": _protocol("split-mnist", "mammoth", "replay-sgd", "joint", OURS),
     "protocol_mammoth_permuted": _protocol("permuted-mnist", "mammoth", "replay-sgd", "der++", "joint", OURS),
-    "protocol_gpm": _protocol("permuted-mnist", "gpm", "replay-sgd", "gpm", "joint", "sp"),
-    "protocol_van_de_ven_split": _protocol("split-mnist", "van-de-ven", "naive-adam", "joint", "sp"),
-    "protocol_van_de_ven_permuted": _protocol("permuted-mnist", "van-de-ven", "naive-adam", "joint", "sp"),
+    "protocol_gpm": _protocol("permuted-mnist", "gpm", "replay-sgd", "gpm", "joint", ALONE),
+    "protocol_van_de_ven_split": _protocol("split-mnist", "van-de-ven", "naive-adam", "joint", ALONE),
+    "protocol_van_de_ven_permuted": _protocol("permuted-mnist", "van-de-ven", "naive-adam", "joint", ALONE),
 }
 EVERY = {**BY_BUFFER, **EPOCHS, **ABLATIONS, **ORIGINAL, **PUBLISHED}
