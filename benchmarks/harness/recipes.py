@@ -16,7 +16,7 @@ class Recipe:
             the training images a task.
         plugins: names from its PLUGINS.
         template: name from its TEMPLATES: the Avalanche strategy that trains with them.
-        model: "network", the run's, or "random features" in its place.
+        model: "network", the run's; "packnet", the same to be pruned; or "random features" in its place.
         settings: the plugins' and the template's settings; each may be given by what it was tuned for, as the rate.
         optimizer_settings: the optimizer's, besides its learning rate.
         joint_weight: weigh replayed samples as joint training would, but for a "shrinkage" among the settings.
@@ -244,6 +244,13 @@ for _tuned in RECIPES.values():
             for _when in ("surprise", "continuous") if _name in _recipes else ():
                 _plugins = tuple(f"sp-{_when}" if p == "sp" else p for p in _recipes[_name].plugins)
                 _recipes[f"{_name.removesuffix('-sgd')}-{_when}"] = replace(_recipes[_name], plugins=_plugins)
+
+# With a head for each task; the others' recipes are the same as with one for all.
+TASK_INCREMENTAL_RECIPES = {
+    "packnet": Recipe(
+        "SGD", 0.1, plugins=("packnet",), settings={"prune_proportion": 0.5, "post_prune_epochs": 1}, model="packnet"
+    ),
+}
 
 
 def nearest(tuned: dict[int, object], value: int):

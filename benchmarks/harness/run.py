@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from avalanche.benchmarks.scenarios import CLScenario
+from avalanche.models import avalanche_forward
 from avalanche.training.plugins import AGEMPlugin, EvaluationPlugin, GEMPlugin, SupervisedPlugin
 from avalanche.training.regularization import RegularizationMethod
 from torch import nn
@@ -43,7 +44,7 @@ CURVE_IMAGES = 1000  # test images a task behind each
 class AccuracyCurve(SupervisedPlugin):
     """Accuracy on every task, in percent, during an experience; ``seconds`` is what measuring took."""
 
-    def __init__(self, test_sets: list[tuple[torch.Tensor, torch.Tensor]]):
+    def __init__(self, test_sets: list[list[torch.Tensor]]):
         super().__init__()
         self.test_sets = test_sets
         self.points: list[dict] = []
@@ -63,7 +64,8 @@ class AccuracyCurve(SupervisedPlugin):
         start = time.perf_counter()
         strategy.model.eval()
         accuracies = [
-            100 * (strategy.model(x).argmax(1) == y).float().mean().item() for x, y in self.test_sets
+            100 * (avalanche_forward(strategy.model, x, t).argmax(1) == y).float().mean().item()
+            for x, y, t in self.test_sets
         ]
         strategy.model.train()
         iteration = strategy.clock.train_iterations + 1
@@ -89,7 +91,8 @@ def execute(
     recipe = recipe_of(run)
     model = build_model(run)
     matrix, curve = AccuracyMatrix(), AccuracyCurve(test_sets)
-    extra = [curve] if run.stream == "tasks" else []  # an online stream's curve would have a point for every batch
+    # An online stream's curve would have a point for every batch; and amid pruning PackNet has no old task's network.
+    extra = [curve] if run.stream == "tasks" and recipe.model != "packnet" else []
     strategy, plugins = build_strategy(run, model, extra, EvaluationPlugin(matrix))
 
     seconds, ends, ranks = 0.0, [], []
@@ -130,7 +133,7 @@ def execute(
         + stored_bytes(strategy)
         + optimizer_bytes(strategy.optimizer)
         + network_bytes(model)
-        - network_bytes(build_network(run.network)),  # a network of another size counts by what it is larger
+        - network_bytes(build_network(run.network, run.heads)),  # a network of another size counts by what it is larger
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -159,7 +162,13 @@ def build_benchmark(run: Run, dataset_root: str) -> CLScenario:
     if run.stream == "drifting":
         return benchmark_of(*drifting(run, dataset_root))
     if run.benchmark == "split-mnist":
-        benchmark = split_mnist(run.n_tasks, seed=run.seed, dataset_root=dataset_root)
+        benchmark = split_mnist(
+            run.n_tasks,
+            seed=run.seed,
+            return_task_id=run.task_incremental,
+            class_ids_from_zero_in_each_exp=run.task_incremental,
+            dataset_root=dataset_root,
+        )
     else:
         size = run.train_per_task
         if run.validation and size is not None:
@@ -213,9 +222,9 @@ def _tensors(value) -> list[torch.Tensor]:
     return [data] if isinstance(data, torch.Tensor) else []
 
 
-def _first_images(dataset, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    x, y, _ = dataset.read_batch(list(range(min(n, len(dataset)))))
-    return x, y
+def _first_images(dataset, n: int) -> list[torch.Tensor]:
+    """Images, their labels and task labels."""
+    return dataset.read_batch(list(range(min(n, len(dataset)))))
 
 
 def versions() -> dict[str, str]:
