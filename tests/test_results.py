@@ -124,6 +124,16 @@ def test_the_published_gate_stands_beside_its_control():
     assert {run.overrides for run in kept.runs(1)} == {(("fifo", 0.0),)}
 
 
+def test_figures_beside_published_ones_are_near_or_farther_off():
+    study = EVERY["protocol_van_de_ven_split"]
+    made = records({}, seeds=3, study=study)
+    for record in made:
+        record["acc"] = 30.0 if record["run"]["strategy"] == "naive-adam" else 97.0
+    text = pages.page({"protocol_van_de_ven_split": made})
+    assert "papers differ by on equal methods: joint (-0.9); farther off: naive-adam (+10.1)." in text
+    assert re.search(r"\| sp-both +\| - +\| - +\| 97.0", text)
+
+
 def test_of_each_run_the_present_codes_record_is_taken_else_the_last():
     run, other = STUDY.runs(1)[:2]
     code = code_fingerprint()
