@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from avalanche_sp.gates import claim, loss_curvature, merge_eigenspace
 from avalanche_sp.layers import GatedLayer, along, gated_layers, presynaptic
 
-__all__ = ["LayerActivity", "record_activity"]
+__all__ = ["LayerActivity", "curvature_of", "record_activity", "some_inputs"]
 
 # Input vectors that one sample adds to the second moment at most: neighbouring patches are much alike.
 _ROWS_A_SAMPLE = 8
@@ -94,23 +94,63 @@ class LayerActivity:
         through = (power * (1 - self.closed).square()).sum() + novel * (1 - self.closed_rest) ** 2
         self.energy, self.passed, self.novel = self.energy + energy, self.passed + through, self.novel + novel
 
-    def merged(self, layer: GatedLayer, x: Tensor, rows: float, samples: int, rank: int) -> LayerActivity:
+    def through(self, change: Tensor) -> Tensor:
+        """What the gate lets through of a change (out, d) of the layer's weights and bias."""
+        held = (change @ self.vectors).mul_(self.closed_more) @ self.vectors.T
+        return change * (1 - self.closed_rest) - held
+
+    def merged(
+        self,
+        layer: GatedLayer,
+        x: Tensor,
+        rows: float,
+        samples: int,
+        rank: int,
+        mean_eigenvalue: Tensor | None = None,
+    ) -> LayerActivity:
         """This activity with that of one more experience.
 
         Args:
-            x: input vectors, shape (n, d).
+            x: input vectors, shape (n, d), or others of the same leading second moment.
             rows: how many of them a sample gives a weight.
             samples: how many samples they stand for.
+            rank: eigenvectors to keep.
+            mean_eigenvalue: of the second moment, over all directions. Default: that of ``x``.
         """
         total = self.samples + samples
         share = self.samples / total
         values, vectors = merge_eigenspace(self.eigenvalues, self.vectors, share, x, rank)
-        mean = share * self.mean_eigenvalue + (1 - share) * x.square().mean(0).mean()
+        if mean_eigenvalue is None:
+            mean_eigenvalue = x.square().mean(0).mean()
+        mean = share * self.mean_eigenvalue + (1 - share) * mean_eigenvalue
         new = LayerActivity.empty(len(vectors), x)
         new.eigenvalues, new.vectors, new.mean_eigenvalue, new.samples = values, vectors, mean, total
         new.rows = share * self.rows + (1 - share) * rows
         new.anchor = along(layer, vectors)
         return new
+
+
+def some_inputs(layer: GatedLayer, x: Tensor) -> tuple[Tensor, int]:
+    """A layer's input vectors (n, d), at most 8 a sample, evenly spread over all; and how many all give a weight."""
+    vectors = presynaptic(layer, x.float())
+    kept = torch.linspace(0, len(vectors) - 1, min(len(vectors), _ROWS_A_SAMPLE * len(x)), device=x.device)
+    return vectors[kept.long()], len(vectors) // getattr(layer, "groups", 1)
+
+
+def curvature_of(criterion: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor) -> Tensor:
+    """The loss's mean curvature in the outputs (n, C), 0-dim.
+
+    Raises:
+        TypeError: the network's output is not one tensor.
+    """
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"Invalid model: its output is a {type(outputs).__name__} (the pull-back measures the "
+            "loss on one output tensor; pull_back=0 leaves the gate alone)"
+        )
+    with torch.enable_grad():
+        outputs = outputs.detach().requires_grad_()
+        return loss_curvature(outputs, criterion(outputs, targets))
 
 
 def record_activity(
@@ -139,10 +179,9 @@ def record_activity(
 
     def recorder(name):
         def hook(layer, inputs):
-            x = presynaptic(layer, inputs[0].float())
-            kept = torch.linspace(0, len(x) - 1, min(len(x), _ROWS_A_SAMPLE * len(inputs[0])), device=x.device)
-            activity.setdefault(name, []).append(x[kept.long()])
-            vectors_seen[name] = vectors_seen.get(name, 0) + len(x) // getattr(layer, "groups", 1)
+            x, count = some_inputs(layer, inputs[0])
+            activity.setdefault(name, []).append(x)
+            vectors_seen[name] = vectors_seen.get(name, 0) + count
 
         return hook
 
@@ -162,16 +201,8 @@ def record_activity(
             for batch in loader:
                 x, y, task_labels = (batch[i].to(strategy.device) for i in (0, 1, -1))
                 outputs = avalanche_forward(model, x, task_labels)
-                if criterion is None:
-                    continue
-                if not isinstance(outputs, Tensor):
-                    raise TypeError(
-                        f"Invalid model: its output is a {type(outputs).__name__} (the pull-back measures the "
-                        "loss on one output tensor; pull_back=0 leaves the gate alone)"
-                    )
-                with torch.enable_grad():
-                    outputs = outputs.detach().requires_grad_()
-                    curvatures.append(loss_curvature(outputs, criterion(outputs, y)))
+                if criterion is not None:
+                    curvatures.append(curvature_of(criterion, outputs, y))
     finally:
         for handle in handles:
             handle.remove()

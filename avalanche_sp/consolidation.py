@@ -18,6 +18,12 @@ class ConsolidationPlugin(SupervisedPlugin):
     one buffer of the network's size, in any Avalanche strategy. A head that grows keeps what its old units hold, and
     its new ones are plastic. (Avalanche replaces the parameter, and with it the optimizer's state.)
 
+    Args:
+        follow: a plugin that finds for itself when to consolidate, as a
+            :class:`~avalanche_sp.SelectivePlasticityPlugin` with ``consolidate="surprise"`` or ``"continuous"`` does:
+            it comes earlier in the list, and the optimizer consolidates when it does. Default: at the end of
+            every experience.
+
     Raises:
         TypeError: at ``train``, when the strategy's optimizer is not a
             :class:`~avalanche_sp.SelectivePlasticityOptimizer`.
@@ -29,8 +35,10 @@ class ConsolidationPlugin(SupervisedPlugin):
                          plugins=[ConsolidationPlugin()])
     """
 
-    def __init__(self):
+    def __init__(self, follow=None):
         super().__init__()
+        self.follow = follow
+        self._followed = 0
         self._kept: dict[str, Tensor] = {}  # consolidated eligibility by parameter name: what the optimizer holds
 
     def before_training(self, strategy, **kwargs):
@@ -51,7 +59,16 @@ class ConsolidationPlugin(SupervisedPlugin):
             ):
                 state["consolidated"] = torch.cat([kept, kept.new_zeros(len(p) - len(kept), *p.shape[1:])])
 
+    def after_update(self, strategy, **kwargs):
+        if self.follow is not None and len(self.follow.consolidated_at) > self._followed:
+            self._followed = len(self.follow.consolidated_at)
+            self._consolidate(strategy)
+
     def after_training_exp(self, strategy, **kwargs):
+        if self.follow is None:
+            self._consolidate(strategy)
+
+    def _consolidate(self, strategy) -> None:
         strategy.optimizer.consolidate()
         states = {name: strategy.optimizer.state.get(p, {}) for name, p in strategy.model.named_parameters()}
         self._kept = {name: state["consolidated"] for name, state in states.items() if "consolidated" in state}

@@ -19,6 +19,8 @@ __all__ = [
     "postsynaptic",
     "along",
     "add_along",
+    "weights_and_bias",
+    "set_weights",
 ]
 
 GatedLayer = nn.Linear | nn.Conv2d
@@ -91,6 +93,20 @@ def add_along(layer: GatedLayer, coordinates: Tensor, vectors: Tensor) -> None:
     layer.weight.detach().add_((coordinates @ vectors[:inputs].T).view_as(layer.weight))
     if layer.bias is not None:
         layer.bias.detach().add_(coordinates @ vectors[-1])
+
+
+def weights_and_bias(layer: GatedLayer) -> Tensor:
+    """A copy of a layer's weights in the coordinates of its input vectors: shape (out, d), float32."""
+    weight = layer.weight.detach().flatten(1).float()
+    return weight.clone() if layer.bias is None else torch.cat([weight, layer.bias.detach().float().unsqueeze(1)], 1)
+
+
+def set_weights(layer: GatedLayer, rows: Tensor) -> None:
+    """Puts such weights (rows, d) into the layer's first output units, in place."""
+    inputs = layer.weight[0].numel()
+    layer.weight.detach()[: len(rows)].copy_(rows[:, :inputs].view(-1, *layer.weight.shape[1:]))
+    if layer.bias is not None:
+        layer.bias.detach()[: len(rows)].copy_(rows[:, -1])
 
 
 def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:

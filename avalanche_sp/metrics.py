@@ -23,6 +23,7 @@ __all__ = [
     "AccuracyMatrix",
     "ClaimedRank",
     "Eligibility",
+    "FoundBoundaries",
     "GateOpenness",
     "LossSurprise",
     "PresynapticSurprise",
@@ -292,6 +293,40 @@ class LossSurprise(PluginMetric):
         return [MetricValue(self, name, self.result(), strategy.clock.train_iterations)]
 
 
+class FoundBoundaries(PluginMetric):
+    """How many boundaries the plugin has found in the stream's loss, at each one found (``consolidate="surprise"``)."""
+
+    def __init__(self):
+        super().__init__()
+        self.reset()
+
+    def __str__(self) -> str:
+        return "FoundBoundaries"
+
+    def result(self) -> int:
+        """Their number so far."""
+        return self._found
+
+    def reset(self) -> None:
+        self._found = 0
+
+    def after_training_iteration(self, strategy) -> list[MetricValue]:
+        plugin = _plugin_of(strategy)
+        if plugin is None or plugin.consolidate != "surprise" or len(plugin.consolidated_at) == self._found:
+            return []
+        self._found = len(plugin.consolidated_at)
+        name = get_metric_name(str(self), strategy)
+        return [MetricValue(self, name, self._found, plugin.consolidated_at[-1])]
+
+
 def selective_plasticity_metrics() -> list[PluginMetric]:
     """All metrics of this module, ready for ``EvaluationPlugin(*selective_plasticity_metrics(), loggers=...)``."""
-    return [GateOpenness(), PresynapticSurprise(), ClaimedRank(), AccuracyMatrix(), Eligibility(), LossSurprise()]
+    return [
+        GateOpenness(),
+        PresynapticSurprise(),
+        ClaimedRank(),
+        AccuracyMatrix(),
+        FoundBoundaries(),
+        Eligibility(),
+        LossSurprise(),
+    ]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
 from avalanche_sp.activity import LayerActivity, record_activity
+from avalanche_sp.boundaries import StreamWatch
+from avalanche_sp.detection import ChangeDetector, page_hinkley
 from avalanche_sp.gates import held_back, loss_surprise, pull_back
 from avalanche_sp.layers import (
     NORMALISATION,
@@ -17,9 +21,11 @@ from avalanche_sp.layers import (
     postsynaptic,
     presynaptic,
     project,
+    set_weights,
+    weights_and_bias,
 )
 from avalanche_sp.optimizer import SelectivePlasticityOptimizer
-from avalanche_sp.replay import classes_of, memory_size, stream_rows
+from avalanche_sp.replay import classes_of, memory_size, stream_part, stream_rows
 
 __all__ = ["SelectivePlasticityPlugin"]
 
@@ -93,9 +99,16 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         rank: eigenvectors kept a layer, 1 or more (default 64).
         consolidation_samples: samples of an experience, evenly spread over it, that are run through the network
             at its end, 1 or more (default 5000).
+        consolidate: when to. ``"experience"`` (default): at the end of every experience. ``"surprise"``: when the
+            stream's loss shows a change, what was learned before it. ``"continuous"``: every 4096 samples. The last
+            two need no boundaries: experiences may be of any length, as Avalanche's online streams' are
+            (``docs/boundaries.md``).
+        detector: what finds a change, an object with ``update(x)`` and ``drift_detected``, such as river's. Default:
+            river's Page-Hinkley test, for ``"surprise"``.
 
     Raises:
         ValueError: at construction for an argument out of range; at ``train`` for a model without a layer to gate.
+        ImportError: at construction, for ``"surprise"`` without a detector where river is not installed.
         TypeError: at ``train`` for a model whose output is not one tensor, unless ``pull_back`` is 0.
         FloatingPointError: at ``train`` when the loss is not finite, before the optimizer's step, or what is to be
             consolidated is not.
@@ -114,7 +127,13 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     """
 
     def __init__(
-        self, openness: float = 0.2, pull_back: float = 1.0, rank: int = 64, consolidation_samples: int = 5000
+        self,
+        openness: float = 0.2,
+        pull_back: float = 1.0,
+        rank: int = 64,
+        consolidation_samples: int = 5000,
+        consolidate: Literal["experience", "surprise", "continuous"] = "experience",
+        detector: ChangeDetector | None = None,
     ):
         super().__init__()
         if not openness > 0:
@@ -124,14 +143,28 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         for name, value in (("rank", rank), ("consolidation_samples", consolidation_samples)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"Invalid {name} value: {value} (allowed: an integer, 1 or more)")
+        if consolidate not in ("experience", "surprise", "continuous"):
+            raise ValueError(
+                f"Invalid consolidate value: {consolidate!r} (allowed: 'experience', 'surprise', 'continuous')"
+            )
+        if detector is not None and consolidate != "surprise":
+            raise ValueError(f"Invalid detector: consolidate={consolidate!r} detects nothing (allowed: None)")
         self.openness = openness
         self.pull_back = pull_back
         self.rank = rank
         self.consolidation_samples = consolidation_samples
+        self.consolidate = consolidate
         self.layers: dict[str, LayerActivity] = {}
         """Consolidated activity by layer name; empty until the first experience has ended."""
         self.surprise: Tensor | None = None
         """Surprise of the last training loss: 0-dim tensor in [0, 1]."""
+        self.consolidated_at: list[int] = []
+        """Training iterations after which something was consolidated; with "surprise" those that found a change."""
+        self._stream: StreamWatch | None = None
+        if consolidate != "experience":
+            if consolidate == "surprise" and detector is None:
+                detector = page_hinkley()
+            self._stream = StreamWatch(detector, rank, measure_curvature=pull_back > 0)
         self._loss_moments: tuple[Tensor, Tensor] | None = None
         self._curvature = torch.zeros(())  # of the loss in its outputs, over all consolidated samples
         self._classes_seen = 0  # each experience's count anew: its samples are others
@@ -160,7 +193,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     @property
     def state_bytes(self) -> int:
         """Bytes that consolidated activity takes."""
-        return sum(activity.state_bytes for activity in self.layers.values())
+        watched = self._stream.state_bytes if self._stream is not None else 0
+        return watched + sum(activity.state_bytes for activity in self.layers.values())
 
     @property
     def _samples_seen(self) -> int:
@@ -185,11 +219,14 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         openness = self.openness * opening / closing
         self._has_memory = memory > 0
         ratio = self._samples_seen / len(strategy.experience.dataset)
+        if self._stream is not None:
+            ratio = len(self.consolidated_at)  # what comes next is as long as what came before, for all we know
         self._interval = min(max(int(_MAX_PULL / max(ratio, 1)), 1), _INTERVAL)
         self._pull_weight = self._interval * self.pull_back * min(ratio, _MAX_PULL) / opening**2
-        self._iteration = 0
-        self._pulls.clear()
-        self._before.clear()
+        if self._stream is None:  # else an experience may be a mini-batch, and nothing ends with it
+            self._iteration = 0
+            self._pulls.clear()
+            self._before.clear()
         self._gated = [(n, m) for n, m in gated_layers(strategy.model).items() if n in self.layers]
         holds_norms = self.layers and not self._has_memory
         self._norms = [m for m in strategy.model.modules() if isinstance(m, NORMALISATION)] if holds_norms else []
@@ -208,6 +245,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                     lambda layer, inputs, output, name=name: self._watch(name, layer, inputs, output)
                 )
             )
+        if self._stream is not None and self.active:
+            self._handles += self._stream.listen(strategy)
         for module in self._norms:
             if module.training:
                 self._resting.append(module.eval())
@@ -239,11 +278,15 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 parameter.grad = None  # not zero: a step on zeros still follows momentum and decays weights
         if self.active:
             self._observe(strategy.loss.detach().squeeze(), strategy.optimizer)
+            if self._stream is not None:
+                self._stream.observe(strategy)
 
     def after_update(self, strategy, **kwargs):
         self._iteration += 1
         if self._iteration % self._interval == 0:
             self._look()
+        if self._stream is not None and self.active and self._stream.look(strategy):
+            self._consolidate_amid(strategy, self._stream)
 
     def after_training_epoch(self, strategy, **kwargs):
         if self._iteration % self._interval and self._before:
@@ -251,7 +294,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     def after_training_exp(self, strategy, **kwargs):
         self._release()
-        if self.active:
+        if self._stream is None and self.active:
             self._consolidate(strategy)
 
     # -- Gating ----------------------------------------------------------------------------------------------------
@@ -308,9 +351,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 self._pulls[name] = pull_back(drift, activity.eigenvalues, activity.closed, weight)
 
     def _stream_part(self, x: Tensor) -> Tensor:
-        """The part of ``x`` that belongs to the stream. A sample may have several rows, in sequence."""
-        batch, stream = self._batch
-        return x if stream == batch else x[: len(x) // batch * stream]
+        return stream_part(x, *self._batch)
 
     def _end_forward(self) -> None:
         for handle in self._handles:
@@ -356,9 +397,28 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             old = self.layers.get(name) or LayerActivity.empty(x.shape[1], x)
             self.layers[name] = old.merged(layers[name], x, rows, new, self.rank)
             self.layers[name].close(self.openness)
+        self.consolidated_at.append(strategy.clock.train_iterations)
         self._pulls.clear()
         self._before.clear()
         self._gated, self._norms = [], []
+
+    @torch.no_grad()
+    def _consolidate_amid(self, strategy, stream: StreamWatch) -> None:
+        """Consolidates in the midst of training, and goes on with the gate closed for what was consolidated."""
+        seen, new = self._samples_seen, stream.samples
+        self._curvature = (seen * self._curvature + new * stream.curvature) / (seen + new)
+        self._classes_seen += len(stream.classes)
+        changes = stream.consolidate(strategy.model, self.layers)
+        self.consolidated_at.append(strategy.clock.train_iterations + 1)  # Avalanche counts this one later
+        self._pulls.clear()
+        self._before.clear()
+        self.before_training_epoch(strategy)
+        for name, layer in self._gated:
+            if name in changes:
+                activity, change = self.layers[name], changes[name]
+                set_weights(layer, weights_and_bias(layer)[: len(change)] + activity.through(change))
+                if name in self._before:
+                    self._before[name] = along(layer, activity.vectors)
 
 
 def _steps_along_gradient(optimizer: torch.optim.Optimizer) -> bool:

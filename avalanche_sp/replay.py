@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from avalanche.benchmarks.utils.data_loader import ReplayDataLoader
+from torch import Tensor
 
-__all__ = ["classes_of", "memory_size", "stream_rows"]
+__all__ = ["classes_of", "memory_size", "stream_part", "stream_rows"]
 
 
 def memory_size(strategy) -> int:
@@ -33,3 +34,11 @@ def stream_rows(strategy) -> int:
         return len(strategy.mb_x)
     size = loader.batch_sizes[0]
     return min(size, len(loader.datasets[0]) - strategy.clock.train_epoch_iterations * size)
+
+
+def stream_part(x: Tensor, batch: int, stream: int) -> Tensor:
+    """The part of a layer's input or output ``x`` that belongs to the first ``stream`` samples of ``batch``.
+
+    A sample may have several rows, in sequence.
+    """
+    return x if stream == batch else x[: len(x) // batch * stream]

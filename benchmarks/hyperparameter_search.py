@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from harness.cli import add_common, add_training, override, positive
 from harness.executors import open_executor, result_of
-from harness.settings import STRATEGIES, STUDIES, USES_REPLAY, Run, code_fingerprint
+from harness.settings import STRATEGIES, STUDIES, USES_REPLAY, Run, code_fingerprint, strategies_of
 
 TASKS = {"split-mnist": (2, 5, 10), "permuted-mnist": None}
 
@@ -39,7 +39,7 @@ def search_of(p: argparse.ArgumentParser, args: argparse.Namespace):
     from harness.search import Search  # here, as Optuna is not everybody's
 
     tasks = args.tasks or {"split-mnist": 2, "permuted-mnist": 10}[args.benchmark]
-    allowed = STRATEGIES + STUDIES[args.benchmark]
+    allowed = strategies_of(args.benchmark)
     if args.strategy not in allowed:
         p.error(f"--strategy {args.strategy}: not on {args.benchmark} (allowed: {', '.join(allowed)})")
     if TASKS[args.benchmark] and tasks not in TASKS[args.benchmark]:

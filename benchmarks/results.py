@@ -12,12 +12,12 @@ from pathlib import Path
 from harness.cli import add_workers, names_of, positive
 from harness.files import write_whole
 from harness.jobs import read_results, run_all
-from harness.settings import ROOT, STRATEGIES, STUDIES, code_fingerprint
+from harness.settings import ROOT, code_fingerprint
 from harness.studies import BY_BUFFER, EVERY, Study
 
 
 def parser() -> argparse.ArgumentParser:
-    strategies = STRATEGIES + tuple(dict.fromkeys(name for study in STUDIES.values() for name in study))
+    strategies = tuple(dict.fromkeys(row.strategy for study in EVERY.values() for row in study.rows))
     p = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -66,7 +66,7 @@ def write(output: Path) -> list[Path]:
     from harness.comparison import cells_of  # here, as scipy and matplotlib are slow to load
     from harness.figures import acc_by_buffer, accuracy_over_training
     from harness.page import page
-    from harness.report import title, write_tables
+    from harness.report import summarize, title, write_tables
 
     results = {}
     for name, study in EVERY.items():
@@ -74,14 +74,14 @@ def write(output: Path) -> list[Path]:
         if records := latest(study, read_results(file)):
             lines = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records)
             write_whole(file, lines)  # without what failed, and what later code has done again
-            write_tables(records, file.parent)
+            write_tables(records, summarize(records), file.parent)
             results[name] = records
     paths = []
     panels = [(study.title, cells_of(study, results[name])) for name, study in BY_BUFFER.items() if name in results]
     if panels:
         paths.append(acc_by_buffer(panels, output / "results" / "buffers.png"))
     for name, records in results.items():
-        if watched := [record for record in records if "curve" in record]:
+        if watched := [record for record in records if record.get("curve")]:
             path = output / "results" / name / "training.png"
             paths.append(accuracy_over_training(watched, title(watched), path))
     write_whole(output / "results.md", page(results))

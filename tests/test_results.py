@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import numpy as np
@@ -16,7 +17,7 @@ import results  # noqa: E402
 from harness import page as pages  # noqa: E402
 from harness.comparison import against_others, cells_of, steps  # noqa: E402
 from harness.run import worst_case  # noqa: E402
-from harness.settings import STRATEGIES, STUDIES, code_fingerprint  # noqa: E402
+from harness.settings import code_fingerprint, strategies_of  # noqa: E402
 from harness.statistics import bootstrap, holm, rank_biserial, wilcoxon  # noqa: E402
 from harness.strategies import recipe_of  # noqa: E402
 from harness.studies import BY_BUFFER, EVERY, Row, Study  # noqa: E402
@@ -57,18 +58,18 @@ STUDY = Study(
 )
 
 
-def records(gains, seeds=10):
+def records(gains, seeds=10, study=STUDY):
     """Records of the study; each row's ACC is a seed's luck, the row's gain and a little noise."""
     rng = np.random.default_rng(0)
     luck = rng.normal(0, 5, seeds)
     made = []
-    for run in STUDY.runs(seeds):
-        gain = gains[run.strategy]
+    for run in study.runs(seeds):
+        gain = gains.get(run.strategy, 0.0)
         gain = gain[run.replay_buffer] if isinstance(gain, dict) else gain
         acc = float(60 + luck[run.seed] + gain + rng.normal(0, 0.3))
         made.append(
             {"key": run.key(code_fingerprint()), "run": run.to_json(), "acc": acc, "min_acc": acc - 10, "seconds": 1.0}
-            | {"extra_memory_bytes": 1000, "accuracy_matrix": [[acc, acc]]}
+            | {"extra_memory_bytes": 1000, "accuracy_matrix": [[acc, acc]], "bwt": -1.0, "learning_acc": acc}
         )
     return made
 
@@ -99,6 +100,38 @@ def test_sentences_say_no_more_than_the_tests(monkeypatch):
     assert "above sp-both" not in few and "below der" not in few and "never falls significantly" in few
     assert "With 3 seeds no difference can be significant." in few
     assert "## Published figures" not in text  # there are none
+
+
+def test_a_head_for_each_task_has_a_section_of_its_own():
+    study = EVERY["task_incremental_split5"]
+    assert all(run.task_incremental for run in study.runs(1))
+    made = records({"packnet": 4.0, "sp-both": 9.0, "joint": 20.0}, study=study)
+    text = pages.page({"task_incremental_split5": made})
+    (heading,) = [line for line in text.splitlines() if line.startswith("## ")]
+    assert heading == "## A head for each task" and "no figure here is comparable with any above" in text
+    above, below = re.search(r"- `sp-both` is above (.*); below (.*)\.\n", text).groups()
+    assert "packnet (+" in above and "joint (-" in below
+
+
+def test_the_published_gate_stands_beside_its_control():
+    legacy = EVERY["original"]
+    text = pages.page({"original": records({"legacy-sp-replay": 5.0}, study=legacy)})
+    assert re.search(
+        r"The published gate changes ACC by \+[45]\.\d \[\+[45]\.\d, \+[45]\.\d\] points .*; p = 0\.002\)", text
+    )
+    assert "Avalanche's replay, tuned rates" not in text  # these are another study's
+    kept = EVERY["original_working_buffer"]
+    assert {run.overrides for run in kept.runs(1)} == {(("fifo", 0.0),)}
+
+
+def test_figures_beside_published_ones_are_near_or_farther_off():
+    study = EVERY["protocol_van_de_ven_split"]
+    made = records({}, seeds=3, study=study)
+    for record in made:
+        record["acc"] = 30.0 if record["run"]["strategy"] == "naive-adam" else 97.0
+    text = pages.page({"protocol_van_de_ven_split": made})
+    assert "papers differ by on equal methods: joint (-0.9); farther off: naive-adam (+10.1)." in text
+    assert re.search(r"\| sp-both +\| - +\| - +\| 97.0", text)
 
 
 def test_of_each_run_the_present_codes_record_is_taken_else_the_last():
@@ -152,7 +185,7 @@ def test_every_study_is_of_strategies_and_settings_that_exist(name):
     assert len(set(runs)) == len(runs)
     labels = study.labels()
     for run in runs:
-        assert run.strategy in STRATEGIES + STUDIES[run.benchmark]
+        assert run.strategy in strategies_of(run.benchmark, run.task_incremental)
         recipe_of(run)
         assert labels[run.strategy, str(json.loads(json.dumps(run.to_json()))["overrides"])]
     only = study.runs(2, ["sp-replay"])

@@ -30,6 +30,7 @@ def split_mnist(
     class_order: Sequence[int] | None = None,
     seed: int = 0,
     return_task_id: bool = False,
+    class_ids_from_zero_in_each_exp: bool = False,
     dataset_root: str | Path | None = None,
     download: bool = False,
 ) -> CLScenario:
@@ -46,6 +47,8 @@ def split_mnist(
         seed: fixes the order of the samples within an experience (Avalanche's own builder leaves them
             sorted, which changes what EWC and MAS measure). The global random state is left alone.
         return_task_id: give experience i the task label i (task-incremental).
+        class_ids_from_zero_in_each_exp: number the classes of every experience from 0 up, in ascending order of
+            their digits, as a head for each task has them (``avalanche.benchmarks.nc_benchmark``'s argument).
         dataset_root: folder with ``MNIST/raw/*-ubyte``. Default: Avalanche's dataset folder.
         download: fetch MNIST into the folder if it isn't there.
 
@@ -71,6 +74,8 @@ def split_mnist(
         for e, group in enumerate(groups):
             rows = torch.isin(part.read()[1], group).nonzero().flatten()
             source = _MNISTSource(part, rows=_shuffled(rows, rng))
+            if class_ids_from_zero_in_each_exp:
+                source.labels = torch.searchsorted(group.sort().values, source.labels)
             datasets.append(TensorClassificationDataset.from_source(source, e if return_task_id else 0))
         return datasets
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.jobs import run_all
 from harness.protocols import PROTOCOLS, overrides_of
-from harness.settings import MNIST, NETWORKS, ROOT, STRATEGIES, STUDIES, USES_REPLAY, Run
+from harness.settings import MNIST, NETWORKS, ROOT, STRATEGIES, TASK_INCREMENTAL, USES_REPLAY, Run, strategies_of
 
 
 def positive(text: str) -> int:
@@ -66,7 +66,9 @@ def parser(description: str, *, benchmark: str, output: str, tasks: tuple[int, .
     p.add_argument(
         "--replay-buffer", type=buffers, default=[200], metavar="N,M", help="stored samples of the replay strategies"
     )
-    names = STRATEGIES + STUDIES[benchmark]
+    names = strategies_of(benchmark)
+    if benchmark == "split-mnist":
+        names = tuple(dict.fromkeys((*names, *TASK_INCREMENTAL)))
     p.add_argument(
         "--strategies", type=names_of("strategy", names), default=list(STRATEGIES), metavar="A,B", help=", ".join(names)
     )
@@ -79,9 +81,11 @@ def parser(description: str, *, benchmark: str, output: str, tasks: tuple[int, .
 
 def parsed(p: argparse.ArgumentParser, benchmark: str, argv: list[str] | None) -> argparse.Namespace:
     """The arguments; a protocol's stand where the command line doesn't say otherwise."""
-    protocol = p.parse_known_args(argv)[0].protocol
-    if protocol is not None:
-        p.set_defaults(**PROTOCOLS[benchmark][protocol].arguments)
+    known = p.parse_known_args(argv)[0]
+    if getattr(known, "task_incremental", False):
+        p.set_defaults(tasks=5, epochs=2, strategies=list(TASK_INCREMENTAL))  # PackNet needs a second epoch
+    if known.protocol is not None:
+        p.set_defaults(**PROTOCOLS[benchmark][known.protocol].arguments)
     return p.parse_args(argv)
 
 
@@ -119,11 +123,22 @@ def runs_of(args: argparse.Namespace, benchmark: str) -> list[Run]:
             validation=args.validation,
             network=args.network,
             overrides=overrides_of(benchmark, args.protocol, strategy, buffer, args.set),
+            task_incremental=getattr(args, "task_incremental", False),
         )
         for seed in range(args.first_seed, args.first_seed + args.seeds)
         for strategy in args.strategies
         for buffer in (args.replay_buffer if strategy in USES_REPLAY else (0,))
     ]
+
+
+def check_task_incremental(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    allowed = strategies_of("split-mnist", args.task_incremental)
+    for name in args.strategies:
+        if name not in allowed:
+            which = "with" if args.task_incremental else "without"
+            p.error(f"--strategies {name}: not {which} --task-incremental (allowed: {', '.join(allowed)})")
+    if args.task_incremental and args.tasks == 10:
+        p.error("--tasks 10: not with --task-incremental, where a task of one class is no task (allowed: 2, 5)")
 
 
 def check_against(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:

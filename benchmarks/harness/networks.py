@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from avalanche.models import IncrementalClassifier, MultiHeadClassifier, MultiTaskModule
+from avalanche.models.packnet import PackNetModel
 from torch import nn
 
 from avalanche_sp.layers import gated_layers
@@ -10,20 +13,58 @@ from harness.settings import NETWORKS
 CHANNELS = (16, 32)
 
 
-def build_network(name: str = "256-256") -> nn.Module:
-    """One of ``settings.NETWORKS``: a ReLU perceptron by the widths of its hidden layers, or the small CNN."""
+def build_network(name: str = "256-256", heads: int = 1) -> nn.Module:
+    """One of ``settings.NETWORKS``: a ReLU perceptron by the widths of its hidden layers, or the small CNN.
+
+    With several heads, these share the ten outputs evenly.
+    """
     if name not in NETWORKS:
         raise ValueError(f"Invalid network: {name} (allowed: {', '.join(NETWORKS)})")
-    return small_cnn() if name == "cnn" else perceptron(*(int(width) for width in name.split("-")))
+    network = small_cnn() if name == "cnn" else perceptron(*(int(width) for width in name.split("-")))
+    return network if heads == 1 else MultiHead(network, heads)
 
 
-def perceptron(*widths: int) -> nn.Module:
+class MultiHead(MultiTaskModule):
+    """A network with one of Avalanche's heads for each task in place of its last layer.
+
+    All heads are there from the beginning, so that equal seeds begin with equal weights whatever trains them.
+    """
+
+    def __init__(self, network: nn.Sequential, n_tasks: int):
+        super().__init__()
+        last = network[-1]
+        classes = last.out_features // n_tasks
+        self.features = network[:-1]
+        self.heads = MultiHeadClassifier(last.in_features, classes, masking=False)
+        for task in range(1, n_tasks):
+            head = IncrementalClassifier(last.in_features, classes, masking=False, auto_adapt=False)
+            self.heads.classifiers[str(task)] = head
+
+    def forward(self, x: torch.Tensor, task_labels: torch.Tensor) -> torch.Tensor:
+        return self.heads(self.features(x), task_labels)
+
+
+class PackNetMultiHead(PackNetModel):
+    """The same for Avalanche's PackNet: tasks share out the hidden layers, and each has its head to itself.
+
+    A. Mallya, S. Lazebnik: PackNet: Adding multiple tasks to a single network by iterative pruning, CVPR 2018.
+    """
+
+    def __init__(self, network: MultiHead):
+        super().__init__(network.features)
+        self.heads = network.heads
+
+    def forward(self, x: torch.Tensor, task_labels: torch.Tensor) -> torch.Tensor:
+        return self.heads(super().forward(x, task_labels), task_labels)
+
+
+def perceptron(*widths: int) -> nn.Sequential:
     sizes = (784, *widths)
     hidden = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], 10))
 
 
-def small_cnn() -> nn.Module:
+def small_cnn() -> nn.Sequential:
     first, second = CHANNELS
     return nn.Sequential(
         nn.Conv2d(1, first, 5, stride=2, padding=2),

@@ -16,7 +16,7 @@ class Recipe:
             the training images a task.
         plugins: names from its PLUGINS.
         template: name from its TEMPLATES: the Avalanche strategy that trains with them.
-        model: "network", the run's, or "random features" in its place.
+        model: "network", the run's; "packnet", the same to be pruned; or "random features" in its place.
         settings: the plugins' and the template's settings; each may be given by what it was tuned for, as the rate.
         optimizer_settings: the optimizer's, besides its learning rate.
         joint_weight: weigh replayed samples as joint training would, but for a "shrinkage" among the settings.
@@ -235,6 +235,23 @@ RECIPES["split-mnist"][2] |= {
     "legacy-adam-replay": Recipe("Adam", 1e-3, **_BUFFER),
     "legacy-control": Recipe("legacy", 3e-3, optimizer_settings={"plasticity_k": 0.0}, **_BUFFER),
     "legacy-sp-replay": Recipe("legacy", 3e-3, optimizer_settings={"plasticity_k": 5.0}, **_BUFFER),
+}
+
+# The plugin where it isn't told when a task ends: otherwise the same.
+for _tuned in RECIPES.values():
+    for _recipes in _tuned.values():
+        for _name in ("sp", "sp-replay-sgd"):
+            for _when in ("surprise", "continuous") if _name in _recipes else ():
+                _plugins = tuple(f"sp-{_when}" if p == "sp" else p for p in _recipes[_name].plugins)
+                _recipes[f"{_name.removesuffix('-sgd')}-{_when}"] = replace(_recipes[_name], plugins=_plugins)
+
+# With a head for each task, where one head's settings are not good enough: docs/experiments.md.
+TASK_INCREMENTAL_RECIPES = {
+    "si": replace(RECIPES["split-mnist"][5]["si"], settings={"strength": 100.0}),
+    "mas": replace(RECIPES["split-mnist"][5]["mas"], lr=0.02),
+    "packnet": Recipe(
+        "SGD", 0.2, plugins=("packnet",), settings={"prune_proportion": 0.75, "post_prune_epochs": 1}, model="packnet"
+    ),
 }
 
 

@@ -27,6 +27,7 @@ def summarize(records: list[dict]) -> list[dict]:
             {
                 **{k: run[k] for k in ("benchmark", "strategy", "n_tasks", "epochs", "batch_size", "replay_buffer")},
                 "train_per_task": run["train_per_task"],
+                **{k: run[k] for k in ("task_incremental",) if k in run},
                 "loss": recipe["loss"],
                 "optimizer": recipe["optimizer"],
                 "lr": recipe["lr"],
@@ -122,15 +123,15 @@ def title(records: list[dict]) -> str:
     images = f", {run['train_per_task']} images a task" if run["train_per_task"] else ""
     seeds = ", ".join(map(str, sorted({r["run"]["seed"] for r in records})))
     score = "validation images" if run["validation"] else "test images"
+    heads = "a head for each task" if run.get("task_incremental") else "one head"
     return (
-        f"{name}, {run['n_tasks']} tasks{images}, one head, {run['epochs']} epoch{'s' * (run['epochs'] > 1)}, "
+        f"{name}, {run['n_tasks']} tasks{images}, {heads}, {run['epochs']} epoch{'s' * (run['epochs'] > 1)}, "
         f"batch {run['batch_size']}, {NETWORKS[run.get('network', '256-256')]}, {score}, seeds {seeds}"
     )
 
 
-def write_tables(records: list[dict], output: Path, against: str | None = None) -> str:
+def write_tables(records: list[dict], summary: list[dict], output: Path, against: str | None = None) -> str:
     """Writes summary.json and table.md; returns the tables."""
-    summary = summarize(records)
     text = f"{title(records)}; mean ± 95% interval (Student's t)\n\n{table(summary)}\n"
     if against is not None:
         rows = differences(records, against)
@@ -144,13 +145,12 @@ def write_tables(records: list[dict], output: Path, against: str | None = None) 
 
 def write_report(records: list[dict], output: Path, against: str | None = None) -> list[Path]:
     """Writes tables and figures, prints the tables; returns the paths of what it wrote."""
-    print("\n" + write_tables(records, output, against))
+    summary, heading = summarize(records), title(records)
+    print("\n" + write_tables(records, summary, output, against))
     from harness import figures  # here, as matplotlib is slow to load
 
-    heading = title(records)
-    return [
-        output / "summary.json",
-        output / "table.md",
-        figures.acc_by_strategy(summarize(records), heading, output / "acc.png"),
-        figures.accuracy_over_training(records, heading, output / "training.png"),
-    ]
+    paths = [output / "summary.json", output / "table.md"]
+    paths.append(figures.acc_by_strategy(summary, heading, output / "acc.png"))
+    if watched := [record for record in records if record["curve"]]:
+        paths.append(figures.accuracy_over_training(watched, heading, output / "training.png"))
+    return paths

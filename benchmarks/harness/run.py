@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from avalanche.benchmarks.scenarios import CLScenario
+from avalanche.models import avalanche_forward
 from avalanche.training.plugins import AGEMPlugin, EvaluationPlugin, GEMPlugin, SupervisedPlugin
 from avalanche.training.regularization import RegularizationMethod
 from torch import nn
@@ -21,6 +22,7 @@ from torch import nn
 from avalanche_sp import (
     AccuracyMatrix,
     ConsolidationPlugin,
+    SelectivePlasticityPlugin,
     average_forgetting,
     backward_transfer,
     learning_accuracy,
@@ -32,6 +34,7 @@ from harness.networks import build_network, network_bytes
 from harness.rehearsal import stored_bytes
 from harness.settings import Run
 from harness.strategies import build_model, build_strategy, recipe_of
+from harness.streams import drifting, parts, rearranged
 
 CURVE_POINTS = 10  # measurements of the accuracy curve in an experience
 FIRST_STEPS = (1, 2, 5, 10, 20)  # and at these iterations of every later one, where old tasks fall deepest
@@ -41,7 +44,7 @@ CURVE_IMAGES = 1000  # test images a task behind each
 class AccuracyCurve(SupervisedPlugin):
     """Accuracy on every task, in percent, during an experience; ``seconds`` is what measuring took."""
 
-    def __init__(self, test_sets: list[tuple[torch.Tensor, torch.Tensor]]):
+    def __init__(self, test_sets: list[list[torch.Tensor]]):
         super().__init__()
         self.test_sets = test_sets
         self.points: list[dict] = []
@@ -61,7 +64,8 @@ class AccuracyCurve(SupervisedPlugin):
         start = time.perf_counter()
         strategy.model.eval()
         accuracies = [
-            100 * (strategy.model(x).argmax(1) == y).float().mean().item() for x, y in self.test_sets
+            100 * (avalanche_forward(strategy.model, x, t).argmax(1) == y).float().mean().item()
+            for x, y, t in self.test_sets
         ]
         strategy.model.train()
         iteration = strategy.clock.train_iterations + 1
@@ -87,21 +91,28 @@ def execute(
     recipe = recipe_of(run)
     model = build_model(run)
     matrix, curve = AccuracyMatrix(), AccuracyCurve(test_sets)
-    strategy, plugins = build_strategy(run, model, [curve], EvaluationPlugin(matrix))
+    # An online stream's curve would have a point for every batch; and amid pruning PackNet has no old task's network.
+    extra = [curve] if run.stream == "tasks" and recipe.model != "packnet" else []
+    strategy, plugins = build_strategy(run, model, extra, EvaluationPlugin(matrix))
 
-    seconds = 0.0
+    seconds, ends, ranks = 0.0, [], []
+    gate = next((p for p in plugins if isinstance(p, SelectivePlasticityPlugin)), None)
     train_stream = benchmark.train_stream
     for experiences in [train_stream] if run.strategy == "joint" else train_stream:
         start = time.perf_counter()
         # A last batch of a few images makes a step of a few images' noise: it can undo a class (docs/experiments.md).
-        strategy.train(experiences, drop_last=True)
+        for part in [experiences] if run.strategy == "joint" else parts(run, experiences):
+            strategy.train(part, drop_last=True, shuffle=run.stream != "drifting")
         seconds += time.perf_counter() - start
         _check_finite(strategy)
+        ends.append(strategy.clock.train_iterations)
+        ranks.append(sum(a.claimed_rank for a in gate.layers.values()) if gate is not None else 0)
         strategy.eval(benchmark.test_stream)
         if after_experience is not None:
             after_experience(matrix.result())
 
     accuracy = matrix.result()
+    accuracy = accuracy[~np.isnan(accuracy).all(axis=1)]  # an online stream is evaluated when a task ends
     incremental = accuracy.shape[0] == accuracy.shape[1]
     return {
         "key": key,
@@ -111,15 +122,18 @@ def execute(
         "bwt": backward_transfer(accuracy) if incremental else None,
         "forgetting": average_forgetting(accuracy) if incremental else None,
         "learning_acc": learning_accuracy(accuracy) if incremental else None,
-        "min_acc": worst_case(curve.points) if incremental else None,
+        "min_acc": worst_case(curve.points) if incremental and curve.points else None,
         "accuracy_matrix": accuracy.round(4).tolist(),
         "curve": curve.points,
+        "task_ends": ends,
+        "consolidated_at": gate.consolidated_at if gate is not None else [],
+        "claimed_rank": ranks,
         "seconds": seconds - curve.seconds,
         "extra_memory_bytes": sum(memory_bytes(p) for p in plugins)
         + stored_bytes(strategy)
         + optimizer_bytes(strategy.optimizer)
         + network_bytes(model)
-        - network_bytes(build_network(run.network)),  # a network of another size counts by what it is larger
+        - network_bytes(build_network(run.network, run.heads)),  # a network of another size counts by what it is larger
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -145,18 +159,28 @@ def _check_finite(strategy) -> None:
 
 def build_benchmark(run: Run, dataset_root: str) -> CLScenario:
     """The run's streams; with ``validation`` the test stream is 1/6 of the training images, taken out of them."""
+    if run.stream == "drifting":
+        return benchmark_of(*drifting(run, dataset_root))
     if run.benchmark == "split-mnist":
-        benchmark = split_mnist(run.n_tasks, seed=run.seed, dataset_root=dataset_root)
+        benchmark = split_mnist(
+            run.n_tasks,
+            seed=run.seed,
+            return_task_id=run.task_incremental,
+            class_ids_from_zero_in_each_exp=run.task_incremental,
+            dataset_root=dataset_root,
+        )
     else:
         size = run.train_per_task
         if run.validation and size is not None:
             size = min(60000, round(size * 6 / 5))  # what is held out comes on top
         benchmark = permuted_mnist(run.n_tasks, train_size=size, seed=run.seed, dataset_root=dataset_root)
-    if not run.validation:
+    if not run.validation and run.stream == "tasks":
         return benchmark
-    datasets = [e.dataset for e in benchmark.train_stream]
-    held_out = [len(d) // 6 for d in datasets]
-    return benchmark_of([d[n:] for d, n in zip(datasets, held_out)], [d[:n] for d, n in zip(datasets, held_out)])
+    train, test = ([e.dataset for e in stream] for stream in (benchmark.train_stream, benchmark.test_stream))
+    if run.validation:
+        held_out = [len(d) // 6 for d in train]
+        train, test = [d[n:] for d, n in zip(train, held_out)], [d[:n] for d, n in zip(train, held_out)]
+    return benchmark_of(*rearranged(run, train, test))
 
 
 def memory_bytes(plugin: SupervisedPlugin) -> int:
@@ -198,9 +222,9 @@ def _tensors(value) -> list[torch.Tensor]:
     return [data] if isinstance(data, torch.Tensor) else []
 
 
-def _first_images(dataset, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    x, y, _ = dataset.read_batch(list(range(min(n, len(dataset)))))
-    return x, y
+def _first_images(dataset, n: int) -> list[torch.Tensor]:
+    """Images, their labels and task labels."""
+    return dataset.read_batch(list(range(min(n, len(dataset)))))
 
 
 def versions() -> dict[str, str]:

@@ -46,6 +46,7 @@ RANGES: dict[str, BaseDistribution] = {
     "passes": IntDistribution(5, 300, log=True),
     "weight": FloatDistribution(0.03, 10.0, log=True),
     "gate": FloatDistribution(0.01, 1.0, log=True),
+    "shrinkage": FloatDistribution(1.0, 100.0, log=True),
 }
 RATES = {
     True: FloatDistribution(1e-5, 1e-2, log=True),  # steps as large as the learning rate

@@ -41,11 +41,22 @@ _NO_REPLAY = ("lwf", "owm", "gpm")
 _REPLAY = (
     "a-gem", "gem", "gdumb", "er-ace", "der++", "replay-distilled", "replay-gated", "replay-adaptive", "sp-replay-sgd",
 )  # fmt: skip
+# The plugin where it isn't told when a task ends.
+UNTOLD = ("sp-surprise", "sp-continuous", "sp-replay-surprise", "sp-replay-continuous")
+# How the tasks come: one after another; the same in experiences of one batch, for strategies that are told nothing;
+# mixed with their neighbours; each turning slowly into the next; or the first once more at the end.
+STREAMS = ("tasks", "online", "blurred", "drifting", "returning")
 BOUNDS = ("cumulative", "joint")
+# Where every task has a head of its own, which is chosen by the task's label.
+TASK_INCREMENTAL = (
+    "naive-sgd", "ewc", "si", "mas", "lwf", "packnet", "sp", "sp-both",
+    "replay-sgd", "replay-joint", "sp-replay", "joint",
+)  # fmt: skip
 STUDIES = {
     "split-mnist": (
         *_NO_REPLAY,
         *_REPLAY,
+        *UNTOLD,
         "cumulative",
         "legacy-adam",
         "legacy-sp",
@@ -56,6 +67,7 @@ STUDIES = {
     "permuted-mnist": (
         *_NO_REPLAY,
         *_REPLAY,
+        *UNTOLD,
         "cumulative",
         "upgd",
         "gate-off",
@@ -67,14 +79,20 @@ STUDIES = {
     ),
 }
 USES_REPLAY = (
-    "replay-sgd", "replay-adam", "replay-joint", "sp-replay", *_REPLAY,
+    "replay-sgd", "replay-adam", "replay-joint", "sp-replay", *_REPLAY, *UNTOLD[2:],
     "legacy-adam-replay", "legacy-control", "legacy-sp-replay",
 )  # fmt: skip
 
 
+def strategies_of(benchmark: str, task_incremental: bool = False) -> tuple[str, ...]:
+    """Those that can be asked for."""
+    return TASK_INCREMENTAL if task_incremental else STRATEGIES + STUDIES[benchmark]
+
+
 def position(strategy: str, replay_buffer: int) -> tuple:
     """Sort key of tables and figures: by buffer, then as listed; the upper bounds last."""
-    others = tuple(dict.fromkeys(name for study in STUDIES.values() for name in study if name not in _REPLAY))
+    more = (*STUDIES.values(), TASK_INCREMENTAL)
+    others = tuple(dict.fromkeys(name for names in more for name in names if name not in _REPLAY))
     ours = STRATEGIES.index("sp-replay")  # last of those with replay
     names = STRATEGIES[:ours] + _REPLAY + STRATEGIES[ours:] + others
     return strategy in BOUNDS, replay_buffer, names.index(strategy)
@@ -86,7 +104,7 @@ class Run:
 
     Attributes:
         benchmark: "split-mnist" or "permuted-mnist".
-        strategy: one of STRATEGIES, or of the benchmark's STUDIES.
+        strategy: one of STRATEGIES, or of the benchmark's STUDIES; or of TASK_INCREMENTAL.
         n_tasks, epochs, batch_size: experiences, epochs an experience, samples of the stream in a mini-batch.
         replay_buffer: stored samples; 0 for strategies without replay.
         seed: fixes data order, initial weights and permutations; runs with equal seeds are paired.
@@ -94,6 +112,8 @@ class Run:
         validation: score on 1/6 of the training images, held out, instead of the test set, for tuning.
         network: one of NETWORKS.
         overrides: (name, value) pairs that replace the strategy's settings, for tuning.
+        stream: one of STREAMS.
+        task_incremental: a head for each task, and task labels in training and in tests (Split MNIST).
     """
 
     benchmark: str
@@ -107,9 +127,19 @@ class Run:
     validation: bool = False
     network: str = "256-256"
     overrides: tuple[tuple[str, float], ...] = ()
+    stream: str = "tasks"
+    task_incremental: bool = False
+
+    @property
+    def heads(self) -> int:
+        return self.n_tasks if self.task_incremental else 1
 
     def to_json(self) -> dict:
-        return {**asdict(self), "overrides": dict(self.overrides)}
+        values = {**asdict(self), "overrides": dict(self.overrides)}
+        for name, usual in (("stream", "tasks"), ("task_incremental", False)):  # stored results may not have these
+            if values[name] == usual:
+                del values[name]
+        return values
 
     def key(self, code: str) -> str:
         """Names the run and the code that made it: a stored result is only ever reused for the same of both."""
@@ -132,6 +162,7 @@ def code_fingerprint() -> str:
             "ridge.py",
             "run.py",
             "strategies.py",
+            "streams.py",
         )
     ]
     digest = hashlib.sha256()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from avalanche.models.packnet import PackNetPlugin
 from avalanche.training import DER, ER_ACE, Cumulative, JointTraining, Naive
 from avalanche.training.plugins import EWCPlugin, LwFPlugin, MASPlugin, SynapticIntelligencePlugin
 from torch import nn
@@ -21,12 +22,12 @@ from avalanche_sp import (
 from harness import rehearsal
 from harness.controls import UPGD, ConstantGate, RandomGate
 from harness.legacy import LegacyReplay, LegacySelectivePlasticity
-from harness.networks import build_network, gate_bytes, network_bytes
+from harness.networks import PackNetMultiHead, build_network, gate_bytes, network_bytes
 from harness.projections import GradientProjectionMemory, OrthogonalWeightsModification
-from harness.recipes import RECIPES, SP_RANK, Recipe, nearest
+from harness.recipes import RECIPES, SP_RANK, TASK_INCREMENTAL_RECIPES, Recipe, nearest
 from harness.rehearsal import memory_batch
 from harness.ridge import StreamingRidge, build_random_features
-from harness.settings import STRATEGIES, STUDIES, Run
+from harness.settings import Run, strategies_of
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "cross-entropy": nn.CrossEntropyLoss,
@@ -47,7 +48,8 @@ class WorkingSynapticIntelligence(SynapticIntelligencePlugin):
     """Avalanche 0.6's Synaptic Intelligence, made to work on a CPU.
 
     Upstream keeps views of the live weights where it means copies: on a CPU every displacement is then zero, and
-    with it every importance and the penalty, whatever the strength (``tests/test_harness.py`` shows it).
+    with it every importance and the penalty, whatever the strength (``tests/test_harness.py`` shows it). And it stops
+    where a parameter has no gradient, as the heads of other tasks have none.
     """
 
     def before_training_exp(self, strategy, **kwargs):
@@ -57,6 +59,12 @@ class WorkingSynapticIntelligence(SynapticIntelligencePlugin):
     def before_training_iteration(self, strategy, **kwargs):
         super().before_training_iteration(strategy, **kwargs)
         self._copy(self.syn_data["old_theta"])
+
+    def after_training_iteration(self, strategy, **kwargs):
+        for parameter in strategy.model.parameters():
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        super().after_training_iteration(strategy, **kwargs)
 
     @staticmethod
     def _copy(params) -> None:
@@ -92,9 +100,18 @@ PLUGINS = {
     "owm": lambda s, run: OrthogonalWeightsModification(s["alpha"]),
     "gpm": lambda s, run: GradientProjectionMemory(s["epsilon"]),
     "ridge": lambda s, run: StreamingRidge(s["ridge"]),
+    "packnet": lambda s, run: PackNetPlugin(int(s["post_prune_epochs"]), s["prune_proportion"]),
     "consolidation": lambda s, run: ConsolidationPlugin(),
-    "sp": lambda s, run: SelectivePlasticityPlugin(s["openness"], s["pull_back"], int(s["rank"])),
+    "sp": lambda s, run: _gate(s),
+    "sp-surprise": lambda s, run: _gate(s, consolidate="surprise"),
+    "sp-continuous": lambda s, run: _gate(s, consolidate="continuous"),
 }
+
+
+def _gate(settings: dict[str, float], **kwargs) -> SelectivePlasticityPlugin:
+    return SelectivePlasticityPlugin(settings["openness"], settings["pull_back"], int(settings["rank"]), **kwargs)
+
+
 # Avalanche's DER stores a network's outputs when an experience ends and draws one batch of stored samples, where its
 # publication (P. Buzzega et al., NeurIPS 2020) stores them at once and draws two. Its ER-ACE (L. Caccia et al., ICLR
 # 2022) has the new experience's samples in the memory from its beginning.
@@ -115,11 +132,14 @@ def recipe_of(run: Run) -> Recipe:
     Raises:
         ValueError: the strategy or an override doesn't exist.
     """
-    allowed = STRATEGIES + STUDIES[run.benchmark]
+    allowed = strategies_of(run.benchmark, run.task_incremental)
     if run.strategy not in allowed:
         raise ValueError(f"Invalid strategy: {run.strategy} (allowed: {', '.join(allowed)})")
-    tuned = {n: recipes for n, recipes in RECIPES[run.benchmark].items() if run.strategy in recipes}
-    recipe = nearest(tuned, run.n_tasks)[run.strategy]
+    if run.task_incremental and run.strategy in TASK_INCREMENTAL_RECIPES:
+        recipe = TASK_INCREMENTAL_RECIPES[run.strategy]
+    else:
+        tuned = {n: recipes for n, recipes in RECIPES[run.benchmark].items() if run.strategy in recipes}
+        recipe = nearest(tuned, run.n_tasks)[run.strategy]
     recipe = recipe.tuned_for(run.replay_buffer or run.train_per_task or 60000)
     return recipe.override(dict(run.overrides), numbers_of(OPTIMIZERS[recipe.optimizer]))
 
@@ -132,11 +152,11 @@ def numbers_of(optimizer: type[torch.optim.Optimizer]) -> tuple[str, ...]:
 
 def build_model(run: Run) -> nn.Module:
     """The run's network; for random features, one that takes as many bytes as the network and `sp`'s memory."""
-    network = build_network(run.network)
-    recipe = recipe_of(run)
-    if recipe.model == "network":
-        return network
-    return build_random_features(network_bytes(network) + gate_bytes(network, SP_RANK))
+    network = build_network(run.network, run.heads)
+    kind = recipe_of(run).model
+    if kind == "random features":
+        return build_random_features(network_bytes(network) + gate_bytes(network, SP_RANK))
+    return PackNetMultiHead(network) if kind == "packnet" else network
 
 
 def build_strategy(run: Run, model: nn.Module, extra_plugins: list, evaluator):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from harness.protocols import PROTOCOLS, overrides_of
-from harness.settings import USES_REPLAY, Run
+from harness.settings import TASK_INCREMENTAL, USES_REPLAY, Run
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Study:
         curves: with which of them the accuracy curve is kept; 0: of the rows without replay.
         seeds: runs of each row, unless fewer are asked for.
         protocol: the protocol that it follows, whose published settings go before the recipes'.
+        task_incremental: as in a run.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Study:
     curves: tuple[int, ...] = ()
     seeds: int = 10
     protocol: str | None = None
+    task_incremental: bool = False
 
     def runs(self, seeds: int, strategies: list[str] | None = None) -> list[Run]:
         """Seeds outermost, so that a study cut short is a whole one with fewer seeds.
@@ -94,6 +96,7 @@ class Study:
             train_per_task=self.train_per_task,
             network=self.network,
             overrides=overrides_of(self.benchmark, self.protocol, row.strategy, buffer, row.overrides),
+            task_incremental=self.task_incremental,
         )
 
 
@@ -167,7 +170,32 @@ ABLATIONS = {
         (50, 200, 1000, 2000),
     )
 }
+TASK_LABELS = {
+    "task_incremental_split5": Study(
+        "Split MNIST, 5 tasks, a head for each",
+        "split-mnist",
+        5,
+        _rows(*TASK_INCREMENTAL),
+        (200,),
+        epochs=2,
+        task_incremental=True,
+    )
+}
+
+
+def _legacy(title: str, *rows: Row) -> Study:
+    return Study(title, "split-mnist", 2, rows, (2000,), epochs=5, batch_size=128)
+
+
 ORIGINAL = {
+    "original": _legacy(
+        "As published",
+        *_rows("legacy-adam", "legacy-sp", "legacy-adam-replay", "legacy-control", "legacy-sp-replay"),
+    ),
+    "original_working_buffer": _legacy(
+        "The same with a buffer that keeps what it stored",
+        *(Row(name, (("fifo", 0.0),)) for name in ("legacy-adam-replay", "legacy-control", "legacy-sp-replay")),
+    ),
     "protocol_original": _protocol(
         "split-mnist", "original",
         "replay-sgd", "replay-adam", "replay-joint", "replay-adaptive", "er-ace", "der++", ALONE, OURS, "joint",
@@ -181,4 +209,4 @@ PUBLISHED = {
     "protocol_van_de_ven_split": _protocol("split-mnist", "van-de-ven", "naive-adam", "joint", ALONE),
     "protocol_van_de_ven_permuted": _protocol("permuted-mnist", "van-de-ven", "naive-adam", "joint", ALONE),
 }
-EVERY = {**BY_BUFFER, **EPOCHS, **ABLATIONS, **ORIGINAL, **PUBLISHED}
+EVERY = {**BY_BUFFER, **EPOCHS, **ABLATIONS, **TASK_LABELS, **ORIGINAL, **PUBLISHED}

@@ -1,0 +1,199 @@
+"""When and what to consolidate on a stream that doesn't say where a task ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from avalanche_sp.activity import LayerActivity, curvature_of, some_inputs
+from avalanche_sp.detection import ChangeDetector, LossWatch
+from avalanche_sp.gates import merge_eigenspace
+from avalanche_sp.layers import NORMALISATION, GatedLayer, gated_layers, set_weights, weights_and_bias
+from avalanche_sp.replay import stream_part, stream_rows
+
+__all__ = ["StreamWatch"]
+
+# Iterations from one look at the stream to the next: one device sync a look.
+_LOOK = 4
+# Samples that a look adds to the second moments: those of the last mini-batches, as many as it takes, at most all.
+_SAMPLES = 64
+# Samples from one consolidation to the next, where nothing is to be detected.
+_CHUNK = 4096
+# Input vectors for which older ones stand in a second moment, at most: the older ones' network is no longer there.
+_MEMORY = 1280
+
+
+@dataclass
+class Moment:
+    """Running second moment of a layer's input vectors: its leading eigenpairs, and the mean of all eigenvalues.
+
+    ``weight`` is how many input vectors it stands for.
+    """
+
+    eigenvalues: Tensor
+    vectors: Tensor
+    mean_eigenvalue: Tensor
+    weight: int = 0
+
+    @classmethod
+    def empty(cls, like: Tensor) -> Moment:
+        return cls(like.new_zeros(0), like.new_zeros(like.shape[1], 0), like.new_zeros(()))
+
+    def add(self, x: Tensor, rank: int) -> None:
+        """Adds input vectors (n, d). Those of earlier looks fade."""
+        share = self.weight / (self.weight + len(x))
+        self.weight = min(self.weight + len(x), _MEMORY)
+        self.eigenvalues, self.vectors = merge_eigenspace(self.eigenvalues, self.vectors, share, x, rank)
+        self.mean_eigenvalue = share * self.mean_eigenvalue + (1 - share) * x.square().mean()
+
+    def factor(self) -> Tensor:
+        """As many vectors (r, d) as are kept, whose second moment is this one."""
+        return (self.vectors * (len(self.eigenvalues) * self.eigenvalues).sqrt()).T
+
+
+def rotated(x: Tensor, seed: int) -> Tensor:
+    """Other vectors (n, d) of the same second moment: what is kept of a mini-batch until the next look."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    square = torch.randn(len(x), len(x), generator=generator, device=x.device, dtype=x.dtype)
+    return torch.linalg.qr(square).Q @ x
+
+
+class StreamWatch:
+    """Follows a stream without told boundaries, and says when to consolidate what.
+
+    Every 4 iterations it looks: what were the losses, what are the layers' inputs? The inputs join a running second
+    moment of what was learned since the last consolidation; no sample is kept from one iteration to the next.
+
+    With a detector it consolidates when the loss has changed. That is seen some iterations late, when the new task
+    has been learned over the old one for a while. So a look at which a loss is surprising, though not enough to be a
+    change, adds nothing to the second moments; and the weights are copied at every look without such a loss. To that
+    copy the weights go back, and of the steps since then only what the gate lets through, once it is closed for what
+    was learned before the change, is done again.
+
+    Without a detector it consolidates every 4096 samples.
+
+    Args:
+        detector: or None.
+        rank: eigenvectors a layer of the second moments.
+        measure_curvature: whether to measure that of the loss in the outputs.
+    """
+
+    def __init__(self, detector: ChangeDetector | None, rank: int, measure_curvature: bool):
+        self.losses = LossWatch(detector) if detector is not None else None
+        self.rank = rank
+        self.measure_curvature = measure_curvature
+        self.iteration = 0
+        self._queue: list[Tensor] = []  # the losses since the last look: read together, one device sync a look
+        self._inputs: list[tuple[str, GatedLayer, Tensor]] = []  # of the present iteration
+        self._moments: dict[str, list[Tensor]] = {}  # of the mini-batches since the last look, each as its factor
+        self._rows: dict[str, float] = {}  # input vectors that a sample gives a weight
+        self._weights: dict[str, Tensor] = {}  # at the last calm look
+        self._norms: dict[str, list[Tensor]] = {}  # and all that normalisation layers held then
+        self._start()
+
+    def _start(self) -> None:
+        self.samples = 0  # of the stream, since the last consolidation
+        self.classes: set[int] = set()  # among those looked at
+        self.curvature = torch.zeros(())
+        self.looks = 0
+        self.moments: dict[str, Moment] = {}
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of what is kept from one iteration to the next."""
+        tensors = [t for m in self.moments.values() for t in (m.eigenvalues, m.vectors, m.mean_eigenvalue)]
+        tensors += [*self._weights.values(), *(t for held in self._norms.values() for t in held)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def listen(self, strategy) -> list:
+        """Hooks that note the layers' inputs in the coming forward pass, if a look takes them in."""
+        self._inputs.clear()
+        if -(self.iteration + 1) % _LOOK * stream_rows(strategy) >= _SAMPLES:
+            return []
+        return [
+            layer.register_forward_hook(
+                lambda layer, inputs, output, name=name: self._inputs.append((name, layer, inputs[0].detach()))
+            )
+            for name, layer in gated_layers(strategy.model).items()
+        ]
+
+    @torch.no_grad()
+    def observe(self, strategy) -> None:
+        """Notes the loss of the stream's samples and the layers' inputs, after the backward pass."""
+        batch, n, loss = len(strategy.mb_x), stream_rows(strategy), strategy.loss
+        self.samples += n
+        if n < batch and isinstance(strategy.mb_output, Tensor):
+            loss = strategy._criterion(strategy.mb_output[:n], strategy.mb_y[:n])
+        self._queue.append(loss.detach().squeeze())
+        for name, layer, inputs in self._inputs:
+            x, count = some_inputs(layer, stream_part(inputs, batch, n))
+            # A batch that the look takes in by itself is gone with this iteration; smaller ones wait.
+            self._moments.setdefault(name, []).append(x if n >= _SAMPLES else rotated(x, self.iteration))
+            self._rows[name] = count / n
+        self._inputs.clear()
+
+    @torch.no_grad()
+    def look(self, strategy) -> bool:
+        """Ends an iteration. True when it is time to consolidate."""
+        self.iteration += 1
+        if self.iteration % _LOOK:
+            return False
+        found, calm = False, True
+        if self.losses is not None:
+            found, calm = self.losses.look(torch.stack(self._queue).tolist())
+        if calm and not found:
+            self._take(strategy)
+        self._queue.clear()
+        self._moments.clear()
+        return bool(self.moments) and (found or self.losses is None and self.samples >= _CHUNK)
+
+    def _take(self, strategy) -> None:
+        batch, stream = len(strategy.mb_x), stream_rows(strategy)
+        for name, factors in self._moments.items():
+            self.moments.setdefault(name, Moment.empty(factors[0])).add(torch.cat(factors), self.rank)
+        self.looks += 1
+        self.classes.update(strategy.mb_y[:stream].flatten().tolist())
+        if self.measure_curvature:
+            outputs = strategy.mb_output[:stream] if stream < batch else strategy.mb_output
+            curvature = curvature_of(strategy._criterion, outputs, strategy.mb_y[:stream])
+            self.curvature = self.curvature + (curvature - self.curvature) / self.looks
+        if self.losses is not None:
+            self._weights = {n: weights_and_bias(layer) for n, layer in gated_layers(strategy.model).items()}
+            self._norms = {n: [t.clone() for t in held] for n, held in _held_by_norms(strategy.model).items()}
+
+    @torch.no_grad()
+    def consolidate(self, model: nn.Module, layers: dict[str, LayerActivity]) -> dict[str, Tensor]:
+        """Merges what was learned since the last time into ``layers``, at the weights of the last calm look.
+
+        Returns:
+            By layer, what the steps since that look had changed (rows, d); the weights are now without it.
+        """
+        changes = {}
+        for name, layer in gated_layers(model).items():
+            if name in self._weights:
+                weights = self._weights[name]  # of fewer output units where a head has grown
+                changes[name] = weights_and_bias(layer)[: len(weights)] - weights
+                set_weights(layer, weights)
+            if name in self.moments:
+                moment = self.moments[name]
+                x = moment.factor()
+                old = layers.get(name) or LayerActivity.empty(x.shape[1], x)
+                layers[name] = old.merged(
+                    layer, x, self._rows[name], self.samples, self.rank, moment.mean_eigenvalue
+                )
+        for name, held in _held_by_norms(model).items():
+            for now, before in zip(held, self._norms.get(name, ())):
+                now.copy_(before)
+        self._start()
+        return changes
+
+
+def _held_by_norms(model: nn.Module) -> dict[str, list[Tensor]]:
+    """What each normalisation layer holds: scale, shift and running statistics."""
+    return {
+        name: [t.detach() for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
+        for name, module in model.named_modules()
+        if isinstance(module, NORMALISATION)
+    }

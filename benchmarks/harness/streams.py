@@ -1,0 +1,95 @@
+"""Streams whose tasks don't simply come one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
+from avalanche.benchmarks.scenarios.online import split_online_stream
+from avalanche.benchmarks.utils import AvalancheDataset
+
+from avalanche_sp import split_mnist
+from avalanche_sp.classic import TensorClassificationDataset, TensorSource
+from harness.settings import UNTOLD, Run
+
+BLURRED = 20  # of each task's samples, one in so many is exchanged with each neighbour's
+BLOCK = 100  # images of a drifting stream that share their permutation
+
+
+def rearranged(run: Run, train: list, test: list) -> tuple[list, list]:
+    """The run's experiences, for training and for tests, from those of its tasks."""
+    if run.stream == "blurred":
+        return blurred(train), test
+    if run.stream == "returning":
+        return [*train, train[0]], test
+    return train, test
+
+
+def parts(run: Run, experience: CLExperience) -> Iterable[CLExperience]:
+    """What ``train`` is called with, one after another."""
+    if run.stream != "online" or run.strategy not in (*UNTOLD, "naive-sgd"):
+        return [experience]
+    return split_online_stream([experience], run.batch_size, seed=run.seed, drop_last=True)
+
+
+def blurred(tasks: Sequence[AvalancheDataset]) -> list[AvalancheDataset]:
+    """Tasks that have exchanged a twentieth with each neighbour: a tenth of an inner one's samples are others'."""
+    shares = [[task.subset(part.tolist()) for part in torch.arange(len(task)).tensor_split(BLURRED)] for task in tasks]
+    for left, right in zip(shares, shares[1:]):
+        left[-1], right[0] = right[0], left[-1]
+    return [_joined(share) for share in shares]
+
+
+def _joined(datasets: list[AvalancheDataset]) -> AvalancheDataset:
+    whole = datasets[0]
+    for dataset in datasets[1:]:
+        whole = whole.concat(dataset)
+    return whole
+
+
+def drifting(run: Run, dataset_root: str) -> tuple[list, list]:
+    """Permuted MNIST whose permutation never rests after the first task: a few pixels change places every 100 images.
+
+    At the end of each task the permutation is one that is independent of the task before; the tests have these.
+    """
+    whole = split_mnist(1, seed=run.seed, dataset_root=dataset_root)
+    train, test = (stream[0].dataset for stream in (whole.train_stream, whole.test_stream))
+    if run.validation:
+        train, test = train[len(train) // 6 :], train[: len(train) // 6]
+    size, random = run.train_per_task or len(train), np.random.RandomState(run.seed)
+    permutation = random.permutation(784)
+    train_sets, test_sets = [], []
+    for task in range(run.n_tasks):
+        rows = torch.from_numpy(random.permutation(len(train))[:size])
+        images, labels, _ = train.read_batch(rows.tolist())
+        images = images.flatten(1)
+        target = permutation if task == 0 else random.permutation(784)
+        moves = swaps(permutation, target)
+        for block, start in enumerate(range(0, size, BLOCK), 1):
+            for i, j in moves[len(moves) * (block - 1) * BLOCK // size : len(moves) * block * BLOCK // size]:
+                permutation[[i, j]] = permutation[[j, i]]
+            images[start : start + BLOCK] = images[start : start + BLOCK, torch.from_numpy(permutation)]
+        permutation = target.copy()
+        train_sets.append(_dataset(images, labels))
+        images, labels, _ = test.read_batch(list(range(len(test))))
+        test_sets.append(_dataset(images.flatten(1)[:, torch.from_numpy(permutation)], labels))
+    return train_sets, test_sets
+
+
+def swaps(start: np.ndarray, end: np.ndarray) -> list[tuple[int, int]]:
+    """Exchanges of two places each that turn one permutation into another."""
+    now, where, moves = start.copy(), np.argsort(start), []
+    for i in range(len(now)):
+        j = where[end[i]]
+        if i != j:
+            moves.append((i, j))
+            where[now[i]] = j
+            now[[i, j]] = now[[j, i]]
+            where[now[i]] = i
+    return moves
+
+
+def _dataset(images: torch.Tensor, labels: torch.Tensor) -> TensorClassificationDataset:
+    return TensorClassificationDataset.from_source(TensorSource(images.view(-1, 1, 28, 28), labels), 0)

@@ -1,0 +1,302 @@
+"""Boundaries found, not given: on real MNIST, with real Avalanche strategies."""
+
+import pickle
+import sys
+
+import pytest
+import torch
+from avalanche.benchmarks.scenarios.online import split_online_stream
+from avalanche.evaluation.metric_results import MetricValue
+from avalanche.models import IncrementalClassifier
+from avalanche.training.plugins import ReplayPlugin, SupervisedPlugin
+from river.drift import PageHinkley
+from torch import nn
+
+from avalanche_sp import (
+    ConsolidationPlugin,
+    FoundBoundaries,
+    SelectivePlasticityOptimizer,
+    SelectivePlasticityPlugin,
+    boundaries,
+    split_mnist,
+)
+from avalanche_sp.activity import LayerActivity
+from avalanche_sp.detection import LossWatch, page_hinkley
+from avalanche_sp.layers import set_weights, weights_and_bias
+
+from conftest import MNIST, mlp, sliced, strategy_of, weights
+
+FOUND = ("surprise", "continuous")
+
+
+@pytest.fixture(autouse=True)
+def consolidate_every_64_iterations(monkeypatch):
+    monkeypatch.setattr(boundaries, "_CHUNK", 64 * 16)
+
+
+@pytest.fixture(scope="module")
+def stream():
+    """Three tasks of 100 iterations of 16 images."""
+    return sliced(split_mnist(5, dataset_root=MNIST), train=1600)
+
+
+def trained(stream, plugins, n=3, model=None, seed=0, **kwargs):
+    model = model or mlp(64)
+    if "optimizer" in kwargs:
+        kwargs["optimizer"] = kwargs["optimizer"](model.parameters())
+    strategy = strategy_of(model, plugins, batch=16, **kwargs)
+    torch.manual_seed(seed)
+    for experience in stream.train_stream[:n]:
+        strategy.train(experience)
+    return strategy
+
+
+def accuracy(strategy, stream, task):
+    x, y, _ = stream.test_stream[task].dataset.read_batch(list(range(200)))
+    return (strategy.model(x).argmax(1) == y).float().mean().item()
+
+
+class At:
+    """A detector of one's own: finds a change at the iterations it was told. It is not asked about the first 20."""
+
+    def __init__(self, *iterations):
+        self.iterations, self.seen, self.drift_detected = iterations, [], False
+
+    def update(self, x):
+        self.seen.append(x)
+        self.drift_detected = len(self.seen) + 20 in self.iterations
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e6])
+def test_a_change_is_found_soon_whatever_the_losss_scale(scale):
+    torch.manual_seed(0)
+    steady = 0.2 + 0.03 * torch.randn(2000)
+    watch = LossWatch(page_hinkley())
+    assert not any(watch.look([x])[0] for x in (scale * steady).tolist())
+    changed = (scale * (1.0 + 0.1 * torch.randn(20))).tolist()
+    found, calm = zip(*(watch.look([x]) for x in changed))
+    assert 3 < found.index(True) < 10
+    assert not any(calm[: found.index(True)])
+
+
+def test_one_odd_batch_and_a_constant_loss_are_no_change():
+    watch = LossWatch(page_hinkley())
+    for losses in ([0.5] * 100, [0.5, 0.6] * 50, [100.0], [0.5, 0.6] * 50):
+        assert not watch.look(losses)[0]
+
+
+def test_boundaries_are_found_and_what_was_learned_before_is_kept(stream):
+    plugin = SelectivePlasticityPlugin(consolidate="surprise")
+    found = trained(stream, [plugin])
+    assert len(plugin.consolidated_at) == 2
+    assert all(0 < at - 100 * (i + 1) <= 20 for i, at in enumerate(plugin.consolidated_at))
+    told = trained(stream, [SelectivePlasticityPlugin()])
+    naive = trained(stream, [])
+    for task in (0, 1):
+        assert accuracy(naive, stream, task) < 0.3
+        assert accuracy(found, stream, task) > accuracy(told, stream, task) - 0.05 > 0.6
+
+
+def test_without_events_it_remembers_too(stream):
+    plugin = SelectivePlasticityPlugin(consolidate="continuous")
+    strategy = trained(stream, [plugin])
+    assert plugin.consolidated_at == [64, 128, 192, 256]
+    assert all(accuracy(strategy, stream, task) > 0.5 for task in (0, 1))
+
+
+@pytest.mark.parametrize("consolidate", FOUND)
+def test_an_online_stream_is_the_same_to_it_as_whole_experiences(stream, consolidate):
+    """Bit for bit: the end of an experience means nothing."""
+    ends = []
+    for online in (False, True):
+        plugin = SelectivePlasticityPlugin(consolidate=consolidate)
+        strategy = strategy_of(mlp(), [plugin], batch=16)
+        for experience in stream.train_stream[:2]:
+            parts = split_online_stream([experience], experience_size=16, shuffle=False) if online else [experience]
+            for part in parts:
+                strategy.train(part, shuffle=False)
+        ends.append((weights(strategy.model), plugin.consolidated_at))
+    assert torch.equal(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1] != []
+
+
+@pytest.mark.parametrize("consolidate", FOUND)
+def test_the_first_task_is_learned_as_without_the_plugin(stream, consolidate):
+    """Until something is consolidated, bit for bit."""
+    n = {"surprise": 1600, "continuous": 63 * 16}[consolidate]
+    short = sliced(stream, train=n)
+    both = [trained(short, plugins, n=1) for plugins in ([], [SelectivePlasticityPlugin(consolidate=consolidate)])]
+    assert torch.equal(*(weights(s.model) for s in both))
+
+
+def test_the_weights_go_back_and_only_what_the_gate_lets_through_is_done_again(stream):
+    """The last calm look is that of the 100th iteration, the next task's first is the 101st."""
+    copies = {}
+
+    class Look(SupervisedPlugin):
+        def __init__(self, first):
+            super().__init__()
+            self.first = first
+
+        def after_update(self, strategy, **kwargs):
+            copies[self.first, strategy.clock.train_iterations + 1] = weights_and_bias(strategy.model[1])
+
+    plugin = SelectivePlasticityPlugin(consolidate="surprise")
+    trained(stream, [Look(True), plugin, Look(False)], n=2)
+    at = plugin.consolidated_at[0]
+    steps = copies[True, at] - copies[True, 100]
+    expected = copies[True, 100] + plugin.layers["1"].through(steps)
+    torch.testing.assert_close(copies[False, at], expected)
+    assert (expected - copies[True, 100]).norm() < 0.5 * steps.norm()
+    assert plugin.layers["1"].samples == 16 * at
+
+
+def test_what_the_gate_lets_through_of_a_change(stream):
+    plugin = SelectivePlasticityPlugin(rank=20)
+    trained(stream, [plugin], n=1)
+    a: LayerActivity = plugin.layers["1"]
+    change = torch.randn(3, len(a.vectors), dtype=torch.float64)
+    v = a.vectors.double()
+    gate = v @ torch.diag(1 - a.closed.double()) @ v.T
+    gate += (1 - a.closed_rest) * (torch.eye(len(v)) - v @ v.T)
+    torch.testing.assert_close(a.through(change.float()).double(), change @ gate, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(5, 4), nn.Linear(5, 4, bias=False), nn.Conv2d(6, 4, 3, groups=2)])
+def test_weights_come_back_as_they_were(layer):
+    kept = weights_and_bias(layer)
+    before = [p.detach().clone() for p in layer.parameters()]
+    for p in layer.parameters():
+        p.data.add_(1)
+    set_weights(layer, kept[:3])
+    for p, b in zip(layer.parameters(), before):
+        assert torch.equal(p[:3], b[:3]) and torch.equal(p[3:], b[3:] + 1)
+
+
+def test_no_sample_is_kept_and_memory_stays_bounded(stream):
+    plugin = SelectivePlasticityPlugin(consolidate="continuous", rank=8)
+    sizes = []
+
+    class Size(SupervisedPlugin):
+        def after_training_iteration(self, strategy, **kwargs):
+            sizes.append(plugin.state_bytes)
+
+    trained(stream, [plugin, Size()])
+    assert max(sizes[200:]) == max(sizes[70:200])
+
+
+def test_a_detector_of_ones_own(stream):
+    detector = At(30, 70)
+    plugin = SelectivePlasticityPlugin(consolidate="surprise", detector=detector)
+    trained(stream, [plugin], n=1)
+    assert len(detector.seen) == 50  # without the 20 iterations at the start, and after a change
+    assert max(map(abs, detector.seen)) <= 5
+    assert plugin.consolidated_at == [32, 92]  # at the look after it
+
+
+def test_stored_samples_are_not_watched(stream):
+    """A memory whose loss explodes is no boundary: here each stored sample's label is wrong."""
+    detector = At()
+    plugin = SelectivePlasticityPlugin(consolidate="surprise", detector=detector)
+
+    class WrongLabels(SupervisedPlugin):
+        def before_forward(self, strategy, **kwargs):
+            strategy.mbatch[1][16:] = 9
+
+    trained(stream, [ReplayPlugin(30, batch_size=16, batch_size_mem=16), WrongLabels(), plugin], n=2)
+    beside = detector.seen[120:]
+    assert sum(beside) / len(beside) < 1
+
+
+def test_normalisation_goes_back_to_before_the_change(stream):
+    """Its network takes up a new task within a few iterations: a more sensitive detector than the default's is due."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+    detector = PageHinkley(min_instances=10, delta=1.0, threshold=10.0, mode="up")
+    plugin = SelectivePlasticityPlugin(consolidate="surprise", detector=detector)
+    held = []
+
+    class Look(SupervisedPlugin):
+        def after_training_iteration(self, strategy, **kwargs):
+            held.append([t.clone() for t in model[2].state_dict().values()])
+
+    trained(stream, [plugin, Look()], n=2, model=model)
+    (at,) = plugin.consolidated_at
+    assert 100 < at <= 108
+    assert any(not torch.equal(a, b) for a, b in zip(held[99], held[at - 2]))
+    assert all(torch.equal(a, b) for a, b in zip(held[99], held[-1]))
+
+
+def test_a_growing_head(stream):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(784, 32), IncrementalClassifier(32, 2)
+
+        def forward(self, x):
+            return self.head(self.body(x.flatten(1)).relu())
+
+    plugin = SelectivePlasticityPlugin(consolidate="surprise", pull_back=1.0)
+    strategy = trained(stream, [plugin], model=Net(), criterion=nn.CrossEntropyLoss())
+    assert plugin.consolidated_at and weights(strategy.model).isfinite().all()
+
+
+def test_the_optimizer_consolidates_with_it(stream):
+    plugin = SelectivePlasticityPlugin(consolidate="surprise")
+    follower = ConsolidationPlugin(follow=plugin)
+    kept = []
+
+    class Look(SupervisedPlugin):
+        def after_training_iteration(self, strategy, **kwargs):
+            kept.append("consolidated" in strategy.optimizer.state[strategy.model[1].weight])
+
+    trained(
+        stream,
+        [plugin, follower, Look()],
+        optimizer=lambda p: SelectivePlasticityOptimizer(p, lr=1e-3, plasticity_k=1, beta1=0.0, eps=1e-3),
+        n=2,
+    )
+    assert kept.index(True) == plugin.consolidated_at[0] - 1
+
+
+def test_boundaries_go_to_the_loggers(stream):
+    metric = FoundBoundaries()
+    values: list[MetricValue] = []
+
+    class Collect(SupervisedPlugin):
+        def after_training_iteration(self, strategy, **kwargs):
+            values.extend(metric.after_training_iteration(strategy))
+
+    plugin = SelectivePlasticityPlugin(consolidate="surprise")
+    trained(stream, [plugin, Collect()])
+    assert [v.value for v in values] == [1, 2] and metric.result() == 2
+    assert [v.x_plot for v in values] == plugin.consolidated_at
+    assert all("FoundBoundaries" in v.name for v in values)
+
+
+@pytest.mark.parametrize("consolidate", FOUND)
+def test_it_can_be_saved_in_the_midst_of_a_stream(stream, consolidate):
+    plugin = SelectivePlasticityPlugin(consolidate=consolidate)
+    trained(stream, [plugin], n=2)
+    copy = pickle.loads(pickle.dumps(plugin))
+    assert copy.consolidated_at == plugin.consolidated_at and copy.state_bytes == plugin.state_bytes
+
+
+def test_without_river_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "river.drift", None)
+    with pytest.raises(ImportError, match=r"avalanche-sp\[detection\]"):
+        SelectivePlasticityPlugin(consolidate="surprise")
+    SelectivePlasticityPlugin(consolidate="surprise", detector=At())
+    SelectivePlasticityPlugin(consolidate="continuous")
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        ({"consolidate": "never"}, "Invalid consolidate value: 'never' (allowed: 'experience', 'surprise', 'contin"),
+        ({"detector": At()}, "Invalid detector: consolidate='experience' detects nothing"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, words):
+    with pytest.raises(ValueError) as error:
+        SelectivePlasticityPlugin(**kwargs)
+    assert words in str(error.value)

@@ -1,0 +1,83 @@
+"""Streams without clean boundaries, and how finding them is counted."""
+
+import sys
+
+import numpy as np
+import torch
+
+from conftest import MNIST, ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from boundaries import PARTS, found, rows_of, runs_of  # noqa: E402
+from harness.run import build_benchmark, execute  # noqa: E402
+from harness.settings import Run  # noqa: E402
+from harness.strategies import recipe_of  # noqa: E402
+from harness.streams import swaps  # noqa: E402
+
+
+def run_of(strategy="sp", **kwargs):
+    return Run(**{"benchmark": "split-mnist", "strategy": strategy, "n_tasks": 5, "epochs": 1, "batch_size": 64,
+                  "replay_buffer": 0, "seed": 0} | kwargs)  # fmt: skip
+
+
+def test_a_tenth_of_a_blurred_task_is_its_neighbours():
+    plain, mixed = (build_benchmark(run_of(stream=s), str(MNIST)) for s in ("tasks", "blurred"))
+    for i, e in enumerate(mixed.train_stream):
+        tasks = np.array(list(e.dataset.targets)) // 2
+        assert set(tasks) == {j for j in (i - 1, i, i + 1) if 0 <= j < 5}
+        assert abs((tasks != i).mean() - (0.05 if i in (0, 4) else 0.1)) < 0.01
+    sizes = [sum(len(e.dataset) for e in b.train_stream) for b in (plain, mixed)]
+    assert sizes[0] == sizes[1]
+
+
+def test_swaps_turn_one_permutation_into_another():
+    random = np.random.RandomState(0)
+    start, end = random.permutation(50), random.permutation(50)
+    moves = swaps(start, end)
+    for i, j in moves:
+        start[[i, j]] = start[[j, i]]
+    assert (start == end).all() and len(moves) < 50
+
+
+def test_a_drifting_permutation_moves_a_few_pixels_at_a_time():
+    """Seen at the pixels that are black in every image: they are where the permutation has put the corners."""
+    run = run_of(benchmark="permuted-mnist", n_tasks=2, train_per_task=1000, stream="drifting")
+    first, second = (e.dataset.read_batch(list(range(1000)))[0].flatten(1) for e in
+                     build_benchmark(run, str(MNIST)).train_stream)  # fmt: skip
+    dark = [(block == block.min()).all(0) for block in (*first.split(100), *second.split(100))]
+    shared = [(a & b).sum() / (a | b).sum() for a, b in zip(dark, dark[1:])]
+    assert min(shared) > 0.6
+    assert (dark[9] & dark[-1]).sum() / (dark[9] | dark[-1]).sum() < min(shared)
+
+
+def test_an_online_stream_is_measured_when_its_tasks_end():
+    short = {"benchmark": "permuted-mnist", "n_tasks": 2, "train_per_task": 200, "batch_size": 20, "stream": "online"}
+    record = execute(run_of("sp-continuous", **short), str(MNIST), "key")
+    assert np.shape(record["accuracy_matrix"]) == (2, 2)
+    assert record["task_ends"] == [10, 20] and not record["consolidated_at"]
+    told = execute(run_of("sp", **short), str(MNIST), "key")
+    assert told["consolidated_at"] == [10, 20]
+
+
+def test_what_is_found_missed_and_false():
+    record = {"task_ends": [100, 200, 300], "consolidated_at": [50, 108, 150]}
+    assert found(record) == ([8], 1, 2)
+    assert found(record | {"consolidated_at": []}) == ([], 2, 0)
+
+
+def test_old_runs_keep_their_names():
+    assert "stream" not in run_of().to_json() and run_of(stream="online").to_json()["stream"] == "online"
+
+
+def test_every_part_of_the_table_can_be_run():
+    for part, (_, strategies, _) in PARTS.items():
+        runs = runs_of(part, [0], False)
+        assert {r.strategy for r in runs} == set(strategies)
+        for run in runs:
+            recipe_of(run)
+        records = [
+            {"run": r.to_json(), "acc": 90.0, "task_ends": [10, 20], "consolidated_at": [14], "seconds": 1.0,
+             "accuracy_matrix": torch.full((6, 5), 90.0).tolist(), "claimed_rank": [5, 6]} for r in runs
+        ]  # fmt: skip
+        assert len(rows_of(part, records)) == len(runs)
