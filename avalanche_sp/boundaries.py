@@ -91,6 +91,7 @@ class StreamWatch:
         self._rows: dict[str, float] = {}  # input vectors that a sample gives a weight
         self._weights: dict[str, Tensor] = {}  # at the last calm look
         self._norms: dict[str, list[Tensor]] = {}  # and all that normalisation layers held then
+        self._optimizer: list[tuple[Tensor, Tensor]] = []  # and the optimizer's state: its own tensors, their copies
         self._start()
 
     def _start(self) -> None:
@@ -105,6 +106,7 @@ class StreamWatch:
         """Bytes of what is kept from one iteration to the next."""
         tensors = [t for m in self.moments.values() for t in (m.eigenvalues, m.vectors, m.mean_eigenvalue)]
         tensors += [*self._weights.values(), *(t for held in self._norms.values() for t in held)]
+        tensors += [copy for _, copy in self._optimizer]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def listen(self, strategy) -> list:
@@ -162,6 +164,8 @@ class StreamWatch:
         if self.losses is not None:
             self._weights = {n: weights_and_bias(layer) for n, layer in gated_layers(strategy.model).items()}
             self._norms = {n: [t.clone() for t in held] for n, held in _held_by_norms(strategy.model).items()}
+            states = strategy.optimizer.state.values()
+            self._optimizer = [(t, t.clone()) for s in states for t in s.values() if isinstance(t, Tensor)]
 
     @torch.no_grad()
     def consolidate(self, model: nn.Module, layers: dict[str, LayerActivity]) -> dict[str, Tensor]:
@@ -180,12 +184,12 @@ class StreamWatch:
                 moment = self.moments[name]
                 x = moment.factor()
                 old = layers.get(name) or LayerActivity.empty(x.shape[1], x)
-                layers[name] = old.merged(
-                    layer, x, self._rows[name], self.samples, self.rank, moment.mean_eigenvalue
-                )
+                layers[name] = old.merged(layer, x, self._rows[name], self.samples, self.rank, moment.mean_eigenvalue)
         for name, held in _held_by_norms(model).items():
             for now, before in zip(held, self._norms.get(name, ())):
                 now.copy_(before)
+        for now, before in self._optimizer:
+            now.copy_(before)
         self._start()
         return changes
 

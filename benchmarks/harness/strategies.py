@@ -26,7 +26,7 @@ from harness.projections import GradientProjectionMemory, OrthogonalWeightsModif
 from harness.recipes import RECIPES, SP_RANK, Recipe, nearest
 from harness.rehearsal import memory_batch
 from harness.ridge import StreamingRidge, build_random_features
-from harness.settings import STRATEGIES, STUDIES, Run
+from harness.settings import STRATEGIES, STUDIES, Run, in_mini_batches
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "cross-entropy": nn.CrossEntropyLoss,
@@ -151,9 +151,10 @@ def build_strategy(run: Run, model: nn.Module, extra_plugins: list, evaluator):
     """The Avalanche strategy of a run, and its method's own plugins."""
     recipe = recipe_of(run)
     criterion = LOSSES[recipe.loss]()
-    if recipe.joint_weight:
+    if recipe.joint_weight and not in_mini_batches(run):  # what would the present experience be, what the earlier ones?
         criterion = JointReplayLoss(criterion, recipe.settings.get("shrinkage", 0.0))
     plugins = [PLUGINS[name](recipe.settings, run) for name in recipe.plugins]
+    _follow(plugins)
     strategy = TEMPLATES[recipe.template](recipe.settings, run)(
         model=model,
         optimizer=OPTIMIZERS[recipe.optimizer](model.parameters(), lr=recipe.lr, **recipe.optimizer_settings),
@@ -165,3 +166,12 @@ def build_strategy(run: Run, model: nn.Module, extra_plugins: list, evaluator):
         evaluator=evaluator,
     )
     return strategy, plugins
+
+
+def _follow(plugins: list) -> None:
+    """Has the optimizer consolidate with a plugin that finds for itself when to."""
+    for gate in plugins:
+        if isinstance(gate, SelectivePlasticityPlugin) and gate.consolidate != "experience":
+            for plugin in plugins:
+                if isinstance(plugin, ConsolidationPlugin):
+                    plugin.follow = gate
