@@ -117,7 +117,7 @@ def test_an_online_stream_is_the_same_to_it_as_whole_experiences(stream, consoli
     ends = []
     for online in (False, True):
         plugin = SelectivePlasticityPlugin(consolidate=consolidate)
-        model = mlp()
+        model = mlp(64)
         strategy = strategy_of(model, [plugin], batch=16, optimizer=optimizer(model.parameters()))
         for experience in stream.train_stream[:2]:
             parts = split_online_stream([experience], experience_size=16, shuffle=False) if online else [experience]
@@ -178,6 +178,24 @@ def test_weights_come_back_as_they_were(layer):
     set_weights(layer, kept[:3])
     for p, b in zip(layer.parameters(), before):
         assert torch.equal(p[:3], b[:3]) and torch.equal(p[3:], b[3:] + 1)
+
+
+def test_a_second_moment_is_kept_as_a_sketch_that_knows_its_leading_eigenspace():
+    torch.manual_seed(0)
+    x = torch.randn(3000, 40) * 0.8 ** torch.arange(40)
+    moment = boundaries.Moment(40, 8, x)
+    for i, batch in enumerate(x.split((10, 300, 690, 2000))):  # of any size
+        moment.add(batch)
+        if i == 1:
+            moment.drop()
+        moment.keep()
+    kept = torch.cat([x[:10], x[310:]])
+    rows = moment.factor()
+    found, exact = (torch.linalg.eigh(m.T @ m / len(m)) for m in (rows, kept))
+    torch.testing.assert_close(found[0][-6:], exact[0][-6:], rtol=0.02, atol=0)
+    assert (found[1][:, -6:].T @ exact[1][:, -6:]).det().abs() > 0.95
+    torch.testing.assert_close(moment.mean_eigenvalue, kept.square().mean())
+    assert len(rows) <= 16 and all(t.shape == (40, 16) for t in moment.tensors)
 
 
 def test_no_sample_is_kept_and_memory_stays_bounded(stream):
