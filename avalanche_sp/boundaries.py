@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from avalanche_sp.activity import LayerActivity, curvature_of, some_inputs
 from avalanche_sp.detection import ChangeDetector, LossWatch
-from avalanche_sp.gates import merge_eigenspace
 from avalanche_sp.layers import NORMALISATION, GatedLayer, gated_layers, set_weights, weights_and_bias
 from avalanche_sp.replay import stream_part, stream_rows
 
@@ -18,46 +15,67 @@ __all__ = ["StreamWatch"]
 # Iterations from one look at the stream to the next: one device sync a look.
 _LOOK = 4
 # Samples that a look adds to the second moments: those of the last mini-batches, as many as it takes, at most all.
-_SAMPLES = 64
+_SAMPLES = 128
 # Samples from one consolidation to the next, where nothing is to be detected.
 _CHUNK = 4096
 # Input vectors for which older ones stand in a second moment, at most: the older ones' network is no longer there.
-_MEMORY = 1280
+_MEMORY = 5120
 
 
-@dataclass
 class Moment:
-    """Running second moment of a layer's input vectors: its leading eigenpairs, and the mean of all eigenvalues.
+    r"""Running second moment :math:`C = E[x x^\top]` of a layer's input vectors, as a sketch of its leading eigenspace.
 
-    ``weight`` is how many input vectors it stands for.
+    Kept is :math:`C \Omega` for a random :math:`\Omega` (d, 2 rank). It is linear in C, so mini-batches of any size
+    simply add up; and :math:`C \Omega (\Omega^\top C \Omega)^+ \Omega^\top C` is C but for its weakest directions.
+
+    Args:
+        inputs: d.
+        rank: leading eigenvectors that are wanted.
+        like: a tensor of the device and type.
+
+    References:
+        J. Tropp, A. Yurtsever, M. Udell, V. Cevher: Fixed-rank approximation of a positive-semidefinite matrix from
+        streaming data, NeurIPS 2017.
     """
 
-    eigenvalues: Tensor
-    vectors: Tensor
-    mean_eigenvalue: Tensor
-    weight: int = 0
+    def __init__(self, inputs: int, rank: int, like: Tensor):
+        generator = torch.Generator(like.device).manual_seed(0)
+        size = inputs, min(2 * rank, inputs)
+        self.test = torch.randn(size, generator=generator, device=like.device, dtype=like.dtype)
+        self.sketch, self.mean_eigenvalue, self.weight = like.new_zeros(size), like.new_zeros(()), 0
+        self._waiting = like.new_zeros(size), like.new_zeros(()), 0
 
-    @classmethod
-    def empty(cls, like: Tensor) -> Moment:
-        return cls(like.new_zeros(0), like.new_zeros(like.shape[1], 0), like.new_zeros(()))
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.test, self.sketch, self._waiting[0]
 
-    def add(self, x: Tensor, rank: int) -> None:
-        """Adds input vectors (n, d). Those of earlier looks fade."""
-        share = self.weight / (self.weight + len(x))
-        self.weight = min(self.weight + len(x), _MEMORY)
-        self.eigenvalues, self.vectors = merge_eigenspace(self.eigenvalues, self.vectors, share, x, rank)
-        self.mean_eigenvalue = share * self.mean_eigenvalue + (1 - share) * x.square().mean()
+    def add(self, x: Tensor) -> None:
+        """Adds input vectors (n, d), which wait until they are kept or dropped."""
+        sketch, energy, n = self._waiting
+        self._waiting = sketch.addmm_(x.T, x @ self.test), energy + x.square().sum() / x.shape[1], n + len(x)
+
+    def keep(self) -> None:
+        """Takes in what waits. What came earlier fades."""
+        sketch, energy, n = self._waiting
+        if n == 0:
+            return
+        share = self.weight / (self.weight + n)
+        self.weight = min(self.weight + n, _MEMORY)
+        self.sketch.mul_(share).add_(sketch, alpha=(1 - share) / n)
+        self.mean_eigenvalue = share * self.mean_eigenvalue + (1 - share) / n * energy
+        self.drop()
+
+    def drop(self) -> None:
+        sketch, energy, _ = self._waiting
+        self._waiting = sketch.zero_(), torch.zeros_like(energy), 0
 
     def factor(self) -> Tensor:
-        """As many vectors (r, d) as are kept, whose second moment is this one."""
-        return (self.vectors * (len(self.eigenvalues) * self.eigenvalues).sqrt()).T
-
-
-def rotated(x: Tensor, seed: int) -> Tensor:
-    """Other vectors (n, d) of the same second moment: what is kept of a mini-batch until the next look."""
-    generator = torch.Generator(x.device).manual_seed(seed)
-    square = torch.randn(len(x), len(x), generator=generator, device=x.device, dtype=x.dtype)
-    return torch.linalg.qr(square).Q @ x
+        """Vectors (r, d), r at most 2 rank, of this second moment."""
+        core = self.test.double().T @ self.sketch.double()
+        values, vectors = torch.linalg.eigh((core + core.T) / 2)
+        some = values > len(values) * torch.finfo(self.sketch.dtype).eps * values[-1]
+        rows = (self.sketch.double() @ vectors[:, some] / values[some].sqrt()).T
+        return (rows * len(rows) ** 0.5).to(self.sketch.dtype)
 
 
 class StreamWatch:
@@ -87,10 +105,10 @@ class StreamWatch:
         self.iteration = 0
         self._queue: list[Tensor] = []  # the losses since the last look: read together, one device sync a look
         self._inputs: list[tuple[str, GatedLayer, Tensor]] = []  # of the present iteration
-        self._moments: dict[str, list[Tensor]] = {}  # of the mini-batches since the last look, each as its factor
         self._rows: dict[str, float] = {}  # input vectors that a sample gives a weight
         self._weights: dict[str, Tensor] = {}  # at the last calm look
         self._norms: dict[str, list[Tensor]] = {}  # and all that normalisation layers held then
+        self._optimizer: list[tuple[Tensor, Tensor]] = []  # and the optimizer's state: its own tensors, their copies
         self._start()
 
     def _start(self) -> None:
@@ -103,8 +121,9 @@ class StreamWatch:
     @property
     def state_bytes(self) -> int:
         """Bytes of what is kept from one iteration to the next."""
-        tensors = [t for m in self.moments.values() for t in (m.eigenvalues, m.vectors, m.mean_eigenvalue)]
+        tensors = [t for m in self.moments.values() for t in m.tensors]
         tensors += [*self._weights.values(), *(t for held in self._norms.values() for t in held)]
+        tensors += [copy for _, copy in self._optimizer]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def listen(self, strategy) -> list:
@@ -129,8 +148,9 @@ class StreamWatch:
         self._queue.append(loss.detach().squeeze())
         for name, layer, inputs in self._inputs:
             x, count = some_inputs(layer, stream_part(inputs, batch, n))
-            # A batch that the look takes in by itself is gone with this iteration; smaller ones wait.
-            self._moments.setdefault(name, []).append(x if n >= _SAMPLES else rotated(x, self.iteration))
+            if name not in self.moments:
+                self.moments[name] = Moment(x.shape[1], self.rank, x)
+            self.moments[name].add(x)
             self._rows[name] = count / n
         self._inputs.clear()
 
@@ -145,14 +165,15 @@ class StreamWatch:
             found, calm = self.losses.look(torch.stack(self._queue).tolist())
         if calm and not found:
             self._take(strategy)
+        for moment in self.moments.values():
+            moment.drop()
         self._queue.clear()
-        self._moments.clear()
-        return bool(self.moments) and (found or self.losses is None and self.samples >= _CHUNK)
+        return self.looks > 0 and (found or self.losses is None and self.samples >= _CHUNK)
 
     def _take(self, strategy) -> None:
         batch, stream = len(strategy.mb_x), stream_rows(strategy)
-        for name, factors in self._moments.items():
-            self.moments.setdefault(name, Moment.empty(factors[0])).add(torch.cat(factors), self.rank)
+        for moment in self.moments.values():
+            moment.keep()
         self.looks += 1
         self.classes.update(strategy.mb_y[:stream].flatten().tolist())
         if self.measure_curvature:
@@ -162,6 +183,8 @@ class StreamWatch:
         if self.losses is not None:
             self._weights = {n: weights_and_bias(layer) for n, layer in gated_layers(strategy.model).items()}
             self._norms = {n: [t.clone() for t in held] for n, held in _held_by_norms(strategy.model).items()}
+            states = strategy.optimizer.state.values()
+            self._optimizer = [(t, t.clone()) for s in states for t in s.values() if isinstance(t, Tensor)]
 
     @torch.no_grad()
     def consolidate(self, model: nn.Module, layers: dict[str, LayerActivity]) -> dict[str, Tensor]:
@@ -176,16 +199,16 @@ class StreamWatch:
                 weights = self._weights[name]  # of fewer output units where a head has grown
                 changes[name] = weights_and_bias(layer)[: len(weights)] - weights
                 set_weights(layer, weights)
-            if name in self.moments:
+            if name in self.moments and self.moments[name].weight:
                 moment = self.moments[name]
                 x = moment.factor()
                 old = layers.get(name) or LayerActivity.empty(x.shape[1], x)
-                layers[name] = old.merged(
-                    layer, x, self._rows[name], self.samples, self.rank, moment.mean_eigenvalue
-                )
+                layers[name] = old.merged(layer, x, self._rows[name], self.samples, self.rank, moment.mean_eigenvalue)
         for name, held in _held_by_norms(model).items():
             for now, before in zip(held, self._norms.get(name, ())):
                 now.copy_(before)
+        for now, before in self._optimizer:
+            now.copy_(before)
         self._start()
         return changes
 

@@ -6,7 +6,12 @@ import math
 from collections.abc import Iterable
 from typing import Protocol
 
-__all__ = ["ChangeDetector", "page_hinkley", "LossWatch"]
+import torch
+from torch import Tensor
+
+from avalanche_sp.gates import loss_surprise
+
+__all__ = ["ChangeDetector", "page_hinkley", "LossWatch", "RunningSurprise"]
 
 # Decay of the running mean and variance of the loss, iteration by iteration.
 _DECAY = 0.95
@@ -101,3 +106,25 @@ class LossWatch:
         self._mean += weight * difference
         self._variance = (1 - weight) * (self._variance + weight * difference * difference)
         return max(-_LIMIT, min(_LIMIT, z))
+
+
+class RunningSurprise:
+    """Surprise of each loss, in [0, 1], against a running mean and variance of those before it, of decay 0.99.
+
+    For the optimizer's gate, step by step: tensors throughout, no device sync.
+    """
+
+    decay = 0.99
+
+    def __init__(self) -> None:
+        self._moments: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        """Takes the next loss, 0-dim, and returns its surprise, 0-dim."""
+        mean, variance = self._moments or (loss.clone(), torch.zeros_like(loss))
+        difference = loss - mean
+        self._moments = (
+            mean + (1 - self.decay) * difference,
+            self.decay * (variance + (1 - self.decay) * difference.square()),
+        )
+        return loss_surprise(loss, mean, variance)

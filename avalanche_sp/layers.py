@@ -19,6 +19,7 @@ __all__ = [
     "postsynaptic",
     "along",
     "add_along",
+    "gate_gradient",
     "weights_and_bias",
     "set_weights",
 ]
@@ -93,6 +94,19 @@ def add_along(layer: GatedLayer, coordinates: Tensor, vectors: Tensor) -> None:
     layer.weight.detach().add_((coordinates @ vectors[:inputs].T).view_as(layer.weight))
     if layer.bias is not None:
         layer.bias.detach().add_(coordinates @ vectors[-1])
+
+
+def gate_gradient(layer: GatedLayer, held: Tensor, vectors: Tensor, open_rest: float) -> None:
+    """Takes ``held`` (out, r) along the vectors from a layer's gradient, in place: open_rest * grad - held V^T."""
+    grad = layer.weight.grad
+    inputs = grad[0].numel()
+    directions = vectors[:inputs].T
+    if grad.dtype == held.dtype and grad.is_contiguous():
+        grad.view(-1, inputs).addmm_(held, directions, beta=open_rest, alpha=-1)
+    else:
+        grad.mul_(open_rest).sub_((held @ directions).view_as(grad))
+    if layer.bias is not None and layer.bias.grad is not None:
+        layer.bias.grad.mul_(open_rest).sub_(held @ vectors[-1])
 
 
 def weights_and_bias(layer: GatedLayer) -> Tensor:

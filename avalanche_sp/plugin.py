@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from avalanche_sp.activity import LayerActivity, record_activity
 from avalanche_sp.boundaries import StreamWatch
-from avalanche_sp.detection import ChangeDetector, page_hinkley
-from avalanche_sp.gates import held_back, loss_surprise, pull_back
+from avalanche_sp.detection import ChangeDetector, RunningSurprise, page_hinkley
+from avalanche_sp.gates import held_back, pull_back
 from avalanche_sp.layers import (
     NORMALISATION,
     GatedLayer,
     add_along,
     along,
+    gate_gradient,
     gated_layers,
     postsynaptic,
     presynaptic,
@@ -37,8 +38,6 @@ _RICH_MEMORY = 200
 _MAX_PULL = 20
 # Iterations from one look at the weights to the next, at most.
 _INTERVAL = 8
-# Decay of the running mean and variance of the loss, against which surprise is measured.
-_LOSS_DECAY = 0.99
 
 
 class SelectivePlasticityPlugin(SupervisedPlugin):
@@ -165,7 +164,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             if consolidate == "surprise" and detector is None:
                 detector = page_hinkley()
             self._stream = StreamWatch(detector, rank, measure_curvature=pull_back > 0)
-        self._loss_moments: tuple[Tensor, Tensor] | None = None
+        self._running_surprise = RunningSurprise()
         self._curvature = torch.zeros(())  # of the loss in its outputs, over all consolidated samples
         self._classes_seen = 0  # each experience's count anew: its samples are others
         # For the present epoch: N_old / N_new and what a memory leaves of it; iterations from look to look.
@@ -234,7 +233,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         for name, layer in self._gated:
             activity = self.layers[name]
             activity.close(openness)
-            if watched:
+            if watched and name not in self._before:  # steps of an experience before may wait for the next look
                 self._before[name] = along(layer, activity.vectors)
 
     def before_forward(self, strategy, **kwargs):
@@ -277,7 +276,9 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             for parameter in module.parameters(recurse=False):
                 parameter.grad = None  # not zero: a step on zeros still follows momentum and decays weights
         if self.active:
-            self._observe(strategy.loss.detach().squeeze(), strategy.optimizer)
+            self.surprise = self._running_surprise(strategy.loss.detach().squeeze())
+            if isinstance(strategy.optimizer, SelectivePlasticityOptimizer):
+                strategy.optimizer.observe_surprise(self.surprise)
             if self._stream is not None:
                 self._stream.observe(strategy)
 
@@ -289,7 +290,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             self._consolidate_amid(strategy, self._stream)
 
     def after_training_epoch(self, strategy, **kwargs):
-        if self._iteration % self._interval and self._before:
+        if self._stream is None and self._iteration % self._interval and self._before:
             self._look()
 
     def after_training_exp(self, strategy, **kwargs):
@@ -320,20 +321,13 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     def _gate(self, name: str, layer: GatedLayer, held: Tensor) -> None:
         """Gates a layer's gradient, and adds the pull-back that is due."""
-        activity, grad = self.layers[name], layer.weight.grad
-        if grad is None:  # frozen since the epoch began
+        activity = self.layers[name]
+        if layer.weight.grad is None:  # frozen since the epoch began
             return
         if name in self._pulls:
             pull = self._pulls.pop(name)
             held[: len(pull)] -= pull  # fewer rows than the layer's where a head has grown
-        open_rest, inputs = 1 - activity.closed_rest, grad[0].numel()
-        vectors = activity.vectors[:inputs].T
-        if grad.dtype == held.dtype and grad.is_contiguous():
-            grad.view(-1, inputs).addmm_(held, vectors, beta=open_rest, alpha=-1)
-        else:
-            grad.mul_(open_rest).sub_((held @ vectors).view_as(grad))
-        if layer.bias is not None and layer.bias.grad is not None:
-            layer.bias.grad.mul_(open_rest).sub_(held @ activity.vectors[-1])
+        gate_gradient(layer, held, activity.vectors, 1 - activity.closed_rest)
 
     @torch.no_grad()
     def _look(self) -> None:
@@ -370,19 +364,6 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._called.clear()
         self._held_back.clear()
         self._batch = (0, 0)
-
-    def _observe(self, loss: Tensor, optimizer) -> None:
-        if self._loss_moments is None:
-            self._loss_moments = loss.clone(), torch.zeros_like(loss)
-        mean, variance = self._loss_moments
-        self.surprise = loss_surprise(loss, mean, variance)
-        difference = loss - mean
-        self._loss_moments = (
-            mean + (1 - _LOSS_DECAY) * difference,
-            _LOSS_DECAY * (variance + (1 - _LOSS_DECAY) * difference.square()),
-        )
-        if isinstance(optimizer, SelectivePlasticityOptimizer):
-            optimizer.observe_surprise(self.surprise)
 
     @torch.no_grad()
     def _consolidate(self, strategy) -> None:

@@ -4,47 +4,51 @@ python benchmarks/boundaries.py --seeds 10 --output docs/results/boundaries
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from statistics import median
 
 from tabulate import tabulate
 
 from harness.cli import add_common, names_of
 from harness.files import write_whole
-from harness.jobs import run_all
-from harness.settings import USES_REPLAY, Run
+from harness.jobs import read_results, run_all
+from harness.settings import Run
 from harness.statistics import interval
 
 _SPLIT = {"benchmark": "split-mnist", "n_tasks": 5}
 _PERMUTED = {"benchmark": "permuted-mnist", "n_tasks": 10, "train_per_task": 10000}
-_REPLAY = ("sp-replay-sgd", "sp-replay-surprise", "sp-replay-continuous")
-# By name: how the run is set, its strategies (the first is what the others are compared with) and buffers.
+_ONLINE = _SPLIT | {"stream": "online", "batch_size": 10}
+
+
+def _all(*names: str) -> tuple[str, ...]:
+    """Each strategy as it is told the boundaries, and as it isn't."""
+    return tuple(f"{name}{how}" for name in names for how in ("", "-surprise", "-continuous"))
+
+
+# By name: how the run is set, its strategies and buffers.
 PARTS = {
-    "split": (_SPLIT, ("sp", "sp-surprise", "sp-continuous"), (0,)),
-    "split-replay": (_SPLIT, _REPLAY, (200, 1000)),
-    "permuted": (_PERMUTED, ("sp", "sp-surprise", "sp-continuous"), (0,)),
-    "permuted-replay": (_PERMUTED, _REPLAY, (200, 1000)),
-    "online": (
-        _SPLIT | {"stream": "online", "batch_size": 10, "overrides": (("lr", 0.02), ("openness", 0.1))},
-        ("sp", "sp-surprise", "sp-continuous"),
-        (0,),
-    ),
-    "online naive": (
-        _SPLIT | {"stream": "online", "batch_size": 10, "overrides": (("lr", 0.02),)},
-        ("naive-sgd",),
-        (0,),
-    ),
-    "blurred-split": (_SPLIT | {"stream": "blurred"}, ("sp", "sp-surprise", "sp-continuous"), (0,)),
-    "blurred-permuted": (_PERMUTED | {"stream": "blurred"}, ("sp", "sp-surprise", "sp-continuous"), (0,)),
-    "drifting": (_PERMUTED | {"stream": "drifting"}, ("sp", "naive-sgd", "sp-surprise", "sp-continuous"), (0,)),
-    "returning": (_SPLIT | {"stream": "returning"}, ("sp", "sp-surprise", "sp-continuous"), (0,)),
-    "one task": (
-        {"benchmark": "split-mnist", "n_tasks": 1, "epochs": 20},
-        ("naive-sgd", "sp-surprise", "sp-continuous"),
-        (0,),
-    ),
+    "split": (_SPLIT, _all("sp", "sp-both"), (0,)),
+    "split-replay": (_SPLIT, _all("sp-replay"), (200, 1000)),
+    "online": (_ONLINE | {"overrides": (("lr", 0.02), ("openness", 0.1))}, _all("sp"), (0,)),
+    "online naive": (_ONLINE | {"overrides": (("lr", 0.02),)}, ("naive-sgd",), (0,)),
+    "online-replay": (_ONLINE | {"overrides": (("lr", 3e-4),)}, (*_all("sp-replay"), "replay-adaptive"), (500,)),
+    "permuted": (_PERMUTED, _all("sp", "sp-both"), (0,)),
+    "permuted-replay": (_PERMUTED, _all("sp-replay"), (200, 1000)),
+    "one task": (_SPLIT | {"n_tasks": 1, "epochs": 20}, ("naive-sgd", "sp-surprise", "sp-continuous"), (0,)),
+    "blurred-split": (_SPLIT | {"stream": "blurred"}, _all("sp"), (0,)),
+    "blurred-permuted": (_PERMUTED | {"stream": "blurred"}, _all("sp"), (0,)),
+    "drifting": (_PERMUTED | {"stream": "drifting"}, (*_all("sp"), "naive-sgd"), (0,)),
+    "returning": (_SPLIT | {"stream": "returning"}, _all("sp"), (0,)),
 }
+
+
+def told(strategy: str, part: str) -> str:
+    """What a strategy is compared with: itself, told the boundaries; ungated training where there are none."""
+    base = strategy.removesuffix("-surprise").removesuffix("-continuous")
+    return base if base in PARTS[part][1] else "naive-sgd"
 
 
 def runs_of(part: str, seeds: Iterable[int], validation: bool) -> list[Run]:
@@ -55,7 +59,6 @@ def runs_of(part: str, seeds: Iterable[int], validation: bool) -> list[Run]:
         for seed in seeds
         for strategy in strategies
         for buffer in buffers
-        if (buffer > 0) == (strategy in USES_REPLAY)
     ]
 
 
@@ -79,14 +82,15 @@ def rows_of(part: str, records: list[dict]) -> list[dict]:
         groups.setdefault((r["run"]["strategy"], r["run"]["replay_buffer"]), {})[r["run"]["seed"]] = r
     rows = []
     for (strategy, buffer), of_seed in groups.items():
-        told = groups[PARTS[part][1][0], buffer]
-        pairs = [r["acc"] - told[seed]["acc"] for seed, r in of_seed.items() if seed in told]
+        base = groups.get((told(strategy, part), buffer), {})
+        pairs = [r["acc"] - base[seed]["acc"] for seed, r in of_seed.items() if seed in base]
         row = {
             "stream": part,
             "strategy": strategy,
             "buffer": buffer or "-",
+            "runs": len(of_seed),
             "ACC %": _shown(interval([r["acc"] for r in of_seed.values()])),
-            "minus the first": _shown(interval(pairs)) if told is not of_seed and pairs else "-",
+            "minus told": _shown(interval(pairs)) if base is not of_seed and pairs else "-",
         }
         if strategy.endswith("-surprise"):
             delays, missed, false = zip(*(found(r) for r in of_seed.values()))
@@ -104,6 +108,13 @@ def rows_of(part: str, records: list[dict]) -> list[dict]:
     return rows
 
 
+def stored(runs: list[Run], results: Path) -> list[dict]:
+    """The records that are there, of whatever code; a run's last one."""
+    records = {json.dumps(r["run"], sort_keys=True): r for r in read_results(results) if "error" not in r}
+    keys = [json.dumps(run.to_json(), sort_keys=True) for run in runs]
+    return [records[key] for key in keys if key in records]
+
+
 def _no_curve(run: Run) -> bool:
     return False
 
@@ -119,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     add_common(p, seeds=3, output="boundaries")
     p.add_argument("--parts", type=names_of("part", tuple(PARTS)), default=list(PARTS), metavar="A,B")
     p.add_argument("--validation", action="store_true", help="score on held-out training images, for tuning")
+    p.add_argument("--stored", action="store_true", help="train nothing: the table of what is in the output already")
     args = p.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
@@ -126,7 +138,10 @@ def main(argv: list[str] | None = None) -> int:
     for part in args.parts:
         runs = runs_of(part, seeds, args.validation)
         results = args.output / "runs.jsonl"
-        records, failed = run_all(runs, results, args.dataset_root, args.jobs, args.scheduler, _no_curve)
+        if args.stored:
+            records, failed = stored(runs, results), 0
+        else:
+            records, failed = run_all(runs, results, args.dataset_root, args.jobs, args.scheduler, _no_curve)
         rows, failures = rows + rows_of(part, records), failures + failed
     images = "held-out training images" if args.validation else "test images"
     shown = ", ".join(map(str, seeds))

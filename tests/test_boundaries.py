@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from avalanche_sp import (
 )
 from avalanche_sp.activity import LayerActivity
 from avalanche_sp.detection import LossWatch, page_hinkley
+from avalanche_sp.gates import eligibility
 from avalanche_sp.layers import set_weights, weights_and_bias
 
 from conftest import MNIST, mlp, sliced, strategy_of, weights
@@ -104,13 +106,19 @@ def test_without_events_it_remembers_too(stream):
     assert all(accuracy(strategy, stream, task) > 0.5 for task in (0, 1))
 
 
+def adaptive(parameters):
+    return SelectivePlasticityOptimizer(parameters, lr=1e-3, plasticity_k=1, beta1=0.0, eps=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, lr=0.05), adaptive])
 @pytest.mark.parametrize("consolidate", FOUND)
-def test_an_online_stream_is_the_same_to_it_as_whole_experiences(stream, consolidate):
+def test_an_online_stream_is_the_same_to_it_as_whole_experiences(stream, consolidate, optimizer):
     """Bit for bit: the end of an experience means nothing."""
     ends = []
     for online in (False, True):
         plugin = SelectivePlasticityPlugin(consolidate=consolidate)
-        strategy = strategy_of(mlp(), [plugin], batch=16)
+        model = mlp(64)
+        strategy = strategy_of(model, [plugin], batch=16, optimizer=optimizer(model.parameters()))
         for experience in stream.train_stream[:2]:
             parts = split_online_stream([experience], experience_size=16, shuffle=False) if online else [experience]
             for part in parts:
@@ -170,6 +178,24 @@ def test_weights_come_back_as_they_were(layer):
     set_weights(layer, kept[:3])
     for p, b in zip(layer.parameters(), before):
         assert torch.equal(p[:3], b[:3]) and torch.equal(p[3:], b[3:] + 1)
+
+
+def test_a_second_moment_is_kept_as_a_sketch_that_knows_its_leading_eigenspace():
+    torch.manual_seed(0)
+    x = torch.randn(3000, 40) * 0.8 ** torch.arange(40)
+    moment = boundaries.Moment(40, 8, x)
+    for i, batch in enumerate(x.split((10, 300, 690, 2000))):  # of any size
+        moment.add(batch)
+        if i == 1:
+            moment.drop()
+        moment.keep()
+    kept = torch.cat([x[:10], x[310:]])
+    rows = moment.factor()
+    found, exact = (torch.linalg.eigh(m.T @ m / len(m)) for m in (rows, kept))
+    torch.testing.assert_close(found[0][-6:], exact[0][-6:], rtol=0.02, atol=0)
+    assert (found[1][:, -6:].T @ exact[1][:, -6:]).det().abs() > 0.95
+    torch.testing.assert_close(moment.mean_eigenvalue, kept.square().mean())
+    assert len(rows) <= 16 and all(t.shape == (40, 16) for t in moment.tensors)
 
 
 def test_no_sample_is_kept_and_memory_stays_bounded(stream):
@@ -240,22 +266,21 @@ def test_a_growing_head(stream):
     assert plugin.consolidated_at and weights(strategy.model).isfinite().all()
 
 
-def test_the_optimizer_consolidates_with_it(stream):
+def test_the_optimizer_goes_back_too_and_consolidates_what_it_held_then(stream):
     plugin = SelectivePlasticityPlugin(consolidate="surprise")
-    follower = ConsolidationPlugin(follow=plugin)
-    kept = []
+    traces, consolidated = [], []
 
     class Look(SupervisedPlugin):
         def after_training_iteration(self, strategy, **kwargs):
-            kept.append("consolidated" in strategy.optimizer.state[strategy.model[1].weight])
+            state = strategy.optimizer.state[strategy.model[1].weight]
+            traces.append(state["exp_avg_sq"].clone())
+            consolidated.append(state.get("consolidated"))
 
-    trained(
-        stream,
-        [plugin, follower, Look()],
-        optimizer=lambda p: SelectivePlasticityOptimizer(p, lr=1e-3, plasticity_k=1, beta1=0.0, eps=1e-3),
-        n=2,
-    )
-    assert kept.index(True) == plugin.consolidated_at[0] - 1
+    trained(stream, [plugin, ConsolidationPlugin(follow=plugin), Look()], optimizer=adaptive, n=2)
+    first = next(i for i, kept in enumerate(consolidated) if kept is not None)
+    assert first == plugin.consolidated_at[0] - 1
+    assert torch.equal(traces[first], traces[99]) and not torch.equal(traces[first - 1], traces[99])
+    torch.testing.assert_close(consolidated[first], eligibility(traces[99]))
 
 
 def test_boundaries_go_to_the_loggers(stream):

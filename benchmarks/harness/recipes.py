@@ -240,10 +240,10 @@ RECIPES["split-mnist"][2] |= {
 # The plugin where it isn't told when a task ends: otherwise the same.
 for _tuned in RECIPES.values():
     for _recipes in _tuned.values():
-        for _name in ("sp", "sp-replay-sgd"):
+        for _name in ("sp", "sp-both", "sp-replay"):
             for _when in ("surprise", "continuous") if _name in _recipes else ():
                 _plugins = tuple(f"sp-{_when}" if p == "sp" else p for p in _recipes[_name].plugins)
-                _recipes[f"{_name.removesuffix('-sgd')}-{_when}"] = replace(_recipes[_name], plugins=_plugins)
+                _recipes[f"{_name}-{_when}"] = replace(_recipes[_name], plugins=_plugins)
 
 # With a head for each task, where one head's settings are not good enough: docs/experiments.md.
 TASK_INCREMENTAL_RECIPES = {

@@ -8,10 +8,11 @@ import torch
 from avalanche.benchmarks.utils import AvalancheDataset
 from avalanche.training import Cumulative
 from avalanche.training.plugins import AGEMPlugin, GDumbPlugin, GEMPlugin, ReplayPlugin, SupervisedPlugin
+from avalanche.training.storage_policy import ReservoirSamplingBuffer
 from torch import nn
 
 from avalanche_sp.replay import stream_rows
-from harness.settings import Run
+from harness.settings import Run, in_mini_batches
 
 
 def memory_batch(run: Run) -> int:
@@ -21,7 +22,10 @@ def memory_batch(run: Run) -> int:
 
 
 def replay(run: Run) -> ReplayPlugin:
-    return ReplayPlugin(mem_size=run.replay_buffer, batch_size_mem=memory_batch(run))
+    """Avalanche's replay. Where an experience is one mini-batch, its memory is a random part of the whole stream: the
+    default, as much of each experience, would be the first samples."""
+    policy = ReservoirSamplingBuffer(run.replay_buffer) if in_mini_batches(run) else None
+    return ReplayPlugin(run.replay_buffer, batch_size_mem=memory_batch(run), storage_policy=policy)
 
 
 def averaged_gem(run: Run) -> AGEMPlugin:

@@ -42,7 +42,7 @@ _REPLAY = (
     "a-gem", "gem", "gdumb", "er-ace", "der++", "replay-distilled", "replay-gated", "replay-adaptive", "sp-replay-sgd",
 )  # fmt: skip
 # The plugin where it isn't told when a task ends.
-UNTOLD = ("sp-surprise", "sp-continuous", "sp-replay-surprise", "sp-replay-continuous")
+UNTOLD = tuple(f"{name}-{when}" for name in ("sp", "sp-both", "sp-replay") for when in ("surprise", "continuous"))
 # How the tasks come: one after another; the same in experiences of one batch, for strategies that are told nothing;
 # mixed with their neighbours; each turning slowly into the next; or the first once more at the end.
 STREAMS = ("tasks", "online", "blurred", "drifting", "returning")
@@ -79,7 +79,7 @@ STUDIES = {
     ),
 }
 USES_REPLAY = (
-    "replay-sgd", "replay-adam", "replay-joint", "sp-replay", *_REPLAY, *UNTOLD[2:],
+    "replay-sgd", "replay-adam", "replay-joint", "sp-replay", *_REPLAY, *UNTOLD[4:],
     "legacy-adam-replay", "legacy-control", "legacy-sp-replay",
 )  # fmt: skip
 
@@ -145,6 +145,11 @@ class Run:
         """Names the run and the code that made it: a stored result is only ever reused for the same of both."""
         settings = json.dumps(self.to_json(), sort_keys=True)
         return f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}-{code}"
+
+
+def in_mini_batches(run: Run) -> bool:
+    """Whether each experience that the strategy trains on is one mini-batch."""
+    return run.stream == "online" and run.strategy in (*UNTOLD, "naive-sgd", "replay-adaptive")
 
 
 def code_fingerprint() -> str:

@@ -27,7 +27,7 @@ from harness.projections import GradientProjectionMemory, OrthogonalWeightsModif
 from harness.recipes import RECIPES, SP_RANK, TASK_INCREMENTAL_RECIPES, Recipe, nearest
 from harness.rehearsal import memory_batch
 from harness.ridge import StreamingRidge, build_random_features
-from harness.settings import Run, strategies_of
+from harness.settings import Run, in_mini_batches, strategies_of
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "cross-entropy": nn.CrossEntropyLoss,
@@ -163,9 +163,10 @@ def build_strategy(run: Run, model: nn.Module, extra_plugins: list, evaluator):
     """The Avalanche strategy of a run, and its method's own plugins."""
     recipe = recipe_of(run)
     criterion = LOSSES[recipe.loss]()
-    if recipe.joint_weight:
+    if recipe.joint_weight and not in_mini_batches(run):  # what would the present experience be, what the earlier ones?
         criterion = JointReplayLoss(criterion, recipe.settings.get("shrinkage", 0.0))
     plugins = [PLUGINS[name](recipe.settings, run) for name in recipe.plugins]
+    _follow(plugins)
     strategy = TEMPLATES[recipe.template](recipe.settings, run)(
         model=model,
         optimizer=OPTIMIZERS[recipe.optimizer](model.parameters(), lr=recipe.lr, **recipe.optimizer_settings),
@@ -177,3 +178,12 @@ def build_strategy(run: Run, model: nn.Module, extra_plugins: list, evaluator):
         evaluator=evaluator,
     )
     return strategy, plugins
+
+
+def _follow(plugins: list) -> None:
+    """Has the optimizer consolidate with a plugin that finds for itself when to."""
+    for gate in plugins:
+        if isinstance(gate, SelectivePlasticityPlugin) and gate.consolidate != "experience":
+            for plugin in plugins:
+                if isinstance(plugin, ConsolidationPlugin):
+                    plugin.follow = gate

@@ -12,7 +12,7 @@ from avalanche.benchmarks.utils import AvalancheDataset
 
 from avalanche_sp import split_mnist
 from avalanche_sp.classic import TensorClassificationDataset, TensorSource
-from harness.settings import UNTOLD, Run
+from harness.settings import Run, in_mini_batches
 
 BLURRED = 20  # of each task's samples, one in so many is exchanged with each neighbour's
 BLOCK = 100  # images of a drifting stream that share their permutation
@@ -29,7 +29,7 @@ def rearranged(run: Run, train: list, test: list) -> tuple[list, list]:
 
 def parts(run: Run, experience: CLExperience) -> Iterable[CLExperience]:
     """What ``train`` is called with, one after another."""
-    if run.stream != "online" or run.strategy not in (*UNTOLD, "naive-sgd"):
+    if not in_mini_batches(run):
         return [experience]
     return split_online_stream([experience], run.batch_size, seed=run.seed, drop_last=True)
 
