@@ -14,7 +14,7 @@ __all__ = ["StreamWatch"]
 
 # Iterations from one look at the stream to the next: one device sync a look.
 _LOOK = 4
-# Samples that a look adds to the second moments: those of the last mini-batches, as many as it takes, at most all.
+# Samples that a look adds to the second moments: the last mini-batches', as many as it takes, or all there were.
 _SAMPLES = 128
 # Samples from one consolidation to the next, where nothing is to be detected.
 _CHUNK = 4096
@@ -86,9 +86,9 @@ class StreamWatch:
 
     With a detector it consolidates when the loss has changed. That is seen some iterations late, when the new task
     has been learned over the old one for a while. So a look at which a loss is surprising, though not enough to be a
-    change, adds nothing to the second moments; and the weights are copied at every look without such a loss. To that
-    copy the weights go back, and of the steps since then only what the gate lets through, once it is closed for what
-    was learned before the change, is done again.
+    change, adds nothing to the second moments; and the weights are copied at every look without such a loss, and with
+    them the optimizer's state. To that copy they go back, and of the steps since then only what the gate lets
+    through, once it is closed for what was learned before the change, is done again.
 
     Without a detector it consolidates every 4096 samples.
 

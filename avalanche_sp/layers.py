@@ -97,8 +97,13 @@ def add_along(layer: GatedLayer, coordinates: Tensor, vectors: Tensor) -> None:
 
 
 def gate_gradient(layer: GatedLayer, held: Tensor, vectors: Tensor, open_rest: float) -> None:
-    """Takes ``held`` (out, r) along the vectors from a layer's gradient, in place: open_rest * grad - held V^T."""
+    """Takes ``held`` (out, r) along the vectors from a layer's gradient, in place: open_rest * grad - held V^T.
+
+    A layer without a gradient is left alone.
+    """
     grad = layer.weight.grad
+    if grad is None:
+        return
     inputs = grad[0].numel()
     directions = vectors[:inputs].T
     if grad.dtype == held.dtype and grad.is_contiguous():

@@ -322,8 +322,6 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     def _gate(self, name: str, layer: GatedLayer, held: Tensor) -> None:
         """Gates a layer's gradient, and adds the pull-back that is due."""
         activity = self.layers[name]
-        if layer.weight.grad is None:  # frozen since the epoch began
-            return
         if name in self._pulls:
             pull = self._pulls.pop(name)
             held[: len(pull)] -= pull  # fewer rows than the layer's where a head has grown

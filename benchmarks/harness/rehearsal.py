@@ -11,6 +11,7 @@ from avalanche.training.plugins import AGEMPlugin, GDumbPlugin, GEMPlugin, Repla
 from avalanche.training.storage_policy import ReservoirSamplingBuffer
 from torch import nn
 
+from avalanche_sp.classic import TensorClassificationDataset, TensorSource
 from avalanche_sp.replay import stream_rows
 from harness.settings import Run, in_mini_batches
 
@@ -24,8 +25,18 @@ def memory_batch(run: Run) -> int:
 def replay(run: Run) -> ReplayPlugin:
     """Avalanche's replay. Where an experience is one mini-batch, its memory is a random part of the whole stream: the
     default, as much of each experience, would be the first samples."""
-    policy = ReservoirSamplingBuffer(run.replay_buffer) if in_mini_batches(run) else None
+    policy = Reservoir(run.replay_buffer) if in_mini_batches(run) else None
     return ReplayPlugin(run.replay_buffer, batch_size_mem=memory_batch(run), storage_policy=policy)
+
+
+class Reservoir(ReservoirSamplingBuffer):
+    """Avalanche's, which keeps its samples as views of views: one deeper with every mini-batch, and slower, as soon as
+    they come from two tasks. This one copies them."""
+
+    def update_from_dataset(self, new_data: AvalancheDataset) -> None:
+        super().update_from_dataset(new_data)
+        images, labels, _ = self.buffer.read_batch(list(range(len(self.buffer))))
+        self.buffer = TensorClassificationDataset.from_source(TensorSource(images, labels), 0)
 
 
 def averaged_gem(run: Run) -> AGEMPlugin:
