@@ -23,7 +23,7 @@ from harness.statistics import bootstrap, wilcoxon
 OPENNESS = 0.2  # the plugin's default
 FACTOR = 4
 _SPLIT = {"benchmark": "split-mnist", "n_tasks": 5}
-_PERMUTED = {"benchmark": "permuted-mnist", "n_tasks": 10, "train_per_task": 10000}
+_PERMUTED = {"benchmark": "permuted-mnist", "n_tasks": 5, "train_per_task": 5000}
 # By network, its gated layers by name, first to last.
 LAYERS = {"256-256": ("1", "3", "5"), "cnn": ("0", "2", "5")}
 # What is compared, by name: a run's settings, and whether the learned openness is compared with the default or each
@@ -35,8 +35,8 @@ PARTS = {
     "learned-permuted": (_PERMUTED, True),
 }
 TITLES = {
-    "learned-split": "Split MNIST, 5 tasks (learned on it, from validation images)",
-    "learned-permuted": "Permuted MNIST, 10 tasks of 10,000 images (not seen in learning)",
+    "learned-split": "Split MNIST, 5 tasks (learned on its validation images)",
+    "learned-permuted": "Permuted MNIST, 5 tasks of 5,000 images (not seen in learning)",
 }
 
 
