@@ -93,7 +93,7 @@ def minus(one: dict[int, float], other: dict[int, float]) -> list[float]:
 def shown(differences: list[float]) -> str:
     low, high = bootstrap(differences)
     mean = sum(differences) / len(differences)
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def contributions(part: str, found: dict[str, dict[int, float]]) -> str:
