@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from avalanche_sp.gates import claim, loss_curvature, merge_eigenspace
-from avalanche_sp.layers import GatedLayer, along, gated_layers, presynaptic
+from avalanche_sp.layers import GatedLayer, along, presynaptic
 
 __all__ = ["LayerActivity", "curvature_of", "record_activity", "some_inputs"]
 
@@ -154,18 +154,19 @@ def curvature_of(criterion: Callable[[Tensor, Tensor], Tensor], outputs: Tensor,
 
 
 def record_activity(
-    strategy, samples: int, criterion: Callable[[Tensor, Tensor], Tensor] | None
+    strategy, layers: Mapping[str, GatedLayer], samples: int, criterion: Callable[[Tensor, Tensor], Tensor] | None
 ) -> tuple[dict[str, tuple[Tensor, float]], Tensor]:
     """Runs samples of the strategy's experience, evenly spread over it, through its network as it is now.
 
     Leaves the modules' modes and the global random state alone.
 
     Args:
+        layers: whose inputs are wanted, by name.
         samples: how many at most.
         criterion: loss whose curvature in the outputs is wanted, or None.
 
     Returns:
-        By the name of each gated layer that was called, input vectors (n, d) and how many of them a sample gives
+        By the name of each of the layers that was called, input vectors (n, d) and how many of them a sample gives
         a weight; and the mean curvature, 0-dim (0 without a criterion).
 
     Raises:
@@ -193,7 +194,7 @@ def record_activity(
         generator=torch.Generator(),  # its own: a loader draws from the global one even without shuffling
     )
     modes = {module: module.training for module in model.modules()}
-    handles = [layer.register_forward_pre_hook(recorder(name)) for name, layer in gated_layers(model).items()]
+    handles = [layer.register_forward_pre_hook(recorder(name)) for name, layer in layers.items()]
     devices = [strategy.device] if strategy.device.type == "cuda" else []
     try:
         model.eval()

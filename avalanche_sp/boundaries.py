@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from avalanche_sp.activity import LayerActivity, curvature_of, some_inputs
 from avalanche_sp.detection import ChangeDetector, LossWatch
-from avalanche_sp.layers import NORMALISATION, GatedLayer, gated_layers, set_weights, weights_and_bias
+from avalanche_sp.layers import NORMALISATION, GatedLayer, set_weights, weights_and_bias
+from avalanche_sp.per_layer import PerLayer, protected_layers, value_of
 from avalanche_sp.replay import stream_part, stream_rows
 
 __all__ = ["StreamWatch"]
@@ -95,12 +96,20 @@ class StreamWatch:
     Args:
         detector: or None.
         rank: eigenvectors a layer of the second moments.
+        openness: the plugin's; layers where it is infinite are left alone.
         measure_curvature: whether to measure that of the loss in the outputs.
     """
 
-    def __init__(self, detector: ChangeDetector | None, rank: int, measure_curvature: bool):
+    def __init__(
+        self,
+        detector: ChangeDetector | None,
+        rank: PerLayer[int],
+        openness: PerLayer[float],
+        measure_curvature: bool,
+    ):
         self.losses = LossWatch(detector) if detector is not None else None
         self.rank = rank
+        self.openness = openness
         self.measure_curvature = measure_curvature
         self.iteration = 0
         self._queue: list[Tensor] = []  # the losses since the last look: read together, one device sync a look
@@ -135,7 +144,7 @@ class StreamWatch:
             layer.register_forward_hook(
                 lambda layer, inputs, output, name=name: self._inputs.append((name, layer, inputs[0].detach()))
             )
-            for name, layer in gated_layers(strategy.model).items()
+            for name, layer in protected_layers(strategy.model, self.openness).items()
         ]
 
     @torch.no_grad()
@@ -149,7 +158,7 @@ class StreamWatch:
         for name, layer, inputs in self._inputs:
             x, count = some_inputs(layer, stream_part(inputs, batch, n))
             if name not in self.moments:
-                self.moments[name] = Moment(x.shape[1], self.rank, x)
+                self.moments[name] = Moment(x.shape[1], value_of(self.rank, name), x)
             self.moments[name].add(x)
             self._rows[name] = count / n
         self._inputs.clear()
@@ -181,7 +190,8 @@ class StreamWatch:
             curvature = curvature_of(strategy._criterion, outputs, strategy.mb_y[:stream])
             self.curvature = self.curvature + (curvature - self.curvature) / self.looks
         if self.losses is not None:
-            self._weights = {n: weights_and_bias(layer) for n, layer in gated_layers(strategy.model).items()}
+            layers = protected_layers(strategy.model, self.openness)
+            self._weights = {n: weights_and_bias(layer) for n, layer in layers.items()}
             self._norms = {n: [t.clone() for t in held] for n, held in _held_by_norms(strategy.model).items()}
             states = strategy.optimizer.state.values()
             self._optimizer = [(t, t.clone()) for s in states for t in s.values() if isinstance(t, Tensor)]
@@ -194,7 +204,7 @@ class StreamWatch:
             By layer, what the steps since that look had changed (rows, d); the weights are now without it.
         """
         changes = {}
-        for name, layer in gated_layers(model).items():
+        for name, layer in protected_layers(model, self.openness).items():
             if name in self._weights:
                 weights = self._weights[name]  # of fewer output units where a head has grown
                 changes[name] = weights_and_bias(layer)[: len(weights)] - weights
@@ -203,7 +213,9 @@ class StreamWatch:
                 moment = self.moments[name]
                 x = moment.factor()
                 old = layers.get(name) or LayerActivity.empty(x.shape[1], x)
-                layers[name] = old.merged(layer, x, self._rows[name], self.samples, self.rank, moment.mean_eigenvalue)
+                layers[name] = old.merged(
+                    layer, x, self._rows[name], self.samples, value_of(self.rank, name), moment.mean_eigenvalue
+                )
         for name, held in _held_by_norms(model).items():
             for now, before in zip(held, self._norms.get(name, ())):
                 now.copy_(before)

@@ -26,6 +26,7 @@ from avalanche_sp.layers import (
     weights_and_bias,
 )
 from avalanche_sp.optimizer import SelectivePlasticityOptimizer
+from avalanche_sp.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
 from avalanche_sp.replay import classes_of, memory_size, stream_part, stream_rows
 
 __all__ = ["SelectivePlasticityPlugin"]
@@ -90,10 +91,14 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     backward pass. Gradients accumulated over several backward passes are gated each by itself. A
     :class:`~avalanche_sp.SelectivePlasticityOptimizer` is told the surprise of the loss at every iteration.
 
+    ``openness``, ``pull_back`` and ``rank`` take one value for all layers, or a mapping from patterns of layer names
+    (:func:`fnmatch.fnmatchcase`; names as in ``model.named_modules()``) to values. A layer takes the value of the
+    first pattern that matches it, and the default if none does: ``docs/layers.md``.
+
     Args:
         openness: :math:`\alpha` > 0, in units of the mean eigenvalue (default 0.2). Larger values learn the new
             faster and keep less of the old. ``math.inf`` switches the gate off: training is then bit for bit what it
-            is without the plugin.
+            is without the plugin. So a single layer is left alone, too, and nothing is kept for it.
         pull_back: weight of the pull-back, 0 or more (default 1); 0 leaves the gate alone.
         rank: eigenvectors kept a layer, 1 or more (default 64).
         consolidation_samples: samples of an experience, evenly spread over it, that are run through the network
@@ -106,7 +111,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             river's Page-Hinkley test, for ``"surprise"``.
 
     Raises:
-        ValueError: at construction for an argument out of range; at ``train`` for a model without a layer to gate.
+        ValueError: at construction for an argument out of range; at ``train`` for a model without a layer to gate, and
+            for a pattern that matches none of its layers.
         ImportError: at construction, for ``"surprise"`` without a detector where river is not installed.
         TypeError: at ``train`` for a model whose output is not one tensor, unless ``pull_back`` is 0.
         FloatingPointError: at ``train`` when the loss is not finite, before the optimizer's step, or what is to be
@@ -127,30 +133,27 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     def __init__(
         self,
-        openness: float = 0.2,
-        pull_back: float = 1.0,
-        rank: int = 64,
+        openness: PerLayer[float] = 0.2,
+        pull_back: PerLayer[float] = 1.0,
+        rank: PerLayer[int] = 64,
         consolidation_samples: int = 5000,
         consolidate: Literal["experience", "surprise", "continuous"] = "experience",
         detector: ChangeDetector | None = None,
     ):
         super().__init__()
-        if not openness > 0:
-            raise ValueError(f"Invalid openness value: {openness} (allowed: greater than 0; math.inf is off)")
-        if not 0 <= pull_back < float("inf"):
-            raise ValueError(f"Invalid pull_back value: {pull_back} (allowed: 0 or more)")
-        for name, value in (("rank", rank), ("consolidation_samples", consolidation_samples)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"Invalid {name} value: {value} (allowed: an integer, 1 or more)")
+        if not isinstance(consolidation_samples, int) or consolidation_samples < 1:
+            raise ValueError(
+                f"Invalid consolidation_samples value: {consolidation_samples} (allowed: an integer, 1 or more)"
+            )
         if consolidate not in ("experience", "surprise", "continuous"):
             raise ValueError(
                 f"Invalid consolidate value: {consolidate!r} (allowed: 'experience', 'surprise', 'continuous')"
             )
         if detector is not None and consolidate != "surprise":
             raise ValueError(f"Invalid detector: consolidate={consolidate!r} detects nothing (allowed: None)")
-        self.openness = openness
-        self.pull_back = pull_back
-        self.rank = rank
+        self.openness = per_layer("openness", openness, 0.2)
+        self.pull_back = per_layer("pull_back", pull_back, 1.0)
+        self.rank = per_layer("rank", rank, 64)
         self.consolidation_samples = consolidation_samples
         self.consolidate = consolidate
         self.layers: dict[str, LayerActivity] = {}
@@ -163,7 +166,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         if consolidate != "experience":
             if consolidate == "surprise" and detector is None:
                 detector = page_hinkley()
-            self._stream = StreamWatch(detector, rank, measure_curvature=pull_back > 0)
+            self._stream = StreamWatch(detector, self.rank, self.openness, measure_curvature=self._pulls_back)
         self._running_surprise = RunningSurprise()
         self._curvature = torch.zeros(())  # of the loss in its outputs, over all consolidated samples
         self._classes_seen = 0  # each experience's count anew: its samples are others
@@ -187,7 +190,11 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     @property
     def active(self) -> bool:
         """False where the gate is switched off."""
-        return self.openness != float("inf")
+        return min(values_of(self.openness)) < float("inf")
+
+    @property
+    def _pulls_back(self) -> bool:
+        return max(values_of(self.pull_back)) > 0
 
     @property
     def state_bytes(self) -> int:
@@ -209,30 +216,34 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 "(SelectivePlasticityPlugin gates these; at least one is needed)"
             )
 
+    def before_training_exp(self, strategy, **kwargs):
+        names = gated_layers(strategy.model)  # here, as Avalanche has adapted the model by now
+        for name in ("openness", "pull_back", "rank"):
+            check_patterns(name, getattr(self, name), names)
+
     def before_training_epoch(self, strategy, **kwargs):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
         memory = memory_size(strategy)
         stored = memory / max(self._classes_seen, 1)
         opening = 1 + (stored / _MEMORY_SCALE) ** 1.5
         closing = (1 + strategy.clock.train_exp_epochs) ** (5 / (1 + (stored / _RICH_MEMORY) ** 2))
-        openness = self.openness * opening / closing
         self._has_memory = memory > 0
         ratio = self._samples_seen / len(strategy.experience.dataset)
         if self._stream is not None:
             ratio = len(self.consolidated_at)  # what comes next is as long as what came before, for all we know
         self._interval = min(max(int(_MAX_PULL / max(ratio, 1)), 1), _INTERVAL)
-        self._pull_weight = self._interval * self.pull_back * min(ratio, _MAX_PULL) / opening**2
+        self._pull_weight = self._interval * min(ratio, _MAX_PULL) / opening**2
         if self._stream is None:  # else an experience may be a mini-batch, and nothing ends with it
             self._iteration = 0
             self._pulls.clear()
             self._before.clear()
-        self._gated = [(n, m) for n, m in gated_layers(strategy.model).items() if n in self.layers]
+        self._gated = [(n, m) for n, m in protected_layers(strategy.model, self.openness).items() if n in self.layers]
         holds_norms = self.layers and not self._has_memory
         self._norms = [m for m in strategy.model.modules() if isinstance(m, NORMALISATION)] if holds_norms else []
         watched = not self._has_memory and not _steps_along_gradient(strategy.optimizer)
         for name, layer in self._gated:
             activity = self.layers[name]
-            activity.close(openness)
+            activity.close(value_of(self.openness, name) * opening / closing)
             if watched and name not in self._before:  # steps of an experience before may wait for the next look
                 self._before[name] = along(layer, activity.vectors)
 
@@ -337,9 +348,10 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 back = (self._before[name] - weights).mul_(activity.closed)
                 add_along(layer, back, activity.vectors)
                 self._before[name] = weights.add_(back)
-            if self._pull_weight:
+            pull_weight = self._pull_weight * value_of(self.pull_back, name)
+            if pull_weight:
                 drift = weights[: len(activity.anchor)] - activity.anchor
-                weight = self._pull_weight * self._curvature * activity.rows
+                weight = pull_weight * self._curvature * activity.rows
                 self._pulls[name] = pull_back(drift, activity.eigenvalues, activity.closed, weight)
 
     def _stream_part(self, x: Tensor) -> Tensor:
@@ -366,16 +378,16 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     @torch.no_grad()
     def _consolidate(self, strategy) -> None:
         """Merges the experience's presynaptic activity into the layers' eigenspaces."""
-        criterion = strategy._criterion if self.pull_back else None
-        recorded, curvature = record_activity(strategy, self.consolidation_samples, criterion)
+        criterion = strategy._criterion if self._pulls_back else None
+        layers = protected_layers(strategy.model, self.openness)
+        recorded, curvature = record_activity(strategy, layers, self.consolidation_samples, criterion)
         seen, new = self._samples_seen, len(strategy.experience.dataset)
         self._curvature = (seen * self._curvature + new * curvature) / (seen + new)
         self._classes_seen += classes_of(strategy.experience.dataset)
-        layers = gated_layers(strategy.model)
         for name, (x, rows) in recorded.items():
             old = self.layers.get(name) or LayerActivity.empty(x.shape[1], x)
-            self.layers[name] = old.merged(layers[name], x, rows, new, self.rank)
-            self.layers[name].close(self.openness)
+            self.layers[name] = old.merged(layers[name], x, rows, new, value_of(self.rank, name))
+            self.layers[name].close(value_of(self.openness, name))
         self.consolidated_at.append(strategy.clock.train_iterations)
         self._pulls.clear()
         self._before.clear()

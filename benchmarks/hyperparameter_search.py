@@ -31,6 +31,10 @@ def parser() -> argparse.ArgumentParser:
     add_common(p, seeds=2, output="search")
     p.set_defaults(first_seed=100)
     p.add_argument("--set", type=override, action="append", default=[], metavar="NAME=VALUE", help="hold a setting")
+    p.add_argument(
+        "--layers", type=lambda text: tuple(text.split(",")), default=(), metavar="A,B",
+        help="search the openness of each of these layers by itself; the best goes to profile.json, for the plugin",
+    )  # fmt: skip
     p.add_argument("--storage", metavar="URL", help="a database for Optuna (none: a file in the output folder)")
     return p
 
@@ -61,7 +65,14 @@ def search_of(p: argparse.ArgumentParser, args: argparse.Namespace):
     )
     try:
         return Search(
-            run, args.seeds, args.trials, args.output.resolve(), args.dataset_root, code_fingerprint(), args.storage
+            run,
+            args.seeds,
+            args.trials,
+            args.output.resolve(),
+            args.dataset_root,
+            code_fingerprint(),
+            args.storage,
+            args.layers,
         )
     except ValueError as error:
         p.error(str(error))

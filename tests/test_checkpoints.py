@@ -52,7 +52,11 @@ def everything(folder, strategy_class=Naive, epochs=1):
         train_mb_size=32,
         train_epochs=epochs,
         eval_mb_size=500,
-        plugins=[ReplayPlugin(mem_size=50), SelectivePlasticityPlugin(rank=10), ConsolidationPlugin()],
+        plugins=[
+            ReplayPlugin(mem_size=50),
+            SelectivePlasticityPlugin(openness={"1": 0.1}, rank={"1": 12, "*": 10}),
+            ConsolidationPlugin(),
+        ],
         evaluator=evaluator,
     )
 

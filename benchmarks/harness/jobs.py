@@ -51,6 +51,7 @@ def run_all(
     jobs: int,
     scheduler: str | None = None,
     keeps_curve: Callable[[Run], bool] = lambda run: True,
+    watch: bool = True,
 ) -> tuple[list[dict], int]:
     """Finishes every run that ``results`` doesn't hold yet.
 
@@ -61,6 +62,7 @@ def run_all(
         jobs: processes, without a scheduler.
         scheduler: address of a Dask scheduler, whose workers then do the runs.
         keeps_curve: whether a run's accuracy curve, most of its record, is to be in the results.
+        watch: whether to measure it at all: without it there is no worst case either.
 
     Returns:
         The records of ``runs``, in their order, and the number of runs that failed. A failed run is recorded with
@@ -78,7 +80,7 @@ def run_all(
     if todo:
         with open_executor(min(jobs, len(todo)), scheduler) as executor:
             try:
-                failed = _run_missing(todo, code, done, results, dataset_root, executor, keeps_curve)
+                failed = _run_missing(todo, code, done, results, dataset_root, executor, keeps_curve, watch)
             except BaseException:
                 executor.shutdown(wait=False)
                 raise
@@ -86,12 +88,12 @@ def run_all(
 
 
 def _run_missing(
-    todo: list[Run], code: str, done: dict, results: Path, dataset_root: str, executor, keeps_curve
+    todo: list[Run], code: str, done: dict, results: Path, dataset_root: str, executor, keeps_curve, watch
 ) -> int:
     failed = 0
     patience = 0.5 if sys.stdout.isatty() else 10  # seconds between updates: few lines in a log file
     with tqdm(total=len(todo), unit="run", file=sys.stdout, mininterval=patience) as progress:
-        futures = {executor.submit(_execute, run, dataset_root, code): run for run in todo}
+        futures = {executor.submit(_execute, run, dataset_root, code, watch): run for run in todo}
         for future in as_completed(futures):
             run = futures[future]
             record = _record(future, run, code)
@@ -118,11 +120,11 @@ def _record(future: Future, run: Run, code: str) -> dict:
         return {"key": run.key(code), "run": run.to_json(), "error": text}
 
 
-def _execute(run: Run, dataset_root: str, code: str) -> dict:
+def _execute(run: Run, dataset_root: str, code: str, watch: bool) -> dict:
     try:
         with prepared(code):
             from harness.run import execute
 
-            return execute(run, dataset_root, run.key(code))
+            return execute(run, dataset_root, run.key(code), watch=watch)
     except Exception:
         return {"key": run.key(code), "run": run.to_json(), "error": traceback.format_exc()}

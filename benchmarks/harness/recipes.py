@@ -41,10 +41,14 @@ class Recipe:
         return replace(self, lr=at(self.lr), settings={name: at(value) for name, value in self.settings.items()})
 
     def override(self, overrides: dict[str, float], accepted: tuple[str, ...] = ()) -> Recipe:
-        """The recipe with other values for its settings, or for what its optimizer accepts besides."""
+        """The recipe with other values for its settings, or for what its optimizer accepts besides.
+
+        What the plugin sets layer by layer may be overridden so: "openness:1" is the openness of layer "1".
+        """
         in_optimizer = [*self.optimizer_settings, *(name for name in accepted if name not in self.optimizer_settings)]
         allowed = ["lr", *self.settings, *in_optimizer]
-        unknown = sorted(set(overrides) - set(allowed))
+        of_layers = {k: v for k, v in overrides.items() if k.partition(":")[0] in PER_LAYER & {*self.settings}}
+        unknown = sorted(set(overrides) - set(allowed) - set(of_layers))
         if unknown:
             raise ValueError(
                 f"Invalid override: {', '.join(unknown)} (allowed for this strategy: {', '.join(allowed)})"
@@ -52,12 +56,13 @@ class Recipe:
         return replace(
             self,
             lr=overrides.get("lr", self.lr),
-            settings={k: overrides.get(k, v) for k, v in self.settings.items()},
+            settings={k: overrides.get(k, v) for k, v in self.settings.items()} | of_layers,
             optimizer_settings=self.optimizer_settings | {k: overrides[k] for k in in_optimizer if k in overrides},
         )
 
 
 SP_RANK = 64
+PER_LAYER = {"openness", "pull_back", "rank"}
 _SP = {"openness": 0.2, "pull_back": 1.0, "rank": SP_RANK}  # the plugin's defaults
 _BESIDE_REPLAY = {
     "loss": "squared error",

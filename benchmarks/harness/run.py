@@ -74,11 +74,17 @@ class AccuracyCurve(SupervisedPlugin):
 
 
 def execute(
-    run: Run, dataset_root: str, key: str, after_experience: Callable[[np.ndarray], None] | None = None
+    run: Run,
+    dataset_root: str,
+    key: str,
+    after_experience: Callable[[np.ndarray], None] | None = None,
+    watch: bool = True,
 ) -> dict:
     """Trains the run and returns its record, as it is written to ``results.jsonl``.
 
-    ``after_experience`` is called after each experience with the accuracy matrix so far; what it raises ends the run.
+    Args:
+        after_experience: called after each experience with the accuracy matrix so far; what it raises ends the run.
+        watch: whether to measure accuracies during an experience, too, which takes longer than to train it.
     """
     torch.set_num_threads(1)
     benchmark = build_benchmark(run, dataset_root)
@@ -92,8 +98,8 @@ def execute(
     model = build_model(run)
     matrix, curve = AccuracyMatrix(), AccuracyCurve(test_sets)
     # An online stream's curve would have a point for every batch; and amid pruning PackNet has no old task's network.
-    extra = [curve] if run.stream == "tasks" and recipe.model != "packnet" else []
-    strategy, plugins = build_strategy(run, model, extra, EvaluationPlugin(matrix))
+    watch = watch and run.stream == "tasks" and recipe.model != "packnet"
+    strategy, plugins = build_strategy(run, model, [curve] if watch else [], EvaluationPlugin(matrix))
 
     seconds, ends, ranks = 0.0, [], []
     gate = next((p for p in plugins if isinstance(p, SelectivePlasticityPlugin)), None)

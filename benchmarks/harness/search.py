@@ -69,6 +69,7 @@ class Search:
         dataset_root: folder with MNIST.
         code: fingerprint of the code.
         storage: URL of a database for Optuna, or None for a file in ``output``.
+        layers: names, or patterns of them, of layers that get an openness of their own, instead of one for all.
 
     Raises:
         ValueError: at construction, for runs that don't score on validation images or use seeds that are reported.
@@ -81,6 +82,7 @@ class Search:
     dataset_root: str
     code: str
     storage: str | None = None
+    layers: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not self.run.validation:
@@ -95,7 +97,7 @@ class Search:
 
     @property
     def name(self) -> str:
-        what = json.dumps([self.run.to_json(), self.seeds, self.code], sort_keys=True)
+        what = json.dumps([self.run.to_json(), self.seeds, self.code, *self.layers], sort_keys=True)
         return f"{self.run.benchmark} {self.run.strategy} {hashlib.sha256(what.encode()).hexdigest()[:16]}"
 
     def study(self) -> optuna.Study:
@@ -149,11 +151,12 @@ class Median(BasePruner):
         return trial.intermediate_values[step] < float(np.median(values))
 
 
-def space_of(run: Run) -> dict[str, BaseDistribution]:
+def space_of(run: Run, layers: tuple[str, ...] = ()) -> dict[str, BaseDistribution]:
     """What is searched: the learning rate, and each setting of the strategy that has a range and isn't held fixed.
 
     Raises:
-        ValueError: the strategy doesn't exist on the benchmark, or doesn't have a setting that is held fixed.
+        ValueError: the strategy doesn't exist on the benchmark, or doesn't have a setting that is held fixed, or layers
+            are given and it has no openness.
     """
     from harness.strategies import OPTIMIZERS, numbers_of, recipe_of  # here, as only workers need torch
 
@@ -162,6 +165,12 @@ def space_of(run: Run) -> dict[str, BaseDistribution]:
     if recipe.optimizer_settings.get("plasticity_k") == 0:  # without its gate, which makes it what it is
         names -= {"plasticity_k", "warmup_steps"}
     space = {"lr": RATES[recipe.optimizer not in NOT_ADAPTIVE], **RANGES}
+    if layers:
+        if "openness" not in names:
+            raise ValueError(f"Invalid layers: {', '.join(layers)} (allowed: none, as {run.strategy} has no openness)")
+        of_layers = [f"openness:{layer}" for layer in layers]
+        names = names - {"openness"} | set(of_layers)
+        space |= dict.fromkeys(of_layers, RANGES["openness"])
     fixed = dict(run.overrides)
     return {name: values for name, values in space.items() if (name == "lr" or name in names) and name not in fixed}
 
@@ -181,7 +190,7 @@ def work(search: Search) -> dict | None:
     """
     with prepared(search.code), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        space, study = space_of(search.run), search.study()
+        space, study = space_of(search.run, search.layers), search.study()
         if not space:
             raise ValueError("Invalid overrides: every setting is held fixed (allowed: one or more left to search)")
         while (trial := _claim(search, study, space)) is None:
@@ -275,7 +284,7 @@ def _run(search: Search, trial: optuna.Trial) -> float:
     for seed in range(search.run.seed, search.run.seed + search.seeds):
         run = replace(search.run, seed=seed, overrides=overrides)
         try:
-            record = execute(run, search.dataset_root, run.key(search.code), after_experience)
+            record = execute(run, search.dataset_root, run.key(search.code), after_experience, watch=False)
         except (FloatingPointError, torch.linalg.LinAlgError) as error:
             trial.set_user_attr("diverged", str(error))
             return 0.0

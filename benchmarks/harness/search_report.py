@@ -1,4 +1,5 @@
-"""What a search found: best.json, trials.csv, a figure of what mattered, and the command that runs the best."""
+"""What a search found: best.json, trials.csv, a figure of what mattered, and the command that runs the best; of a
+search layer by layer also profile.json, the plugin's settings."""
 
 from __future__ import annotations
 
@@ -47,6 +48,10 @@ def write_search(search: Search, study: optuna.Study) -> list[Path]:
     write_whole(paths[0], json.dumps(report, indent=1) + "\n")
     write_whole(paths[1], _table(trials))
     _figure(importances, search, len(complete), paths[2])
+    if search.layers:
+        openness = {layer: settings[f"openness:{layer}"] for layer in search.layers}
+        paths.append(search.output / "profile.json")
+        write_whole(paths[-1], json.dumps({"openness": openness}, indent=1) + "\n")
     shown = ", ".join(f"{name} {value:.4g}" for name, value in settings.items())
     print(f"\nbest of {len(trials)} trials: {best.value:.2f} on validation images, with {shown}\n\n{command}\n")
     return paths

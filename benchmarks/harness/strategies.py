@@ -19,12 +19,13 @@ from avalanche_sp import (
     SelectivePlasticityOptimizer,
     SelectivePlasticityPlugin,
 )
+from avalanche_sp.per_layer import PerLayer
 from harness import rehearsal
 from harness.controls import UPGD, ConstantGate, RandomGate
 from harness.legacy import LegacyReplay, LegacySelectivePlasticity
 from harness.networks import PackNetMultiHead, build_network, gate_bytes, network_bytes
 from harness.projections import GradientProjectionMemory, OrthogonalWeightsModification
-from harness.recipes import RECIPES, SP_RANK, TASK_INCREMENTAL_RECIPES, Recipe, nearest
+from harness.recipes import PER_LAYER, RECIPES, SP_RANK, TASK_INCREMENTAL_RECIPES, Recipe, nearest
 from harness.rehearsal import memory_batch
 from harness.ridge import StreamingRidge, build_random_features
 from harness.settings import Run, in_mini_batches, strategies_of
@@ -109,7 +110,15 @@ PLUGINS = {
 
 
 def _gate(settings: dict[str, float], **kwargs) -> SelectivePlasticityPlugin:
-    return SelectivePlasticityPlugin(settings["openness"], settings["pull_back"], int(settings["rank"]), **kwargs)
+    return SelectivePlasticityPlugin(
+        **{name: _per_layer(settings, name, int if name == "rank" else float) for name in PER_LAYER}, **kwargs
+    )
+
+
+def _per_layer(settings: dict[str, float], name: str, kind: type) -> PerLayer:
+    """A setting's value, or where layers have their own ("openness:1"), the values by layer, the others' last."""
+    own = {key.partition(":")[2]: kind(v) for key, v in settings.items() if key.startswith(f"{name}:")}
+    return {**own, "*": kind(settings[name])} if own else kind(settings[name])
 
 
 # Avalanche's DER stores a network's outputs when an experience ends and draws one batch of stored samples, where its
