@@ -128,7 +128,8 @@ _ORIGINAL = {
     "first-in-first-out buffer that takes replayed samples in again, half as many in a batch as new ones. "
     "`legacy-control` is `legacy-sp-replay` with its gate fixed at 1.\n",
     "protocol_original": "The same tasks, epochs and buffer with Avalanche's replay, tuned rates, other methods and "
-    "the present gates, one stored sample in a batch for each new one.\n",
+    "the present gates, one stored sample in a batch for each new one. What was first published, and what came of it, "
+    "is in [original.md](original.md).\n",
 }
 
 
