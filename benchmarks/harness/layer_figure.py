@@ -43,7 +43,7 @@ def draw(found: dict[str, dict[str, dict[int, float]]], output: Path) -> Path:
             ax.axhline(0, color="#555555", lw=0.8)
             ax.set_xticks(range(len(layers)), [f"layer {n}" for n in layers], fontsize=8)
             ax.set_title(f"{title}\n{NETWORKS[network].split(' of')[0]}", fontsize=8, loc="left")
-            ax.legend(fontsize=7, frameon=False)
+            ax.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
             ax.tick_params(labelsize=7)
             ax.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel("ACC, percentage points", fontsize=8)
