@@ -85,10 +85,10 @@ def differences(ours: Cell, others: list[Cell]) -> list[Difference]:
 
 
 def against_others(cells: list[Cell]) -> dict[int, list[Difference]]:
-    """By buffer: ours minus every other row with as many stored samples, and minus ours without any."""
+    """By buffer: ours minus every other row with as many stored samples, and minus the best ones without any."""
     found = {}
     for ours in (c for c in cells if c.label == OURS):
-        others = [c for c in cells if c.label == ALONE or (c.buffer == ours.buffer and c is not ours)]
+        others = [c for c in cells if c.label in (ALONE, "rf-ridge") or (c.buffer == ours.buffer and c is not ours)]
         found[ours.buffer] = differences(ours, others)
     return {buffer: rows for buffer, rows in found.items() if rows}
 
