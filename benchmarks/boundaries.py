@@ -15,6 +15,7 @@ from tabulate import tabulate
 from harness.cli import add_common, names_of
 from harness.files import write_whole
 from harness.jobs import read_results, run_all
+from harness.report import mean_and_interval
 from harness.settings import Run
 from harness.statistics import interval
 
@@ -89,8 +90,8 @@ def rows_of(part: str, records: list[dict]) -> list[dict]:
             "strategy": strategy,
             "buffer": buffer or "-",
             "runs": len(of_seed),
-            "ACC %": _shown(interval([r["acc"] for r in of_seed.values()])),
-            "minus told": _shown(interval(pairs)) if base is not of_seed and pairs else "-",
+            "ACC %": mean_and_interval(interval([r["acc"] for r in of_seed.values()])),
+            "minus told": mean_and_interval(interval(pairs)) if base is not of_seed and pairs else "-",
         }
         if strategy.endswith("-surprise"):
             delays, missed, false = zip(*(found(r) for r in of_seed.values()))
@@ -115,14 +116,6 @@ def stored(runs: list[Run], results: Path) -> list[dict]:
     return [records[key] for key in keys if key in records]
 
 
-def _no_curve(run: Run) -> bool:
-    return False
-
-
-def _shown(value: dict) -> str:
-    return f"{value['mean']:.1f}" + (f" ± {value['ci95']:.1f}" if value["ci95"] is not None else "")
-
-
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -141,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.stored:
             records, failed = stored(runs, results), 0
         else:
-            records, failed = run_all(runs, results, args.dataset_root, args.jobs, args.scheduler, _no_curve)
+            records, failed = run_all(runs, results, args.dataset_root, args.jobs, args.scheduler, watch=False)
         rows, failures = rows + rows_of(part, records), failures + failed
     images = "held-out training images" if args.validation else "test images"
     shown = ", ".join(map(str, seeds))

@@ -93,8 +93,8 @@ def table(summary: list[dict]) -> str:
             {
                 "strategy": s["strategy"],
                 "buffer": s["replay_buffer"] or "-",
-                "ACC %": _mean(s["acc"]),
-                "BWT %": _mean(s["bwt"]),
+                "ACC %": mean_and_interval(s["acc"]),
+                "BWT %": mean_and_interval(s["bwt"]),
                 "each task %": _tasks(s["task_acc"]),
                 "seconds": f"{s['seconds_per_run']:.1f}",
                 "extra kB": f"{s['extra_memory_bytes'] / 1000:.0f}",
@@ -104,7 +104,8 @@ def table(summary: list[dict]) -> str:
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def _mean(value: dict | None) -> str:
+def mean_and_interval(value: dict | None) -> str:
+    """What ``statistics.interval`` gives, as tables show it; "-" for nothing."""
     if value is None:
         return "-"
     return f"{value['mean']:.1f}" + (f" ± {value['ci95']:.1f}" if value["ci95"] is not None else "")
