@@ -30,6 +30,7 @@ class LayerActivity:
         samples: how many samples stand behind them.
         rows: how many input vectors a sample gives a weight: 1, or the positions of a convolution or a sequence.
         anchor: (out, r), the weights along the vectors when they were consolidated.
+        closed_at: the openness that the gate was closed for; 0 before any.
         closed: (r,), how far the gate is closed along each vector, in [0, 1].
         closed_rest: the same along all other directions alike.
         closed_more: (r,), how much more it is closed along each vector.
@@ -43,6 +44,7 @@ class LayerActivity:
     samples: int
     rows: float
     anchor: Tensor
+    closed_at: float
     closed: Tensor
     closed_rest: float
     closed_more: Tensor
@@ -54,7 +56,7 @@ class LayerActivity:
     def empty(cls, inputs: int, like: Tensor) -> LayerActivity:
         zero, nothing = like.new_zeros(()), like.new_zeros(0)
         vectors, anchor = like.new_zeros(inputs, 0), like.new_zeros(0, 0)
-        return cls(nothing, vectors, zero, 0, 0.0, anchor, nothing, 0.0, nothing, zero, zero, zero)
+        return cls(nothing, vectors, zero, 0, 0.0, anchor, 0.0, nothing, 0.0, nothing, zero, zero, zero)
 
     @property
     def state_bytes(self) -> int:
@@ -78,13 +80,16 @@ class LayerActivity:
 
     def close(self, openness: float) -> None:
         """Sets how far the gate is closed, and starts the epoch's sums anew."""
+        self.energy = self.passed = self.novel = torch.zeros_like(self.mean_eigenvalue)
+        if openness == self.closed_at:  # on an online stream every mini-batch is an epoch
+            return
+        self.closed_at = openness
         openness /= max(self.rows, 1)  # a change to the weights acts on each of a sample's input vectors
         d, r = self.vectors.shape
         rest = (d * self.mean_eigenvalue - self.eigenvalues.sum()).clamp_min(0) / max(d - r, 1)
         self.closed = claim(self.eigenvalues, self.mean_eigenvalue, openness)
         self.closed_rest = float(claim(rest, self.mean_eigenvalue, openness)) if d > r else 0.0
         self.closed_more = self.closed - self.closed_rest
-        self.energy = self.passed = self.novel = torch.zeros_like(self.mean_eigenvalue)
 
     def watch(self, x: Tensor, projection: Tensor) -> None:
         """Adds to the epoch's sums: input vectors (rows, d) and their projection onto the vectors."""
@@ -133,8 +138,10 @@ class LayerActivity:
 def some_inputs(layer: GatedLayer, x: Tensor) -> tuple[Tensor, int]:
     """A layer's input vectors (n, d), at most 8 a sample, evenly spread over all; and how many all give a weight."""
     vectors = presynaptic(layer, x.float())
-    kept = torch.linspace(0, len(vectors) - 1, min(len(vectors), _ROWS_A_SAMPLE * len(x)), device=x.device)
-    return vectors[kept.long()], len(vectors) // getattr(layer, "groups", 1)
+    count, some = len(vectors), _ROWS_A_SAMPLE * len(x)
+    if count > some:
+        vectors = vectors[torch.linspace(0, count - 1, some, device=x.device).long()]
+    return vectors, count // getattr(layer, "groups", 1)
 
 
 def curvature_of(criterion: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from avalanche_sp.activity import LayerActivity, curvature_of, some_inputs
 from avalanche_sp.detection import ChangeDetector, LossWatch
 from avalanche_sp.layers import NORMALISATION, GatedLayer, set_weights, weights_and_bias
-from avalanche_sp.per_layer import PerLayer, protected_layers, value_of
+from avalanche_sp.per_layer import PerLayer, value_of
 from avalanche_sp.replay import stream_part, stream_rows
 
 __all__ = ["StreamWatch"]
@@ -16,7 +18,7 @@ __all__ = ["StreamWatch"]
 # Iterations from one look at the stream to the next: one device sync a look.
 _LOOK = 4
 # Samples that a look adds to the second moments: the last mini-batches', as many as it takes, or all there were.
-_SAMPLES = 128
+_SAMPLES = 16
 # Samples from one consolidation to the next, where nothing is to be detected.
 _CHUNK = 4096
 # Input vectors for which older ones stand in a second moment, at most: the older ones' network is no longer there.
@@ -96,7 +98,6 @@ class StreamWatch:
     Args:
         detector: or None.
         rank: eigenvectors a layer of the second moments.
-        openness: the plugin's; layers where it is infinite are left alone.
         measure_curvature: whether to measure that of the loss in the outputs.
     """
 
@@ -104,12 +105,10 @@ class StreamWatch:
         self,
         detector: ChangeDetector | None,
         rank: PerLayer[int],
-        openness: PerLayer[float],
         measure_curvature: bool,
     ):
         self.losses = LossWatch(detector) if detector is not None else None
         self.rank = rank
-        self.openness = openness
         self.measure_curvature = measure_curvature
         self.iteration = 0
         self._queue: list[Tensor] = []  # the losses since the last look: read together, one device sync a look
@@ -135,7 +134,7 @@ class StreamWatch:
         tensors += [copy for _, copy in self._optimizer]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def listen(self, strategy) -> list:
+    def listen(self, strategy, layers: Mapping[str, GatedLayer]) -> list:
         """Hooks that note the layers' inputs in the coming forward pass, if a look takes them in."""
         self._inputs.clear()
         if -(self.iteration + 1) % _LOOK * stream_rows(strategy) >= _SAMPLES:
@@ -144,7 +143,7 @@ class StreamWatch:
             layer.register_forward_hook(
                 lambda layer, inputs, output, name=name: self._inputs.append((name, layer, inputs[0].detach()))
             )
-            for name, layer in protected_layers(strategy.model, self.openness).items()
+            for name, layer in layers.items()
         ]
 
     @torch.no_grad()
@@ -164,7 +163,7 @@ class StreamWatch:
         self._inputs.clear()
 
     @torch.no_grad()
-    def look(self, strategy) -> bool:
+    def look(self, strategy, layers: Mapping[str, GatedLayer]) -> bool:
         """Ends an iteration. True when it is time to consolidate."""
         self.iteration += 1
         if self.iteration % _LOOK:
@@ -173,13 +172,13 @@ class StreamWatch:
         if self.losses is not None:
             found, calm = self.losses.look(torch.stack(self._queue).tolist())
         if calm and not found:
-            self._take(strategy)
+            self._take(strategy, layers)
         for moment in self.moments.values():
             moment.drop()
         self._queue.clear()
         return self.looks > 0 and (found or self.losses is None and self.samples >= _CHUNK)
 
-    def _take(self, strategy) -> None:
+    def _take(self, strategy, layers: Mapping[str, GatedLayer]) -> None:
         batch, stream = len(strategy.mb_x), stream_rows(strategy)
         for moment in self.moments.values():
             moment.keep()
@@ -190,21 +189,22 @@ class StreamWatch:
             curvature = curvature_of(strategy._criterion, outputs, strategy.mb_y[:stream])
             self.curvature = self.curvature + (curvature - self.curvature) / self.looks
         if self.losses is not None:
-            layers = protected_layers(strategy.model, self.openness)
             self._weights = {n: weights_and_bias(layer) for n, layer in layers.items()}
             self._norms = {n: [t.clone() for t in held] for n, held in _held_by_norms(strategy.model).items()}
             states = strategy.optimizer.state.values()
             self._optimizer = [(t, t.clone()) for s in states for t in s.values() if isinstance(t, Tensor)]
 
     @torch.no_grad()
-    def consolidate(self, model: nn.Module, layers: dict[str, LayerActivity]) -> dict[str, Tensor]:
-        """Merges what was learned since the last time into ``layers``, at the weights of the last calm look.
+    def consolidate(
+        self, model: nn.Module, layers: Mapping[str, GatedLayer], activities: dict[str, LayerActivity]
+    ) -> dict[str, Tensor]:
+        """Merges what was learned since the last time into ``activities``, at the weights of the last calm look.
 
         Returns:
             By layer, what the steps since that look had changed (rows, d); the weights are now without it.
         """
         changes = {}
-        for name, layer in protected_layers(model, self.openness).items():
+        for name, layer in layers.items():
             if name in self._weights:
                 weights = self._weights[name]  # of fewer output units where a head has grown
                 changes[name] = weights_and_bias(layer)[: len(weights)] - weights
@@ -212,8 +212,8 @@ class StreamWatch:
             if name in self.moments and self.moments[name].weight:
                 moment = self.moments[name]
                 x = moment.factor()
-                old = layers.get(name) or LayerActivity.empty(x.shape[1], x)
-                layers[name] = old.merged(
+                old = activities.get(name) or LayerActivity.empty(x.shape[1], x)
+                activities[name] = old.merged(
                     layer, x, self._rows[name], self.samples, value_of(self.rank, name), moment.mean_eigenvalue
                 )
         for name, held in _held_by_norms(model).items():

@@ -47,22 +47,35 @@ class JointReplayLoss(SupervisedPlugin):
     Where something else stands for the old data too, a small memory should count for less: c is the number of stored
     samples for each class of each experience, and s the ``shrinkage``.
 
+    On a stream that doesn't say where a task ends, what is old is known to a plugin that finds it out. Following it,
+    N_old / N_new is the number of its consolidations, as what comes next is as long as what came before, for all we
+    know; it is 1 until the first.
+
     Args:
         criterion: loss of (outputs, targets), averaged over the batch.
         shrinkage: stored samples a class at which the memory has half of its joint weight, 0 or more (default 0: all
             of it, as replay alone wants it). 10 beside
             :class:`~avalanche_sp.SelectivePlasticityPlugin` (``docs/experiments.md``).
+        follow: a :class:`~avalanche_sp.SelectivePlasticityPlugin` with ``consolidate="surprise"`` or
+            ``"continuous"``, for online streams (``docs/boundaries.md``). Default: an experience is what Avalanche
+            says.
 
     Raises:
-        ValueError: shrinkage is out of range.
+        ValueError: shrinkage is out of range, or the plugin to follow is told where an experience ends.
     """
 
-    def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor], shrinkage: float = 0.0):
+    def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor], shrinkage: float = 0.0, follow=None):
         super().__init__()
         if not 0 <= shrinkage < float("inf"):
             raise ValueError(f"Invalid shrinkage value: {shrinkage} (allowed: 0 or more)")
+        if follow is not None and follow.consolidate == "experience":
+            raise ValueError(
+                "Invalid follow: a plugin with consolidate='experience' finds no boundary (allowed: None, or one "
+                "with 'surprise' or 'continuous')"
+            )
         self.criterion = criterion
         self.shrinkage = shrinkage
+        self.follow = follow
         self.samples_seen = 0
         self.classes_seen = 0  # each experience's count anew: its samples are others
         self._stream_rows: int | None = None  # None: all rows weigh alike (evaluation, or no memory yet)
@@ -70,10 +83,12 @@ class JointReplayLoss(SupervisedPlugin):
 
     def before_training_iteration(self, strategy, **kwargs):
         memory = memory_size(strategy)
-        if memory and self.samples_seen:
+        ratio, classes = self.samples_seen / len(strategy.experience.dataset), self.classes_seen
+        if self.follow is not None:
+            ratio, classes = max(len(self.follow.consolidated_at), 1), max(self.follow.classes_seen, 1)
+        if memory and ratio:
             self._stream_rows = stream_rows(strategy)
-            trust = memory / (memory + self.shrinkage * self.classes_seen)
-            self._memory_weight = trust * self.samples_seen / len(strategy.experience.dataset)
+            self._memory_weight = ratio * memory / (memory + self.shrinkage * classes)
 
     def before_eval_iteration(self, strategy, **kwargs):
         self._stream_rows = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TypeAlias, TypeVar
 
@@ -60,10 +60,12 @@ def values_of(values: PerLayer[T]) -> list[T]:
     return list(values.values()) if isinstance(values, Mapping) else [values]
 
 
-def check_patterns(name: str, values: PerLayer[T], layers: Iterable[str]) -> None:
+def check_patterns(name: str, values: PerLayer[T], model: nn.Module) -> None:
     """Raises ValueError for a pattern that is no layer's: a misspelt name would go unnoticed otherwise."""
-    layers = list(layers)
-    for pattern in values if isinstance(values, Mapping) else ():
+    if not isinstance(values, Mapping):
+        return
+    layers = list(gated_layers(model))
+    for pattern in values:
         if not any(fnmatchcase(layer, pattern) for layer in layers):
             raise ValueError(f"Invalid {name} pattern: {pattern!r} is no layer's (allowed: {', '.join(layers)})")
 

@@ -162,19 +162,21 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         """Surprise of the last training loss: 0-dim tensor in [0, 1]."""
         self.consolidated_at: list[int] = []
         """Training iterations after which something was consolidated; with "surprise" those that found a change."""
+        self.classes_seen = 0
+        """Classes of all that was consolidated, each experience's counted anew: its samples are others."""
         self._stream: StreamWatch | None = None
         if consolidate != "experience":
             if consolidate == "surprise" and detector is None:
                 detector = page_hinkley()
-            self._stream = StreamWatch(detector, self.rank, self.openness, measure_curvature=self._pulls_back)
+            self._stream = StreamWatch(detector, self.rank, measure_curvature=self._pulls_back)
         self._running_surprise = RunningSurprise()
         self._curvature = torch.zeros(())  # of the loss in its outputs, over all consolidated samples
-        self._classes_seen = 0  # each experience's count anew: its samples are others
         # For the present epoch: N_old / N_new and what a memory leaves of it; iterations from look to look.
         self._pull_weight = 0.0
         self._interval = _INTERVAL
         self._has_memory = False
-        self._gated: list[tuple[str, GatedLayer]] = []  # the layers that something is consolidated for
+        self._protected: dict[str, GatedLayer] = {}  # the layers whose gate isn't switched off
+        self._gated: list[tuple[str, GatedLayer]] = []  # and those that something is consolidated for
         self._norms: list[nn.Module] = []  # the normalisation layers that hold still
         # For the present iteration and the next.
         self._iteration = 0
@@ -217,14 +219,13 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             )
 
     def before_training_exp(self, strategy, **kwargs):
-        names = gated_layers(strategy.model)  # here, as Avalanche has adapted the model by now
         for name in ("openness", "pull_back", "rank"):
-            check_patterns(name, getattr(self, name), names)
+            check_patterns(name, getattr(self, name), strategy.model)  # which Avalanche has adapted by now
 
     def before_training_epoch(self, strategy, **kwargs):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
         memory = memory_size(strategy)
-        stored = memory / max(self._classes_seen, 1)
+        stored = memory / max(self.classes_seen, 1)
         opening = 1 + (stored / _MEMORY_SCALE) ** 1.5
         closing = (1 + strategy.clock.train_exp_epochs) ** (5 / (1 + (stored / _RICH_MEMORY) ** 2))
         self._has_memory = memory > 0
@@ -237,7 +238,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             self._iteration = 0
             self._pulls.clear()
             self._before.clear()
-        self._gated = [(n, m) for n, m in protected_layers(strategy.model, self.openness).items() if n in self.layers]
+        self._protected = protected_layers(strategy.model, self.openness)
+        self._gated = [(n, m) for n, m in self._protected.items() if n in self.layers]
         holds_norms = self.layers and not self._has_memory
         self._norms = [m for m in strategy.model.modules() if isinstance(m, NORMALISATION)] if holds_norms else []
         watched = not self._has_memory and not _steps_along_gradient(strategy.optimizer)
@@ -256,7 +258,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 )
             )
         if self._stream is not None and self.active:
-            self._handles += self._stream.listen(strategy)
+            self._handles += self._stream.listen(strategy, self._protected)
         for module in self._norms:
             if module.training:
                 self._resting.append(module.eval())
@@ -297,7 +299,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._iteration += 1
         if self._iteration % self._interval == 0:
             self._look()
-        if self._stream is not None and self.active and self._stream.look(strategy):
+        if self._stream is not None and self.active and self._stream.look(strategy, self._protected):
             self._consolidate_amid(strategy, self._stream)
 
     def after_training_epoch(self, strategy, **kwargs):
@@ -383,7 +385,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         recorded, curvature = record_activity(strategy, layers, self.consolidation_samples, criterion)
         seen, new = self._samples_seen, len(strategy.experience.dataset)
         self._curvature = (seen * self._curvature + new * curvature) / (seen + new)
-        self._classes_seen += classes_of(strategy.experience.dataset)
+        self.classes_seen += classes_of(strategy.experience.dataset)
         for name, (x, rows) in recorded.items():
             old = self.layers.get(name) or LayerActivity.empty(x.shape[1], x)
             self.layers[name] = old.merged(layers[name], x, rows, new, value_of(self.rank, name))
@@ -391,15 +393,15 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self.consolidated_at.append(strategy.clock.train_iterations)
         self._pulls.clear()
         self._before.clear()
-        self._gated, self._norms = [], []
+        self._protected, self._gated, self._norms = {}, [], []
 
     @torch.no_grad()
     def _consolidate_amid(self, strategy, stream: StreamWatch) -> None:
         """Consolidates in the midst of training, and goes on with the gate closed for what was consolidated."""
         seen, new = self._samples_seen, stream.samples
         self._curvature = (seen * self._curvature + new * stream.curvature) / (seen + new)
-        self._classes_seen += len(stream.classes)
-        changes = stream.consolidate(strategy.model, self.layers)
+        self.classes_seen += len(stream.classes)
+        changes = stream.consolidate(strategy.model, self._protected, self.layers)
         self.consolidated_at.append(strategy.clock.train_iterations + 1)  # Avalanche counts this one later
         self._pulls.clear()
         self._before.clear()

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.training import Naive
 from avalanche.training.plugins import ReplayPlugin
 from torch import nn
 
-from avalanche_sp import JointReplayLoss, OneHotMSELoss
+from avalanche_sp import JointReplayLoss, OneHotMSELoss, SelectivePlasticityPlugin, boundaries
 from avalanche_sp.replay import memory_size, stream_rows
 
-from conftest import mlp
+from conftest import mlp, strategy_of
 
 
 def test_one_hot_squared_error_by_hand():
@@ -55,6 +56,35 @@ def test_joint_replay_weighs_the_memory_by_what_it_stands_for(split5, shrinkage)
     for experience in split5.train_stream:
         strategy.train(experience, eval_streams=[split5.test_stream])
     assert sorted(set(seen)) == ([1, 2, 3, 4] if shrinkage == 0 else [0.5, 2 / 3, 0.75, 0.8])
+
+
+def test_on_an_online_stream_it_follows_what_the_plugin_found(split5, monkeypatch):
+    """With mini-batches for experiences, the old is what was consolidated; until then stream and memory weigh alike."""
+    monkeypatch.setattr(boundaries, "_CHUNK", 320)
+    gate, seen = SelectivePlasticityPlugin(consolidate="continuous"), []
+
+    class Check(JointReplayLoss):
+        def before_backward(self, strategy, **kwargs):
+            n = stream_rows(strategy)
+            rows = nn.functional.cross_entropy(strategy.mb_output, strategy.mb_y, reduction="none")
+            expected = rows[:n].mean()
+            if memory := memory_size(strategy):
+                consolidations, classes = len(gate.consolidated_at), gate.classes_seen
+                seen.append((consolidations, classes))
+                w = max(consolidations, 1) * memory / (memory + 25 * max(classes, 1))
+                expected = (rows[:n].mean() + w * rows[n:].mean()) / (1 + w)
+            torch.testing.assert_close(strategy.loss.squeeze(), expected)
+
+    criterion = Check(nn.CrossEntropyLoss(), 25, follow=gate)
+    strategy = strategy_of(mlp(), [ReplayPlugin(50), gate], batch=10, criterion=criterion)
+    for experience in split_online_stream(split5.train_stream[:2], 10, seed=0):
+        strategy.train(experience)
+    assert sorted(set(seen)) == [(0, 0), (1, 2), (2, 6), (3, 8)]  # the second lies across the boundary
+
+
+def test_a_plugin_that_finds_nothing_cannot_be_followed():
+    with pytest.raises(ValueError, match=r"Invalid follow: .*'experience'.* \(allowed: None, or one with 'surprise'"):
+        JointReplayLoss(OneHotMSELoss(), follow=SelectivePlasticityPlugin())
 
 
 @pytest.mark.parametrize("shrinkage", [-1, float("nan"), float("inf")])

@@ -172,10 +172,11 @@ def build_strategy(run: Run, model: nn.Module, extra_plugins: list, evaluator):
     """The Avalanche strategy of a run, and its method's own plugins."""
     recipe = recipe_of(run)
     criterion = LOSSES[recipe.loss]()
-    if recipe.joint_weight and not in_mini_batches(run):  # what would the present experience be, what the earlier ones?
-        criterion = JointReplayLoss(criterion, recipe.settings.get("shrinkage", 0.0))
     plugins = [PLUGINS[name](recipe.settings, run) for name in recipe.plugins]
-    _follow(plugins)
+    gate, online = _followed(plugins), in_mini_batches(run)
+    # Where nothing is told or found, what would be the present experience, what the earlier ones?
+    if recipe.joint_weight and (gate is not None or not online):
+        criterion = JointReplayLoss(criterion, recipe.settings.get("shrinkage", 0.0), gate if online else None)
     strategy = TEMPLATES[recipe.template](recipe.settings, run)(
         model=model,
         optimizer=OPTIMIZERS[recipe.optimizer](model.parameters(), lr=recipe.lr, **recipe.optimizer_settings),
@@ -189,10 +190,12 @@ def build_strategy(run: Run, model: nn.Module, extra_plugins: list, evaluator):
     return strategy, plugins
 
 
-def _follow(plugins: list) -> None:
-    """Has the optimizer consolidate with a plugin that finds for itself when to."""
+def _followed(plugins: list) -> SelectivePlasticityPlugin | None:
+    """The plugin that finds for itself when to consolidate, if there is one; the optimizer consolidates with it."""
     for gate in plugins:
         if isinstance(gate, SelectivePlasticityPlugin) and gate.consolidate != "experience":
             for plugin in plugins:
                 if isinstance(plugin, ConsolidationPlugin):
                     plugin.follow = gate
+            return gate
+    return None
