@@ -13,7 +13,7 @@ from harness.cli import add_workers, names_of, positive
 from harness.files import write_whole
 from harness.jobs import read_results, run_all
 from harness.settings import ROOT, code_fingerprint
-from harness.studies import BY_BUFFER, EVERY, Study
+from harness.studies import BY_BUFFER, EVERY, Study, settings
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,10 +32,6 @@ def parser() -> argparse.ArgumentParser:
 
 def latest(study: Study, records: list[dict]) -> list[dict]:
     """One record for each run of the study: of the present code, if there is one, else the last."""
-
-    def settings(run: dict) -> str:
-        return json.dumps({name: value for name, value in run.items() if name != "seed"}, sort_keys=True)
-
     code, kept = code_fingerprint(), {}
     wanted = {settings(run.to_json()): run for run in study.runs(1)}
     for record in records:

@@ -20,7 +20,7 @@ from harness.run import worst_case  # noqa: E402
 from harness.settings import code_fingerprint, strategies_of  # noqa: E402
 from harness.statistics import bootstrap, holm, rank_biserial, wilcoxon  # noqa: E402
 from harness.strategies import recipe_of  # noqa: E402
-from harness.studies import BY_BUFFER, EVERY, Row, Study  # noqa: E402
+from harness.studies import BY_BUFFER, EVERY, ROBUSTNESS, Row, Study, settings  # noqa: E402
 
 
 def test_statistics_by_hand():
@@ -175,6 +175,22 @@ def test_training_then_writing_and_writing_again_without_training(tmp_path, monk
     assert "| sp-replay    |" in text and "worst case %" in text
 
 
+def test_what_a_change_of_the_settings_costs_stands_beside_joint_training():
+    name, study = next(iter(ROBUSTNESS.items()))
+    made = records({"sp": 30.0, "sp-both": 31.0, "joint": 36.0}, seeds=3, study=study)
+    for record in made:
+        if record["run"]["batch_size"] == 10:
+            record["acc"] -= 7.0
+    text = pages.page({name: made})
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["", "sp", "sp-both", "joint"]
+    changes = {row[0]: [float(re.search(r"\(([+-].*)\)", cell)[1]) for cell in row[1:]] for row in rows[2:]}
+    assert list(changes) == ["learning rate x 3", "learning rate / 3", "batch 10", "batch 256", "10 epochs"]
+    assert changes.pop("batch 10") == pytest.approx([-7.0] * 3, abs=1)
+    assert all(change == pytest.approx([0.0] * 3, abs=1) for change in changes.values())
+    assert not re.search(r"\([+-]", " ".join(rows[1]))
+
+
 # -- The studies -----------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +203,7 @@ def test_every_study_is_of_strategies_and_settings_that_exist(name):
     for run in runs:
         assert run.strategy in strategies_of(run.benchmark, run.task_incremental)
         recipe_of(run)
-        assert labels[run.strategy, str(json.loads(json.dumps(run.to_json()))["overrides"])]
+        assert labels[settings(json.loads(json.dumps(run.to_json())))]
     only = study.runs(2, ["sp-replay"])
     assert {run.strategy for run in only} <= {"sp-replay"} and set(only) <= set(runs)
 

@@ -10,7 +10,18 @@ from harness.comparison import ALPHA, Cell, Difference, against_others, cells_of
 from harness.protocols import PROTOCOLS
 from harness.settings import NETWORKS
 from harness.statistics import wilcoxon
-from harness.studies import ABLATIONS, ALONE, BY_BUFFER, EPOCHS, ORIGINAL, OURS, PUBLISHED, TASK_LABELS, Study
+from harness.studies import (
+    ABLATIONS,
+    ALONE,
+    BY_BUFFER,
+    EPOCHS,
+    ORIGINAL,
+    OURS,
+    PUBLISHED,
+    ROBUSTNESS,
+    TASK_LABELS,
+    Study,
+)
 
 SPREAD = 2  # points that published figures of one method and protocol differ by
 FIGURES = {"buffers": "results/buffers.png", "training": "results/buffers_split5/training.png"}
@@ -43,6 +54,7 @@ def page(results: dict[str, list[dict]]) -> str:
     parts = [INTRODUCTION]
     parts += _section("Accuracy against buffer size", _by_buffer, BY_BUFFER, results)
     parts += _section("More epochs", _epochs, EPOCHS, results)
+    parts += _section("Other rates, batches and epochs", _robustness, ROBUSTNESS, results)
     parts += _section("While the tasks are learned", _training, BY_BUFFER, results)
     parts += _section("What each part does", _ablations, ABLATIONS, results)
     parts += _section("A head for each task", _task_labels, TASK_LABELS, results)
@@ -70,6 +82,22 @@ def _by_buffer(name: str, study: Study, cells: list[Cell]) -> list[str]:
 
 def _epochs(name: str, study: Study, cells: list[Cell]) -> list[str]:
     return [_heading(study, cells), _grid(cells), *_verdicts(cells)]
+
+
+def _robustness(name: str, study: Study, cells: list[Cell]) -> list[str]:
+    usual = {c.label: c for c in cells if c.label == c.strategy}
+    rows: dict[str, dict] = {}
+    for c in cells:
+        change = c.label.partition(", ")[2] or "as tuned"
+        row, base = rows.setdefault(change, {"": change}), usual.get(c.strategy)
+        row[c.strategy] = c.shown() + ("" if c is base or base is None else f" ({c.mean() - base.mean():+.1f})")
+    return [
+        "One change at a time, everything else as it was tuned, and without any stored sample; in brackets the change "
+        "of ACC. `joint` has all data at once: what it loses is not forgotten but never learned. A figure or a seed "
+        "that is missing is of runs that diverged.\n",
+        _heading(study, cells),
+        _table(rows.values()),
+    ]
 
 
 def _training(name: str, study: Study, cells: list[Cell]) -> list[str]:

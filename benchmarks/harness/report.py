@@ -87,12 +87,14 @@ def difference_table(rows: list[dict], against: str) -> str:
 def table(summary: list[dict]) -> str:
     """The summary as a Markdown table."""
     rows = []
+    varied = [name for name in ("epochs", "batch_size") if len({s[name] for s in summary}) > 1]
     for s in summary:
         settings = ", ".join(f"{k} {v:g}" for k, v in s["settings"].items())
         rows.append(
             {
                 "strategy": s["strategy"],
                 "buffer": s["replay_buffer"] or "-",
+                **{name: s[name] for name in varied},
                 "ACC %": mean_and_interval(s["acc"]),
                 "BWT %": mean_and_interval(s["bwt"]),
                 "each task %": _tasks(s["task_acc"]),
@@ -124,11 +126,16 @@ def title(records: list[dict]) -> str:
     images = f", {run['train_per_task']} images a task" if run["train_per_task"] else ""
     seeds = ", ".join(map(str, sorted({r["run"]["seed"] for r in records})))
     score = "validation images" if run["validation"] else "test images"
+    epochs, batch = (_values(records, name) for name in ("epochs", "batch_size"))
     heads = "a head for each task" if run.get("task_incremental") else "one head"
     return (
-        f"{name}, {run['n_tasks']} tasks{images}, {heads}, {run['epochs']} epoch{'s' * (run['epochs'] > 1)}, "
-        f"batch {run['batch_size']}, {NETWORKS[run.get('network', '256-256')]}, {score}, seeds {seeds}"
+        f"{name}, {run['n_tasks']} tasks{images}, {heads}, {epochs} epoch{'s' * (epochs != '1')}, "
+        f"batch {batch}, {NETWORKS[run.get('network', '256-256')]}, {score}, seeds {seeds}"
     )
+
+
+def _values(records: list[dict], setting: str) -> str:
+    return ", ".join(map(str, sorted({r["run"][setting] for r in records})))
 
 
 def write_tables(records: list[dict], summary: list[dict], output: Path, against: str | None = None) -> str:

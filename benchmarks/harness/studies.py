@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 
 from harness.protocols import PROTOCOLS, overrides_of
+from harness.recipes import RECIPES
 from harness.settings import TASK_INCREMENTAL, USES_REPLAY, Run
 
 
@@ -18,12 +20,15 @@ class Row:
         overrides: settings that aren't its recipe's.
         label: what reports call it; its name, if there is nothing else to say.
         buffers: stored samples that it is trained with, where these aren't all of the study's.
+        epochs, batch_size: where they aren't the study's.
     """
 
     strategy: str
     overrides: tuple[tuple[str, float], ...] = ()
     label: str = ""
     buffers: tuple[int, ...] | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,12 @@ class Study:
     def buffers_of(self, row: Row) -> tuple[int, ...]:
         return (row.buffers or self.buffers) if row.strategy in USES_REPLAY else (0,)
 
-    def labels(self) -> dict[tuple[str, str], str]:
-        """What reports call a run, by its strategy and its overrides as they are in a record."""
+    def labels(self) -> dict[str, str]:
+        """What reports call a run, by its settings."""
         return {
-            (run.strategy, str(run.to_json()["overrides"])): row.label or row.strategy
+            settings(self._run(row, buffer, 0).to_json()): row.label or row.strategy
             for row in self.rows
-            for run in (self._run(row, buffer, 0) for buffer in self.buffers_of(row))
+            for buffer in self.buffers_of(row)
         }
 
     def keeps_curve(self, run: Run) -> bool:
@@ -89,8 +94,8 @@ class Study:
             benchmark=self.benchmark,
             strategy=row.strategy,
             n_tasks=self.n_tasks,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
+            epochs=row.epochs or self.epochs,
+            batch_size=row.batch_size or self.batch_size,
             replay_buffer=buffer,
             seed=seed,
             train_per_task=self.train_per_task,
@@ -98,6 +103,11 @@ class Study:
             overrides=overrides_of(self.benchmark, self.protocol, row.strategy, buffer, row.overrides),
             task_incremental=self.task_incremental,
         )
+
+
+def settings(run: dict) -> str:
+    """What a record's run is, whatever its seed."""
+    return json.dumps({name: value for name, value in run.items() if name != "seed"}, sort_keys=True)
 
 
 def _rows(*strategies: str) -> tuple[Row, ...]:
@@ -182,6 +192,29 @@ TASK_LABELS = {
     )
 }
 
+# What changes with the learning rate, the batch and the epochs; joint training shows what of it is theirs alone.
+_RATES = {name: RECIPES["split-mnist"][5][name].lr for name in ("sp", ALONE, "joint")}
+ROBUSTNESS = {
+    "robustness_split5": Study(
+        "Split MNIST, 5 tasks",
+        "split-mnist",
+        5,
+        tuple(
+            Row(name, label=f"{name}, {label}" if label else name, **change(rate))
+            for label, change in (
+                ("", lambda rate: {}),
+                ("learning rate x 3", lambda rate: {"overrides": (("lr", 3 * rate),)}),
+                ("learning rate / 3", lambda rate: {"overrides": (("lr", rate / 3),)}),
+                ("batch 10", lambda rate: {"batch_size": 10}),
+                ("batch 256", lambda rate: {"batch_size": 256}),
+                ("10 epochs", lambda rate: {"epochs": 10}),
+            )
+            for name, rate in _RATES.items()
+        ),
+        (),
+    )
+}
+
 
 def _legacy(title: str, *rows: Row) -> Study:
     return Study(title, "split-mnist", 2, rows, (2000,), epochs=5, batch_size=128)
@@ -209,4 +242,4 @@ PUBLISHED = {
     "protocol_van_de_ven_split": _protocol("split-mnist", "van-de-ven", "naive-adam", "joint", ALONE),
     "protocol_van_de_ven_permuted": _protocol("permuted-mnist", "van-de-ven", "naive-adam", "joint", ALONE),
 }
-EVERY = {**BY_BUFFER, **EPOCHS, **ABLATIONS, **TASK_LABELS, **ORIGINAL, **PUBLISHED}
+EVERY = {**BY_BUFFER, **EPOCHS, **ROBUSTNESS, **ABLATIONS, **TASK_LABELS, **ORIGINAL, **PUBLISHED}
