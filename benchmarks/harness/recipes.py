@@ -252,8 +252,12 @@ for _tuned in RECIPES.values():
 
 # With a head for each task, where one head's settings are not good enough: docs/experiments.md.
 TASK_INCREMENTAL_RECIPES = {
+    "naive-sgd": replace(RECIPES["split-mnist"][5]["naive-sgd"], lr=0.03),
+    "ewc": replace(RECIPES["split-mnist"][5]["ewc"], lr=0.05),
     "si": replace(RECIPES["split-mnist"][5]["si"], settings={"strength": 100.0}),
-    "mas": replace(RECIPES["split-mnist"][5]["mas"], lr=0.02),
+    "mas": replace(RECIPES["split-mnist"][5]["mas"], lr=0.02, settings={"strength": 1.0}),
+    "replay-joint": replace(RECIPES["split-mnist"][5]["replay-joint"], lr=0.1),
+    "joint": replace(RECIPES["split-mnist"][5]["joint"], lr=3e-4),
     "packnet": Recipe(
         "SGD", 0.2, plugins=("packnet",), settings={"prune_proportion": 0.75, "post_prune_epochs": 1}, model="packnet"
     ),
