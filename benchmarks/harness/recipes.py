@@ -171,7 +171,7 @@ for _recipes in RECIPES["split-mnist"].values():
     _recipes["sp-both"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH)
     _recipes["sp-replay"] = Recipe("SelectivePlasticity", 1e-3, **_BOTH_BESIDE_REPLAY)
     _recipes["replay-adaptive"] = Recipe(
-        "SelectivePlasticity", {200: 3e-4, 1000: 1e-3, 2000: 2e-3}, **_NEITHER_BESIDE_REPLAY
+        "SelectivePlasticity", {50: 3e-5, 200: 1e-4, 500: 3e-4, 1000: 1e-3, 2000: 2e-3}, **_NEITHER_BESIDE_REPLAY
     )
 RECIPES["permuted-mnist"][10]["sp-replay"] = Recipe("SelectivePlasticity", 3e-3, **_BOTH_BESIDE_REPLAY)
 RECIPES["permuted-mnist"][10]["replay-adaptive"] = Recipe("SelectivePlasticity", 2e-3, **_NEITHER_BESIDE_REPLAY)
