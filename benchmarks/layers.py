@@ -17,7 +17,7 @@ from tabulate import tabulate
 from harness.cli import add_common, names_of
 from harness.files import write_whole
 from harness.jobs import read_results, run_all
-from harness.settings import NETWORKS, ROOT, Run
+from harness.settings import NETWORKS, ROOT, Run, settings_of
 from harness.statistics import bootstrap, wilcoxon
 
 OPENNESS = 0.2  # the plugin's default
@@ -41,10 +41,16 @@ TITLES = {
 
 
 def variants(part: str, profile: dict[str, float]) -> dict[str, tuple]:
-    """The part's settings of the openness, as overrides, by name; the first is the default."""
+    """The part's settings of the openness, as overrides, by name; the first is the default.
+
+    The control of a learned one is as open on average, in all layers alike.
+    """
     settings, learned = PARTS[part]
     if learned:
-        return {"default": (), "learned": tuple((f"openness:{layer}", v) for layer, v in sorted(profile.items()))}
+        layers = LAYERS["256-256"]
+        mean = sum(profile.get(layer, OPENNESS) for layer in layers) / len(layers)
+        each = tuple((f"openness:{layer}", v) for layer, v in sorted(profile.items()))
+        return {"default": (), "alike": (("openness", round(mean, 3)),), "learned": each}
     rows: dict[str, tuple] = {"default": (), "none": (("openness", inf),)}
     for layer in LAYERS[settings["network"]]:
         rows[f"only {layer}"] = ("openness", inf), (f"openness:{layer}", OPENNESS)
@@ -66,24 +72,15 @@ def runs_of(part: str, profile: dict[str, float], seeds: Iterable[int], validati
 
 def accuracies(part: str, profile: dict[str, float], records: list[dict]) -> dict[str, dict[int, float]]:
     """ACC by variant and seed, of the seeds that all variants have; a run that diverged guesses."""
-    names = {json.dumps(_settings(run), sort_keys=True): name for run, name in _named(part, profile)}
+    runs = runs_of(part, profile, [0])
+    names = {settings_of(run.to_json()): name for run, name in zip(runs, variants(part, profile))}
     found: dict[str, dict[int, float]] = {name: {} for name in variants(part, profile)}
     for record in records:
-        run = dict(record["run"])
-        seed = run.pop("seed")
-        name = names.get(json.dumps(run, sort_keys=True))
+        name, seed = names.get(settings_of(record["run"])), record["run"]["seed"]
         if name is not None and ("acc" in record or "FloatingPointError" in record["error"]):
             found[name][seed] = record.get("acc", 10.0)
     whole = set.intersection(*(set(of_seed) for of_seed in found.values()))
     return {name: {seed: of_seed[seed] for seed in sorted(whole)} for name, of_seed in found.items()} if whole else {}
-
-
-def _named(part: str, profile: dict[str, float]) -> list[tuple[Run, str]]:
-    return list(zip(runs_of(part, profile, [0]), variants(part, profile)))
-
-
-def _settings(run: Run) -> dict:
-    return {name: value for name, value in run.to_json().items() if name != "seed"}
 
 
 def minus(one: dict[int, float], other: dict[int, float]) -> list[float]:
@@ -120,17 +117,12 @@ def comparison(found: dict[str, dict[str, dict[int, float]]]) -> str:
     """The table of what was learned: a row a benchmark."""
     rows = []
     for part, of_part in found.items():
-        gains = minus(of_part["learned"], of_part["default"])
-        rows.append(
-            {
-                "benchmark": TITLES[part],
-                "seeds": len(gains),
-                "default": _mean(of_part["default"]),
-                "learned": _mean(of_part["learned"]),
-                "difference": shown(gains),
-                "p": f"{wilcoxon(gains):.3f}",
-            }
-        )
+        row = {"benchmark": TITLES[part], "seeds": len(of_part["learned"])}
+        row |= {name: _mean(of_seed) for name, of_seed in of_part.items()}
+        for other in ("default", "alike"):
+            gains = minus(of_part["learned"], of_part[other])
+            row[f"learned minus {other}"] = f"{shown(gains)}, p = {wilcoxon(gains):.3f}"
+        rows.append(row)
     return _table(rows)
 
 

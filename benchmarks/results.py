@@ -12,8 +12,8 @@ from pathlib import Path
 from harness.cli import add_workers, names_of, positive
 from harness.files import write_whole
 from harness.jobs import read_results, run_all
-from harness.settings import ROOT, code_fingerprint
-from harness.studies import BY_BUFFER, EVERY, Study, settings
+from harness.settings import ROOT, code_fingerprint, settings_of
+from harness.studies import BY_BUFFER, EVERY, Study
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,9 +33,9 @@ def parser() -> argparse.ArgumentParser:
 def latest(study: Study, records: list[dict]) -> list[dict]:
     """One record for each run of the study: of the present code, if there is one, else the last."""
     code, kept = code_fingerprint(), {}
-    wanted = {settings(run.to_json()): run for run in study.runs(1)}
+    wanted = {settings_of(run.to_json()): run for run in study.runs(1)}
     for record in records:
-        name = settings(record["run"])
+        name = settings_of(record["run"])
         if "error" in record or name not in wanted:
             continue
         place = (record["run"]["seed"], list(wanted).index(name))

@@ -84,7 +84,7 @@ def test_tables_and_figure_are_those_of_the_runs(short, tmp_path, capsys):
     words = ["--output", str(tmp_path), "--seeds", "2", "--jobs", "1"]
     assert layers.main([*words, "--rerun"]) == 0
     records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert len(records) == 2 * (6 + 1)  # the default's run is both parts'
+    assert len(records) == 2 * (6 + 2)  # the default's run is both parts'
     assert all(r["curve"] == [] for r in records)
     found = layers.accuracies("mlp", PROFILE["openness"], records)
     assert list(found) == ["default", "none", "only 3", "without 3", "3 opened", "3 closed"]
@@ -103,11 +103,11 @@ def test_tables_and_figure_are_those_of_the_runs(short, tmp_path, capsys):
 
 def test_only_seeds_that_all_variants_have_count(short):
     runs = layers.runs_of("learned-split", PROFILE["openness"], [0, 1])
-    records = [{"run": run.to_json(), "acc": 80.0 + i} for i, run in enumerate(runs[:3])]
+    records = [{"run": run.to_json(), "acc": 80.0 + i} for i, run in enumerate(runs[:5])]
     assert layers.accuracies("learned-split", PROFILE["openness"], records) == {
-        "default": {0: 80.0}, "learned": {0: 81.0},
+        "default": {0: 80.0}, "alike": {0: 81.0}, "learned": {0: 82.0},
     }  # fmt: skip
-    diverged = {"run": runs[3].to_json(), "error": "FloatingPointError: the loss is nan"}
+    diverged = {"run": runs[5].to_json(), "error": "FloatingPointError: the loss is nan"}
     found = layers.accuracies("learned-split", PROFILE["openness"], [*records, diverged])
     assert found["learned"][1] == 10.0
     assert layers.accuracies("learned-split", PROFILE["openness"], []) == {}

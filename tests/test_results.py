@@ -17,10 +17,10 @@ import results  # noqa: E402
 from harness import page as pages  # noqa: E402
 from harness.comparison import against_others, cells_of, steps  # noqa: E402
 from harness.run import worst_case  # noqa: E402
-from harness.settings import code_fingerprint, strategies_of  # noqa: E402
+from harness.settings import code_fingerprint, settings_of, strategies_of  # noqa: E402
 from harness.statistics import bootstrap, holm, rank_biserial, wilcoxon  # noqa: E402
 from harness.strategies import recipe_of  # noqa: E402
-from harness.studies import BY_BUFFER, EVERY, ROBUSTNESS, Row, Study, settings  # noqa: E402
+from harness.studies import BY_BUFFER, EVERY, ROBUSTNESS, Row, Study  # noqa: E402
 
 
 def test_statistics_by_hand():
@@ -203,7 +203,7 @@ def test_every_study_is_of_strategies_and_settings_that_exist(name):
     for run in runs:
         assert run.strategy in strategies_of(run.benchmark, run.task_incremental)
         recipe_of(run)
-        assert labels[settings(json.loads(json.dumps(run.to_json())))]
+        assert labels[settings_of(json.loads(json.dumps(run.to_json())))]
     only = study.runs(2, ["sp-replay"])
     assert {run.strategy for run in only} <= {"sp-replay"} and set(only) <= set(runs)
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from harness.settings import settings_of
 from harness.statistics import bootstrap, holm, rank_biserial, wilcoxon
-from harness.studies import ALONE, OURS, Study, settings
+from harness.studies import ALONE, OURS, Study
 
 ALPHA = 0.05
 
@@ -60,7 +61,7 @@ def cells_of(study: Study, records: list[dict]) -> list[Cell]:
     groups: dict[tuple[str, int], dict[int, dict]] = {}
     for record in records:
         run = record["run"]
-        groups.setdefault((labels[settings(run)], run["replay_buffer"]), {})[run["seed"]] = record
+        groups.setdefault((labels[settings_of(run)], run["replay_buffer"]), {})[run["seed"]] = record
     order = list(dict.fromkeys(labels.values()))
     return [
         Cell(label, next(iter(groups[label, buffer].values()))["run"]["strategy"], buffer, groups[label, buffer])

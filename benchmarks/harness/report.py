@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from harness.settings import NETWORKS, position
+from harness.settings import NETWORKS, position, settings_of
 from harness.statistics import holm, interval, wilcoxon
 
 MEASURES = ("acc", "bwt", "forgetting", "learning_acc", "min_acc")
@@ -18,8 +18,7 @@ def summarize(records: list[dict]) -> list[dict]:
     """One object for every combination of benchmark, strategy and settings, over its seeds."""
     groups: dict[str, list[dict]] = {}
     for record in records:
-        settings = {k: v for k, v in record["run"].items() if k != "seed"}
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(record)
+        groups.setdefault(settings_of(record["run"]), []).append(record)
     summary = []
     for group in groups.values():
         run, recipe = group[0]["run"], group[0]["recipe"]

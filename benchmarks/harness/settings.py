@@ -147,6 +147,11 @@ class Run:
         return f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}-{code}"
 
 
+def settings_of(run: dict) -> str:
+    """What a record's run is, whatever its seed, as a key."""
+    return json.dumps({name: value for name, value in run.items() if name != "seed"}, sort_keys=True)
+
+
 def in_mini_batches(run: Run) -> bool:
     """Whether each experience that the strategy trains on is one mini-batch."""
     return run.stream == "online" and run.strategy in (*UNTOLD, "naive-sgd", "replay-adaptive")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 
 from harness.protocols import PROTOCOLS, overrides_of
 from harness.recipes import RECIPES
-from harness.settings import TASK_INCREMENTAL, USES_REPLAY, Run
+from harness.settings import TASK_INCREMENTAL, USES_REPLAY, Run, settings_of
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Study:
     def labels(self) -> dict[str, str]:
         """What reports call a run, by its settings."""
         return {
-            settings(self._run(row, buffer, 0).to_json()): row.label or row.strategy
+            settings_of(self._run(row, buffer, 0).to_json()): row.label or row.strategy
             for row in self.rows
             for buffer in self.buffers_of(row)
         }
@@ -103,11 +102,6 @@ class Study:
             overrides=overrides_of(self.benchmark, self.protocol, row.strategy, buffer, row.overrides),
             task_incremental=self.task_incremental,
         )
-
-
-def settings(run: dict) -> str:
-    """What a record's run is, whatever its seed."""
-    return json.dumps({name: value for name, value in run.items() if name != "seed"}, sort_keys=True)
 
 
 def _rows(*strategies: str) -> tuple[Row, ...]:
