@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.stored:
             records, failed = stored(runs, results), 0
         else:
-            records, failed = run_all(runs, results, args.dataset_root, args.jobs, args.scheduler, watch=False)
+            records, failed = run_all(runs, results, args.dataset_root, args.jobs, args.scheduler, lambda run: False)
         rows, failures = rows + rows_of(part, records), failures + failed
     images = "held-out training images" if args.validation else "test images"
     shown = ", ".join(map(str, seeds))

@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     for part in args.parts if args.rerun else []:
         runs = runs_of(part, profile, range(args.first_seed, args.first_seed + args.seeds))
         file = args.output / "runs.jsonl"
-        failed += run_all(runs, file, args.dataset_root, args.jobs, args.scheduler, watch=False)[1]
+        failed += run_all(runs, file, args.dataset_root, args.jobs, args.scheduler, keeps_curve=lambda run: False)[1]
     for path in write(args.output, profile):
         print(path)
     return 1 if failed else 0

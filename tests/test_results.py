@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import results  # noqa: E402
 from harness import page as pages  # noqa: E402
 from harness.comparison import against_others, cells_of, steps  # noqa: E402
+from harness.report import summarize  # noqa: E402
 from harness.run import worst_case  # noqa: E402
 from harness.settings import code_fingerprint, settings_of, strategies_of  # noqa: E402
 from harness.statistics import bootstrap, holm, rank_biserial, wilcoxon  # noqa: E402
@@ -42,6 +43,19 @@ def test_the_worst_case_is_the_lowest_a_task_falls_to_after_it_was_learned():
     points = [{"experience": e, "task_acc": accuracies} for e, found in curve.items() for accuracies in found]
     assert worst_case(points) == (20 + 10) / 2
     assert worst_case(points[:2]) is None
+
+
+def test_a_measure_that_not_all_seeds_have_is_left_out_of_the_summary():
+    """Stored runs may be of before a measure was there, or of an online stream, which has none."""
+    made = records({}, seeds=3)
+    for record in made:
+        record["recipe"] = {"loss": "squared error", "optimizer": "SGD", "lr": 0.1, "settings": {}}
+    made[0]["min_acc"] = None
+    del made[1]["min_acc"]
+    first, second, third = summarize(made)[:3]
+    assert [s["strategy"] for s in (first, second, third)] == ["sp-both", "replay-sgd", "replay-joint"]
+    assert first["min_acc"] is None is second["min_acc"]
+    assert third["min_acc"]["mean"] == pytest.approx(third["acc"]["mean"] - 10)
 
 
 # -- What the page says ----------------------------------------------------------------------------------------------

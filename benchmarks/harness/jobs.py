@@ -51,7 +51,6 @@ def run_all(
     jobs: int,
     scheduler: str | None = None,
     keeps_curve: Callable[[Run], bool] = lambda run: True,
-    watch: bool = True,
 ) -> tuple[list[dict], int]:
     """Finishes every run that ``results`` doesn't hold yet.
 
@@ -61,8 +60,8 @@ def run_all(
         dataset_root: folder with MNIST, as the workers see it.
         jobs: processes, without a scheduler.
         scheduler: address of a Dask scheduler, whose workers then do the runs.
-        keeps_curve: whether a run's accuracy curve, most of its record, is to be in the results.
-        watch: whether to measure it at all: without it there is no worst case either.
+        keeps_curve: whether a run's accuracy curve, most of its record and of the time that measuring takes, is to be
+            in the results. Without it there is no worst case either.
 
     Returns:
         The records of ``runs``, in their order, and the number of runs that failed. A failed run is recorded with
@@ -80,7 +79,7 @@ def run_all(
     if todo:
         with open_executor(min(jobs, len(todo)), scheduler) as executor:
             try:
-                failed = _run_missing(todo, code, done, results, dataset_root, executor, keeps_curve, watch)
+                failed = _run_missing(todo, code, done, results, dataset_root, executor, keeps_curve)
             except BaseException:
                 executor.shutdown(wait=False)
                 raise
@@ -88,17 +87,15 @@ def run_all(
 
 
 def _run_missing(
-    todo: list[Run], code: str, done: dict, results: Path, dataset_root: str, executor, keeps_curve, watch
+    todo: list[Run], code: str, done: dict, results: Path, dataset_root: str, executor, keeps_curve
 ) -> int:
     failed = 0
     patience = 0.5 if sys.stdout.isatty() else 10  # seconds between updates: few lines in a log file
     with tqdm(total=len(todo), unit="run", file=sys.stdout, mininterval=patience) as progress:
-        futures = {executor.submit(_execute, run, dataset_root, code, watch): run for run in todo}
+        futures = {executor.submit(_execute, run, dataset_root, code, keeps_curve(run)): run for run in todo}
         for future in as_completed(futures):
             run = futures[future]
             record = _record(future, run, code)
-            if not keeps_curve(run):
-                record.pop("curve", None)
             append_result(results, record)
             if "error" in record:
                 failed += 1

@@ -101,7 +101,7 @@ def _robustness(name: str, study: Study, cells: list[Cell]) -> list[str]:
 
 
 def _training(name: str, study: Study, cells: list[Cell]) -> list[str]:
-    watched = [c for c in cells if c.buffer in study.curves and any("curve" in r for r in c.records.values())]
+    watched = [c for c in cells if c.buffer in study.curves and any(r.get("curve") for r in c.records.values())]
     if not watched:
         return []
     rows = [

@@ -33,9 +33,8 @@ def summarize(records: list[dict]) -> list[dict]:
                 "settings": recipe["settings"] | recipe.get("optimizer_settings", {}),
                 "seeds": sorted(r["run"]["seed"] for r in group),
                 **{
-                    m: interval([r[m] for r in group]) if group[0][m] is not None else None
-                    for m in MEASURES
-                    if m in group[0]
+                    m: interval(values) if None not in values else None
+                    for m, values in ((m, [r.get(m) for r in group]) for m in MEASURES)
                 },
                 "task_acc": np.mean([r["accuracy_matrix"][-1] for r in group], axis=0).round(4).tolist(),
                 "seconds_per_run": float(np.mean([r["seconds"] for r in group])),
