@@ -161,7 +161,7 @@ EPOCHS = {
                 for strategy, tuned in _FIVE_EPOCHS.items()
                 for buffer, values in tuned.items()
             ),
-            *_rows("er-ace", ALONE, OURS),
+            *_rows("er-ace", "rf-ridge", ALONE, OURS),
         ),
         (50, 200, 1000, 2000),
         epochs=5,
