@@ -32,6 +32,8 @@ class Cell:
         """Mean and interval."""
         if any(value is None for value in self.values(measure).values()):
             return "-"
+        if len(self.records) == 1:
+            return f"{self.mean(measure):.1f}"
         low, high = bootstrap(list(self.values(measure).values()))
         return f"{self.mean(measure):.1f} [{low:.1f}, {high:.1f}]"
 

@@ -231,7 +231,8 @@ def _heading(study: Study, cells: list[Cell]) -> str:
     seeds = [len(c.records) for c in cells]
     number = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
     epochs = f"{study.epochs} epoch{'s' * (study.epochs > 1)}"
-    return f"**{study.title}**: {epochs}, batch {study.batch_size}, {NETWORKS[study.network]}, {number} seeds.\n"
+    number += f" seed{'s' * (max(seeds) > 1)}"
+    return f"**{study.title}**: {epochs}, batch {study.batch_size}, {NETWORKS[study.network]}, {number}.\n"
 
 
 def _grid(cells: list[Cell]) -> str:
