@@ -34,7 +34,7 @@ def summarize(records: list[dict]) -> list[dict]:
                 "seeds": sorted(r["run"]["seed"] for r in group),
                 **{
                     m: interval(values) if None not in values else None
-                    for m, values in ((m, [r.get(m) for r in group]) for m in MEASURES)
+                    for m, values in ((m, [r.get(m) for r in group]) for m in MEASURES if m in group[0])
                 },
                 "task_acc": np.mean([r["accuracy_matrix"][-1] for r in group], axis=0).round(4).tolist(),
                 "seconds_per_run": float(np.mean([r["seconds"] for r in group])),
