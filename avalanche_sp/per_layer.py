@@ -60,12 +60,11 @@ def values_of(values: PerLayer[T]) -> list[T]:
     return list(values.values()) if isinstance(values, Mapping) else [values]
 
 
-def check_patterns(name: str, values: PerLayer[T], model: nn.Module) -> None:
-    """Raises ValueError for a pattern that is no layer's: a misspelt name would go unnoticed otherwise."""
-    if not isinstance(values, Mapping):
-        return
-    layers = list(gated_layers(model))
-    for pattern in values:
+def check_patterns(settings: Mapping[str, PerLayer], model: nn.Module) -> None:
+    """Raises ValueError for a setting's pattern that is no layer's: a misspelt name would go unnoticed otherwise."""
+    patterns = [(name, p) for name, values in settings.items() if isinstance(values, Mapping) for p in values]
+    layers = list(gated_layers(model)) if patterns else []
+    for name, pattern in patterns:
         if not any(fnmatchcase(layer, pattern) for layer in layers):
             raise ValueError(f"Invalid {name} pattern: {pattern!r} is no layer's (allowed: {', '.join(layers)})")
 

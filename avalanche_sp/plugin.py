@@ -219,8 +219,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             )
 
     def before_training_exp(self, strategy, **kwargs):
-        for name in ("openness", "pull_back", "rank"):
-            check_patterns(name, getattr(self, name), strategy.model)  # which Avalanche has adapted by now
+        settings = {"openness": self.openness, "pull_back": self.pull_back, "rank": self.rank}
+        check_patterns(settings, strategy.model)  # which Avalanche has adapted by now
 
     def before_training_epoch(self, strategy, **kwargs):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
