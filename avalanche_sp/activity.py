@@ -10,10 +10,11 @@ from avalanche.models import avalanche_forward
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from avalanche_sp.gates import claim, loss_curvature, merge_eigenspace
-from avalanche_sp.layers import GatedLayer, along, presynaptic
+from avalanche_sp.gates import claim, likeness, loss_curvature, merge_eigenspace, remainder
+from avalanche_sp.layers import GatedLayer, along, presynaptic, weights_and_bias
+from avalanche_sp.packed import PackedRows
 
-__all__ = ["LayerActivity", "curvature_of", "record_activity", "some_inputs"]
+__all__ = ["LayerActivity", "curvature_of", "fed_by_data", "record_activity", "some_inputs"]
 
 # Input vectors that one sample adds to the second moment at most: neighbouring patches are much alike.
 _ROWS_A_SAMPLE = 8
@@ -30,12 +31,15 @@ class LayerActivity:
         samples: how many samples stand behind them.
         rows: how many input vectors a sample gives a weight: 1, or the positions of a convolution or a sequence.
         anchor: (out, r), the weights along the vectors when they were consolidated.
+        rough_anchor: all of them, roughly, to pull along the other directions; None where nothing pulls there.
         closed_at: the openness that the gate was closed for; 0 before any.
         closed: (r,), how far the gate is closed along each vector, in [0, 1].
         closed_rest: the same along all other directions alike.
         closed_more: (r,), how much more it is closed along each vector.
         energy, passed, novel: 0-dim sums, over the iterations looked at in the epoch, of the stream's squared input,
             of the part that the gate let through, and of the part outside the stored eigenspace.
+        met_power, met_energy: the stream's squared input along each vector (r,) and in all, over the iterations looked
+            at since consolidation.
     """
 
     eigenvalues: Tensor
@@ -44,6 +48,7 @@ class LayerActivity:
     samples: int
     rows: float
     anchor: Tensor
+    rough_anchor: PackedRows | None
     closed_at: float
     closed: Tensor
     closed_rest: float
@@ -51,17 +56,22 @@ class LayerActivity:
     energy: Tensor
     passed: Tensor
     novel: Tensor
+    met_power: Tensor
+    met_energy: Tensor
 
     @classmethod
     def empty(cls, inputs: int, like: Tensor) -> LayerActivity:
         zero, nothing = like.new_zeros(()), like.new_zeros(0)
         vectors, anchor = like.new_zeros(inputs, 0), like.new_zeros(0, 0)
-        return cls(nothing, vectors, zero, 0, 0.0, anchor, 0.0, nothing, 0.0, nothing, zero, zero, zero)
+        return cls(
+            nothing, vectors, zero, 0, 0.0, anchor, None, 0.0, nothing, 0.0, nothing, zero, zero, zero, nothing, zero
+        )
 
     @property
     def state_bytes(self) -> int:
         tensors = (self.eigenvalues, self.vectors, self.mean_eigenvalue, self.anchor, self.closed)
-        return sum(t.numel() * t.element_size() for t in tensors)
+        rough = self.rough_anchor.state_bytes if self.rough_anchor is not None else 0
+        return rough + sum(t.numel() * t.element_size() for t in tensors)
 
     @property
     def openness(self) -> float:
@@ -78,6 +88,16 @@ class LayerActivity:
         """Number of kept input directions along which the gate is at least half closed."""
         return int((self.closed >= 0.5).sum())
 
+    @property
+    def rest(self) -> Tensor:
+        """Mean eigenvalue of the directions beyond the stored ones, 0-dim."""
+        return remainder(self.eigenvalues, self.mean_eigenvalue, len(self.vectors))
+
+    @property
+    def likeness(self) -> Tensor:
+        """How alike the stream since consolidation is to what was consolidated: 0-dim, 0 to 1, 0 before any."""
+        return likeness(self.met_power, self.met_energy, self.eigenvalues, self.mean_eigenvalue, len(self.vectors))
+
     def close(self, openness: float) -> None:
         """Sets how far the gate is closed, and starts the epoch's sums anew."""
         self.energy = self.passed = self.novel = torch.zeros_like(self.mean_eigenvalue)
@@ -86,18 +106,18 @@ class LayerActivity:
         self.closed_at = openness
         openness /= max(self.rows, 1)  # a change to the weights acts on each of a sample's input vectors
         d, r = self.vectors.shape
-        rest = (d * self.mean_eigenvalue - self.eigenvalues.sum()).clamp_min(0) / max(d - r, 1)
         self.closed = claim(self.eigenvalues, self.mean_eigenvalue, openness)
-        self.closed_rest = float(claim(rest, self.mean_eigenvalue, openness)) if d > r else 0.0
+        self.closed_rest = float(claim(self.rest, self.mean_eigenvalue, openness)) if d > r else 0.0
         self.closed_more = self.closed - self.closed_rest
 
     def watch(self, x: Tensor, projection: Tensor) -> None:
-        """Adds to the epoch's sums: input vectors (rows, d) and their projection onto the vectors."""
+        """Adds to the sums: input vectors (rows, d) and their projection onto the vectors."""
         energy = x.square().sum()
         power = projection.square().flatten(0, -2).sum(0)
         novel = energy - power.sum()
         through = (power * (1 - self.closed).square()).sum() + novel * (1 - self.closed_rest) ** 2
         self.energy, self.passed, self.novel = self.energy + energy, self.passed + through, self.novel + novel
+        self.met_power, self.met_energy = self.met_power + power, self.met_energy + energy
 
     def through(self, change: Tensor) -> Tensor:
         """What the gate lets through of a change (out, d) of the layer's weights and bias."""
@@ -112,6 +132,7 @@ class LayerActivity:
         samples: int,
         rank: int,
         mean_eigenvalue: Tensor | None = None,
+        remembers_all: bool = False,
     ) -> LayerActivity:
         """This activity with that of one more experience.
 
@@ -121,6 +142,7 @@ class LayerActivity:
             samples: how many samples they stand for.
             rank: eigenvectors to keep.
             mean_eigenvalue: of the second moment, over all directions. Default: that of ``x``.
+            remembers_all: whether the weights along all other directions are to be remembered, too, roughly.
         """
         total = self.samples + samples
         share = self.samples / total
@@ -132,6 +154,9 @@ class LayerActivity:
         new.eigenvalues, new.vectors, new.mean_eigenvalue, new.samples = values, vectors, mean, total
         new.rows = share * self.rows + (1 - share) * rows
         new.anchor = along(layer, vectors)
+        new.met_power = torch.zeros_like(values)
+        if remembers_all and vectors.shape[1] < len(vectors):
+            new.rough_anchor = PackedRows.of(weights_and_bias(layer))
         return new
 
 
@@ -162,7 +187,7 @@ def curvature_of(criterion: Callable[[Tensor, Tensor], Tensor], outputs: Tensor,
 
 def record_activity(
     strategy, layers: Mapping[str, GatedLayer], samples: int, criterion: Callable[[Tensor, Tensor], Tensor] | None
-) -> tuple[dict[str, tuple[Tensor, float]], Tensor]:
+) -> tuple[dict[str, tuple[Tensor, float]], Tensor, set[str]]:
     """Runs samples of the strategy's experience, evenly spread over it, through its network as it is now.
 
     Leaves the modules' modes and the global random state alone.
@@ -174,7 +199,7 @@ def record_activity(
 
     Returns:
         By the name of each of the layers that was called, input vectors (n, d) and how many of them a sample gives
-        a weight; and the mean curvature, 0-dim (0 without a criterion).
+        a weight; the mean curvature, 0-dim (0 without a criterion); and the layers fed by data (:func:`fed_by_data`).
 
     Raises:
         TypeError: a curvature is wanted and the network's output is not one tensor.
@@ -211,6 +236,9 @@ def record_activity(
                 outputs = avalanche_forward(model, x, task_labels)
                 if criterion is not None:
                     curvatures.append(curvature_of(criterion, outputs, y))
+            for handle in handles:
+                handle.remove()
+            given = fed_by_data(model, layers, x[:2], task_labels[:2])
     finally:
         for handle in handles:
             handle.remove()
@@ -225,4 +253,25 @@ def record_activity(
                 f"{strategy.clock.train_exp_counter}: nothing was consolidated. The usual cause is too high a learning "
                 "rate."
             )
-    return {name: (x, vectors_seen[name] / len(chosen)) for name, x in recorded.items()}, curvature
+    return {name: (x, vectors_seen[name] / len(chosen)) for name, x in recorded.items()}, curvature, given
+
+
+def fed_by_data(model: nn.Module, layers: Mapping[str, GatedLayer], x: Tensor, task_labels: Tensor) -> set[str]:
+    """Names of the layers whose input is given, not made by anything that learns: the first, or one on a frozen trunk.
+
+    Args:
+        x, task_labels: a few samples, which the model runs.
+    """
+    given: dict[str, bool] = {}
+
+    def note(name):
+        return lambda layer, inputs: given.update({name: given.get(name, True) and not inputs[0].requires_grad})
+
+    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    try:
+        with torch.enable_grad():
+            avalanche_forward(model, x, task_labels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name for name, is_given in given.items() if is_given}

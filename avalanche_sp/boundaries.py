@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,7 @@ class StreamWatch:
         self.iteration = 0
         self._queue: list[Tensor] = []  # the losses since the last look: read together, one device sync a look
         self._inputs: list[tuple[str, GatedLayer, Tensor]] = []  # of the present iteration
+        self._learned: set[str] = set()  # layers whose input comes from something that learns
         self._rows: dict[str, float] = {}  # input vectors that a sample gives a weight
         self._weights: dict[str, Tensor] = {}  # at the last calm look
         self._norms: dict[str, list[Tensor]] = {}  # and all that normalisation layers held then
@@ -140,11 +141,14 @@ class StreamWatch:
         if -(self.iteration + 1) % _LOOK * stream_rows(strategy) >= _SAMPLES:
             return []
         return [
-            layer.register_forward_hook(
-                lambda layer, inputs, output, name=name: self._inputs.append((name, layer, inputs[0].detach()))
-            )
+            layer.register_forward_hook(lambda layer, inputs, output, name=name: self._note(name, layer, inputs[0]))
             for name, layer in layers.items()
         ]
+
+    def _note(self, name: str, layer: GatedLayer, x: Tensor) -> None:
+        if x.requires_grad:
+            self._learned.add(name)
+        self._inputs.append((name, layer, x.detach()))
 
     @torch.no_grad()
     def observe(self, strategy) -> None:
@@ -196,9 +200,16 @@ class StreamWatch:
 
     @torch.no_grad()
     def consolidate(
-        self, model: nn.Module, layers: Mapping[str, GatedLayer], activities: dict[str, LayerActivity]
+        self,
+        model: nn.Module,
+        layers: Mapping[str, GatedLayer],
+        activities: dict[str, LayerActivity],
+        pulled: Collection[str],
     ) -> dict[str, Tensor]:
         """Merges what was learned since the last time into ``activities``, at the weights of the last calm look.
+
+        Args:
+            pulled: the layers that remember all their weights, roughly, if they are fed by data.
 
         Returns:
             By layer, what the steps since that look had changed (rows, d); the weights are now without it.
@@ -214,7 +225,13 @@ class StreamWatch:
                 x = moment.factor()
                 old = activities.get(name) or LayerActivity.empty(x.shape[1], x)
                 activities[name] = old.merged(
-                    layer, x, self._rows[name], self.samples, value_of(self.rank, name), moment.mean_eigenvalue
+                    layer,
+                    x,
+                    self._rows[name],
+                    self.samples,
+                    value_of(self.rank, name),
+                    moment.mean_eigenvalue,
+                    name in pulled and name not in self._learned,
                 )
         for name, held in _held_by_norms(model).items():
             for now, before in zip(held, self._norms.get(name, ())):

@@ -20,6 +20,8 @@ __all__ = [
     "resistance",
     "loss_surprise",
     "claim",
+    "remainder",
+    "likeness",
     "merge_eigenspace",
     "held_back",
     "pull_back",
@@ -114,6 +116,39 @@ def claim(eigenvalues: Tensor, mean_eigenvalue: Tensor, openness: float) -> Tens
         return torch.zeros_like(eigenvalues)
     floor = (openness * mean_eigenvalue).clamp_min(torch.finfo(eigenvalues.dtype).tiny)
     return eigenvalues / (eigenvalues + floor)
+
+
+def remainder(eigenvalues: Tensor, mean_eigenvalue: Tensor, inputs: int) -> Tensor:
+    """rho, the mean of the eigenvalues beyond the r kept ones of a second moment over d inputs: 0-dim, 0 if r = d."""
+    beyond = inputs - len(eigenvalues)
+    return (inputs * mean_eigenvalue - eigenvalues.sum()).clamp_min(0) / max(beyond, 1)
+
+
+def likeness(power: Tensor, energy: Tensor, eigenvalues: Tensor, mean_eigenvalue: Tensor, inputs: int) -> Tensor:
+    """How alike new input and consolidated activity are, beyond chance.
+
+        a = (<C - m I, C_new> / tr C_new) / (<C - m I, C> / tr C),   clipped to [0, 1]
+
+    with C = V diag(lambda) V^T + rho (I - V V^T) and m its mean eigenvalue: 1 for input with the same second moment,
+    0 for input that prefers no direction which C prefers, such as permuted pixels. It is the alignment of two kernels
+    (Cristianini et al., On kernel-target alignment, NeurIPS 2001) less what any two of their trace have.
+
+    Args:
+        power: new input's energy along each eigenvector, shape (r,).
+        energy: and along all directions together, 0-dim; no input at all is like nothing.
+        eigenvalues: lambda, shape (r,).
+        mean_eigenvalue: m, 0-dim.
+        inputs: d, the number of all directions.
+
+    Returns:
+        0-dim tensor; 0 where C prefers no direction.
+    """
+    above = eigenvalues - mean_eigenvalue
+    beyond = remainder(eigenvalues, mean_eigenvalue, inputs) - mean_eigenvalue
+    new = (above * power).sum() + beyond * (energy - power.sum())
+    trace = inputs * mean_eigenvalue
+    old = (above * eigenvalues).sum() + beyond * (trace - eigenvalues.sum())
+    return torch.nan_to_num(new / energy * trace / old, nan=0.0, posinf=0.0, neginf=0.0).clamp(0, 1)
 
 
 def merge_eigenspace(

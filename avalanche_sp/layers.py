@@ -114,6 +114,17 @@ def gate_gradient(layer: GatedLayer, held: Tensor, vectors: Tensor, open_rest: f
         layer.bias.grad.mul_(open_rest).sub_(held @ vectors[-1])
 
 
+def add_to_gradient(layer: GatedLayer, rows: Tensor) -> None:
+    """Adds (rows, d) to the gradient of the layer's first output units, in place. No gradient is left alone."""
+    grad = layer.weight.grad
+    if grad is None:
+        return
+    inputs = grad[0].numel()
+    grad[: len(rows)].add_(rows[:, :inputs].view_as(grad[: len(rows)]))
+    if layer.bias is not None and layer.bias.grad is not None:
+        layer.bias.grad[: len(rows)].add_(rows[:, -1])
+
+
 def weights_and_bias(layer: GatedLayer) -> Tensor:
     """A copy of a layer's weights in the coordinates of its input vectors: shape (out, d), float32."""
     weight = layer.weight.detach().flatten(1).float()

@@ -16,6 +16,7 @@ from avalanche_sp.layers import (
     NORMALISATION,
     GatedLayer,
     add_along,
+    add_to_gradient,
     along,
     gate_gradient,
     gated_layers,
@@ -39,6 +40,8 @@ _RICH_MEMORY = 200
 _MAX_PULL = 20
 # Iterations from one look at the weights to the next, at most.
 _INTERVAL = 8
+# How hard the directions beyond the rank pull, against the others.
+_PULL_BEYOND = 0.1
 
 
 class SelectivePlasticityPlugin(SupervisedPlugin):
@@ -65,7 +68,10 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         \qquad C = V \operatorname{diag}(\lambda) V^\top
 
     where :math:`\kappa` is the loss's measured curvature in its outputs and the ratio is at most 20. So more steps
-    don't add up to more leakage. It pulls every few iterations, 8 at most, as many times as hard. And each further
+    don't add up to more leakage. It pulls every few iterations, 8 at most, as many times as hard. Layers that are fed
+    by data, not by something that learns, are pulled along all other directions, too, towards :math:`W^*` to four
+    bits, with :math:`C = 0.1\, a\, \rho\, (I - V V^\top)`, a being how alike the stream is to what was
+    consolidated, beyond chance (:func:`~avalanche_sp.gates.likeness`). And each further
     epoch over an experience, which brings little that is new, opens the gate less: its e-th with
     :math:`\alpha / e^5`. No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs.
 
@@ -185,7 +191,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._held_back: dict[str, Tensor] = {}
         self._batch = (0, 0)  # rows in the batch, rows of the stream; none outside the strategy's backward pass
         self._accumulated: dict[nn.Parameter, Tensor] = {}  # gradients of earlier backward passes, gated already
-        self._pulls: dict[str, Tensor] = {}
+        self._pulls: dict[str, Tensor] = {}  # along the vectors
+        self._pulls_beyond: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}  # the weights along the vectors at the last look, where steps are watched
         self._resting: list[nn.Module] = []  # normalisation layers switched to evaluation for a forward pass
 
@@ -236,8 +243,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._pull_weight = self._interval * min(ratio, _MAX_PULL) / opening**2
         if self._stream is None:  # else an experience may be a mini-batch, and nothing ends with it
             self._iteration = 0
-            self._pulls.clear()
-            self._before.clear()
+            self._forget_steps()
         self._protected = protected_layers(strategy.model, self.openness)
         self._gated = [(n, m) for n, m in self._protected.items() if n in self.layers]
         holds_norms = self.layers and not self._has_memory
@@ -299,6 +305,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._iteration += 1
         if self._iteration % self._interval == 0:
             self._look()
+        if self._iteration % _INTERVAL == 0:
+            self._look_beyond()
         if self._stream is not None and self.active and self._stream.look(strategy, self._protected):
             self._consolidate_amid(strategy, self._stream)
 
@@ -339,6 +347,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             pull = self._pulls.pop(name)
             held[: len(pull)] -= pull  # fewer rows than the layer's where a head has grown
         gate_gradient(layer, held, activity.vectors, 1 - activity.closed_rest)
+        if name in self._pulls_beyond:
+            add_to_gradient(layer, self._pulls_beyond.pop(name))
 
     @torch.no_grad()
     def _look(self) -> None:
@@ -355,6 +365,26 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 drift = weights[: len(activity.anchor)] - activity.anchor
                 weight = pull_weight * self._curvature * activity.rows
                 self._pulls[name] = pull_back(drift, activity.eigenvalues, activity.closed, weight)
+
+    @torch.no_grad()
+    def _look_beyond(self) -> None:
+        """Sees how hard the layers that remember all their weights are to be pulled beyond the stored directions."""
+        for name, layer in self._gated:
+            activity = self.layers[name]
+            weight = _PULL_BEYOND * _INTERVAL / self._interval * self._pull_weight * value_of(self.pull_back, name)
+            if activity.rough_anchor is None or self._has_memory or not weight:
+                continue
+            anchor = activity.rough_anchor.unpacked()
+            drift = weights_and_bias(layer)[: len(anchor)].sub_(anchor)
+            drift.sub_(drift @ activity.vectors @ activity.vectors.T)
+            weight *= self._curvature * activity.rows * activity.likeness
+            self._pulls_beyond[name] = pull_back(drift, activity.rest, activity.closed_rest, weight)
+
+    def _forget_steps(self) -> None:
+        """Drops what was noted of the steps so far."""
+        self._pulls.clear()
+        self._pulls_beyond.clear()
+        self._before.clear()
 
     def _stream_part(self, x: Tensor) -> Tensor:
         return stream_part(x, *self._batch)
@@ -382,17 +412,19 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         """Merges the experience's presynaptic activity into the layers' eigenspaces."""
         criterion = strategy._criterion if self._pulls_back else None
         layers = protected_layers(strategy.model, self.openness)
-        recorded, curvature = record_activity(strategy, layers, self.consolidation_samples, criterion)
+        recorded, curvature, given = record_activity(strategy, layers, self.consolidation_samples, criterion)
         seen, new = self._samples_seen, len(strategy.experience.dataset)
         self._curvature = (seen * self._curvature + new * curvature) / (seen + new)
         self.classes_seen += classes_of(strategy.experience.dataset)
         for name, (x, rows) in recorded.items():
             old = self.layers.get(name) or LayerActivity.empty(x.shape[1], x)
-            self.layers[name] = old.merged(layers[name], x, rows, new, value_of(self.rank, name))
+            remembers_all = name in given and not self._has_memory and value_of(self.pull_back, name) > 0
+            self.layers[name] = old.merged(
+                layers[name], x, rows, new, value_of(self.rank, name), remembers_all=remembers_all
+            )
             self.layers[name].close(value_of(self.openness, name))
         self.consolidated_at.append(strategy.clock.train_iterations)
-        self._pulls.clear()
-        self._before.clear()
+        self._forget_steps()
         self._protected, self._gated, self._norms = {}, [], []
 
     @torch.no_grad()
@@ -401,10 +433,10 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         seen, new = self._samples_seen, stream.samples
         self._curvature = (seen * self._curvature + new * stream.curvature) / (seen + new)
         self.classes_seen += len(stream.classes)
-        changes = stream.consolidate(strategy.model, self._protected, self.layers)
+        pulled = {n for n in self._protected if not self._has_memory and value_of(self.pull_back, n) > 0}
+        changes = stream.consolidate(strategy.model, self._protected, self.layers, pulled)
         self.consolidated_at.append(strategy.clock.train_iterations + 1)  # Avalanche counts this one later
-        self._pulls.clear()
-        self._before.clear()
+        self._forget_steps()
         self.before_training_epoch(strategy)
         for name, layer in self._gated:
             if name in changes:

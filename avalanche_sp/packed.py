@@ -1,0 +1,45 @@
+"""A matrix remembered roughly: four bits a number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["PackedRows"]
+
+_LARGEST = 7  # four bits hold -7 to 7
+
+
+@dataclass
+class PackedRows:
+    """Rows rounded to fifteen levels, evenly spaced up to each row's largest magnitude; two numbers a byte.
+
+    Attributes:
+        codes: (n, ceil(d / 2)), uint8.
+        scale: (n, 1), the distance of two levels.
+        columns: d.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    columns: int
+
+    @classmethod
+    def of(cls, rows: Tensor) -> PackedRows:
+        """Packs rows (n, d); an error is half a level at most."""
+        scale = rows.abs().amax(1, keepdim=True) / _LARGEST
+        levels = (rows / scale.clamp_min(torch.finfo(rows.dtype).tiny)).round() + _LARGEST + 1
+        pairs = F.pad(levels.to(torch.uint8), (0, rows.shape[1] % 2)).unflatten(1, (-1, 2))
+        return cls(pairs[..., 0] | pairs[..., 1] << 4, scale, rows.shape[1])
+
+    def unpacked(self) -> Tensor:
+        """The rows (n, d)."""
+        levels = torch.stack([self.codes & 15, self.codes >> 4], dim=-1).flatten(1)[:, : self.columns]
+        return levels.to(self.scale.dtype).sub_(_LARGEST + 1).mul_(self.scale)
+
+    @property
+    def state_bytes(self) -> int:
+        return self.codes.numel() + self.scale.numel() * self.scale.element_size()
