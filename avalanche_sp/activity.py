@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from avalanche.models import avalanche_forward
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from avalanche_sp.gates import claim, likeness, loss_curvature, merge_eigenspace, remainder

@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from avalanche_sp.activity import LayerActivity, record_activity
 from avalanche_sp.boundaries import StreamWatch
 from avalanche_sp.detection import ChangeDetector, RunningSurprise, page_hinkley
-from avalanche_sp.gates import held_back, pull_back
+from avalanche_sp.drift import LOOK, DriftWatch
+from avalanche_sp.gates import held_back
 from avalanche_sp.layers import (
     NORMALISATION,
     GatedLayer,
-    add_along,
-    add_to_gradient,
-    along,
     gate_gradient,
     gated_layers,
     postsynaptic,
@@ -36,12 +34,6 @@ __all__ = ["SelectivePlasticityPlugin"]
 _MEMORY_SCALE = 2
 # And with which further epochs close it half as fast as without any.
 _RICH_MEMORY = 200
-# At most so many old samples for each new one pull at a time: more would outrun the optimizer's step size.
-_MAX_PULL = 20
-# Iterations from one look at the weights to the next, at most.
-_INTERVAL = 8
-# How hard the directions beyond the rank pull, against the others.
-_PULL_BEYOND = 0.1
 
 
 class SelectivePlasticityPlugin(SupervisedPlugin):
@@ -176,24 +168,18 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 detector = page_hinkley()
             self._stream = StreamWatch(detector, self.rank, measure_curvature=self._pulls_back)
         self._running_surprise = RunningSurprise()
-        self._curvature = torch.zeros(())  # of the loss in its outputs, over all consolidated samples
-        # For the present epoch: N_old / N_new and what a memory leaves of it; iterations from look to look.
-        self._pull_weight = 0.0
-        self._interval = _INTERVAL
+        self._drift = DriftWatch(self.pull_back)
+        # For the present epoch.
         self._has_memory = False
         self._protected: dict[str, GatedLayer] = {}  # the layers whose gate isn't switched off
         self._gated: list[tuple[str, GatedLayer]] = []  # and those that something is consolidated for
         self._norms: list[nn.Module] = []  # the normalisation layers that hold still
-        # For the present iteration and the next.
-        self._iteration = 0
+        # For the present iteration.
         self._called: dict[str, GatedLayer] = {}
         self._handles: list = []
         self._held_back: dict[str, Tensor] = {}
         self._batch = (0, 0)  # rows in the batch, rows of the stream; none outside the strategy's backward pass
         self._accumulated: dict[nn.Parameter, Tensor] = {}  # gradients of earlier backward passes, gated already
-        self._pulls: dict[str, Tensor] = {}  # along the vectors
-        self._pulls_beyond: dict[str, Tensor] = {}
-        self._before: dict[str, Tensor] = {}  # the weights along the vectors at the last look, where steps are watched
         self._resting: list[nn.Module] = []  # normalisation layers switched to evaluation for a forward pass
 
     @property
@@ -239,21 +225,18 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         ratio = self._samples_seen / len(strategy.experience.dataset)
         if self._stream is not None:
             ratio = len(self.consolidated_at)  # what comes next is as long as what came before, for all we know
-        self._interval = min(max(int(_MAX_PULL / max(ratio, 1)), 1), _INTERVAL)
-        self._pull_weight = self._interval * min(ratio, _MAX_PULL) / opening**2
         if self._stream is None:  # else an experience may be a mini-batch, and nothing ends with it
-            self._iteration = 0
-            self._forget_steps()
+            self._drift.iteration = 0
+            self._drift.forget()
         self._protected = protected_layers(strategy.model, self.openness)
         self._gated = [(n, m) for n, m in self._protected.items() if n in self.layers]
         holds_norms = self.layers and not self._has_memory
         self._norms = [m for m in strategy.model.modules() if isinstance(m, NORMALISATION)] if holds_norms else []
         watched = not self._has_memory and not _steps_along_gradient(strategy.optimizer)
-        for name, layer in self._gated:
-            activity = self.layers[name]
-            activity.close(value_of(self.openness, name) * opening / closing)
-            if watched and name not in self._before:  # steps of an experience before may wait for the next look
-                self._before[name] = along(layer, activity.vectors)
+        for name, _ in self._gated:
+            self.layers[name].close(value_of(self.openness, name) * opening / closing)
+        gated = [(name, layer, self.layers[name]) for name, layer in self._gated]
+        self._drift.begin(gated, ratio, opening, watched, beyond=not self._has_memory)
 
     def before_forward(self, strategy, **kwargs):
         self._release()
@@ -302,17 +285,13 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 self._stream.observe(strategy)
 
     def after_update(self, strategy, **kwargs):
-        self._iteration += 1
-        if self._iteration % self._interval == 0:
-            self._look()
-        if self._iteration % _INTERVAL == 0:
-            self._look_beyond()
+        self._drift.end_step()
         if self._stream is not None and self.active and self._stream.look(strategy, self._protected):
             self._consolidate_amid(strategy, self._stream)
 
     def after_training_epoch(self, strategy, **kwargs):
-        if self._stream is None and self._iteration % self._interval and self._before:
-            self._look()
+        if self._stream is None:
+            self._drift.end_epoch()
 
     def after_training_exp(self, strategy, **kwargs):
         self._release()
@@ -335,7 +314,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         activity = self.layers[name]
         x, delta = (self._stream_part(t).to(activity.vectors.dtype) for t in (x, delta))
         projection = project(layer, x, activity.vectors)
-        if self._iteration % _INTERVAL == 0:
+        if self._drift.iteration % LOOK == 0:
             activity.watch(presynaptic(layer, x), projection)
         held = held_back(postsynaptic(layer, delta), projection, activity.closed_more).flatten(0, -2)
         self._held_back[name] = self._held_back[name].add_(held) if name in self._held_back else held
@@ -343,48 +322,9 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     def _gate(self, name: str, layer: GatedLayer, held: Tensor) -> None:
         """Gates a layer's gradient, and adds the pull-back that is due."""
         activity = self.layers[name]
-        if name in self._pulls:
-            pull = self._pulls.pop(name)
-            held[: len(pull)] -= pull  # fewer rows than the layer's where a head has grown
+        self._drift.held_less(name, held)
         gate_gradient(layer, held, activity.vectors, 1 - activity.closed_rest)
-        if name in self._pulls_beyond:
-            add_to_gradient(layer, self._pulls_beyond.pop(name))
-
-    @torch.no_grad()
-    def _look(self) -> None:
-        """Takes back what the last steps did along claimed directions, and sees how hard each layer is to be pulled."""
-        for name, layer in self._gated:
-            activity = self.layers[name]
-            weights = along(layer, activity.vectors)
-            if name in self._before:
-                back = (self._before[name] - weights).mul_(activity.closed)
-                add_along(layer, back, activity.vectors)
-                self._before[name] = weights.add_(back)
-            pull_weight = self._pull_weight * value_of(self.pull_back, name)
-            if pull_weight:
-                drift = weights[: len(activity.anchor)] - activity.anchor
-                weight = pull_weight * self._curvature * activity.rows
-                self._pulls[name] = pull_back(drift, activity.eigenvalues, activity.closed, weight)
-
-    @torch.no_grad()
-    def _look_beyond(self) -> None:
-        """Sees how hard the layers that remember all their weights are to be pulled beyond the stored directions."""
-        for name, layer in self._gated:
-            activity = self.layers[name]
-            weight = _PULL_BEYOND * _INTERVAL / self._interval * self._pull_weight * value_of(self.pull_back, name)
-            if activity.rough_anchor is None or self._has_memory or not weight:
-                continue
-            anchor = activity.rough_anchor.unpacked()
-            drift = weights_and_bias(layer)[: len(anchor)].sub_(anchor)
-            drift.sub_(drift @ activity.vectors @ activity.vectors.T)
-            weight *= self._curvature * activity.rows * activity.likeness
-            self._pulls_beyond[name] = pull_back(drift, activity.rest, activity.closed_rest, weight)
-
-    def _forget_steps(self) -> None:
-        """Drops what was noted of the steps so far."""
-        self._pulls.clear()
-        self._pulls_beyond.clear()
-        self._before.clear()
+        self._drift.pull_beyond(name, layer)
 
     def _stream_part(self, x: Tensor) -> Tensor:
         return stream_part(x, *self._batch)
@@ -414,7 +354,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         layers = protected_layers(strategy.model, self.openness)
         recorded, curvature, given = record_activity(strategy, layers, self.consolidation_samples, criterion)
         seen, new = self._samples_seen, len(strategy.experience.dataset)
-        self._curvature = (seen * self._curvature + new * curvature) / (seen + new)
+        self._drift.curvature = (seen * self._drift.curvature + new * curvature) / (seen + new)
         self.classes_seen += classes_of(strategy.experience.dataset)
         for name, (x, rows) in recorded.items():
             old = self.layers.get(name) or LayerActivity.empty(x.shape[1], x)
@@ -424,26 +364,27 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             )
             self.layers[name].close(value_of(self.openness, name))
         self.consolidated_at.append(strategy.clock.train_iterations)
-        self._forget_steps()
+        self._drift.forget()
         self._protected, self._gated, self._norms = {}, [], []
 
     @torch.no_grad()
     def _consolidate_amid(self, strategy, stream: StreamWatch) -> None:
         """Consolidates in the midst of training, and goes on with the gate closed for what was consolidated."""
         seen, new = self._samples_seen, stream.samples
-        self._curvature = (seen * self._curvature + new * stream.curvature) / (seen + new)
+        self._drift.curvature = (seen * self._drift.curvature + new * stream.curvature) / (seen + new)
         self.classes_seen += len(stream.classes)
-        pulled = {n for n in self._protected if not self._has_memory and value_of(self.pull_back, n) > 0}
+        # Without events what comes next is the same task again, which has yet to be learned, however alike it looks.
+        pulls = self.consolidate == "surprise" and not self._has_memory
+        pulled = {name for name in self._protected if pulls and value_of(self.pull_back, name) > 0}
         changes = stream.consolidate(strategy.model, self._protected, self.layers, pulled)
         self.consolidated_at.append(strategy.clock.train_iterations + 1)  # Avalanche counts this one later
-        self._forget_steps()
+        self._drift.forget()
         self.before_training_epoch(strategy)
         for name, layer in self._gated:
             if name in changes:
                 activity, change = self.layers[name], changes[name]
                 set_weights(layer, weights_and_bias(layer)[: len(change)] + activity.through(change))
-                if name in self._before:
-                    self._before[name] = along(layer, activity.vectors)
+                self._drift.rebase(name, layer, activity)
 
 
 def _steps_along_gradient(optimizer: torch.optim.Optimizer) -> bool:

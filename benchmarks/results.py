@@ -74,6 +74,7 @@ def write(output: Path) -> list[Path]:
             results[name] = records
     paths = []
     panels = [(study.title, cells_of(study, results[name])) for name, study in BY_BUFFER.items() if name in results]
+    panels = [(title, cells) for title, cells in panels if any(cell.buffer for cell in cells)]
     if panels:
         paths.append(acc_by_buffer(panels, output / "results" / "buffers.png"))
     for name, records in results.items():

@@ -77,6 +77,34 @@ def test_merge_eigenspace_keeps_the_leading_directions():
     assert (values.diff() > 0).all()
 
 
+def test_likeness_is_one_for_the_same_input_and_zero_for_a_random_one():
+    torch.manual_seed(0)
+    d, r = 60, 8
+    x = torch.randn(4000, d, dtype=torch.float64) * 0.8 ** torch.arange(d)
+    nothing = torch.zeros(0).double(), torch.zeros(d, 0).double()
+    values, vectors = gates.merge_eigenspace(*nothing, 0.0, x, rank=r)
+    mean = x.square().mean(0).mean()
+
+    def like(new, values=values, vectors=vectors):
+        return gates.likeness((new @ vectors).square().sum(0), new.square().sum(), values, mean, d)
+
+    rest = gates.remainder(values, mean, d)
+    torch.testing.assert_close(rest, (d * mean - values.sum()) / (d - r))
+    c = vectors @ torch.diag(values) @ vectors.T + rest * (torch.eye(d) - vectors @ vectors.T)
+    above = c - mean * torch.eye(d)
+    new = x[:500] + 0.3 * torch.randn(500, d)
+    slow = torch.trace(above @ new.T @ new) / new.square().sum() * torch.trace(c) / torch.trace(above @ c)
+    torch.testing.assert_close(like(new), slow)
+    assert 0.2 < slow < 0.8
+    torch.testing.assert_close(like(x), torch.ones((), dtype=torch.float64), atol=0.02, rtol=0)
+    torch.testing.assert_close(like(3 * x), like(x))  # free of scale
+    assert like(torch.randn(500, d, dtype=torch.float64)) < 0.05
+    assert like(x[:, torch.randperm(d)]) < 0.3
+    assert like(x.flip(1)) == 0  # it prefers what C does not
+    assert like(x[:0]) == 0
+    assert gates.likeness(*(torch.zeros(0), torch.ones(())), torch.zeros(0), torch.ones(()), d) == 0  # C prefers none
+
+
 def test_held_back_equals_gating_each_sample():
     x, delta, v = tensor(9, 6), tensor(9, 4), torch.linalg.qr(tensor(6, 3)).Q
     f = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)

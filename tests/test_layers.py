@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from avalanche_sp.layers import add_along, along, postsynaptic, presynaptic, project
+from avalanche_sp.layers import add_along, add_to_gradient, along, postsynaptic, presynaptic, project
 
 LAYERS = {
     "linear": lambda: (nn.Linear(6, 5), (7, 6)),
@@ -61,3 +61,23 @@ def test_weights_move_along_the_vectors_alone(case):
     torch.testing.assert_close(along(layer, vectors), before + step)
     after = torch.cat([p.detach().flatten(1) if p.dim() > 1 else p.detach()[:, None] for p in layer.parameters()], 1)
     torch.testing.assert_close(after - before_outside, step @ vectors.T)
+
+
+def test_rows_are_added_to_the_gradient_of_the_first_units(case):
+    layer = case[0]
+    d = along_inputs(layer)
+    rows = torch.randn(3, d, dtype=torch.float64)
+    add_to_gradient(layer, rows)  # no gradient: nothing happens
+    assert layer.weight.grad is None
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    add_to_gradient(layer, rows)
+    grads = layer.weight.grad.flatten(1)
+    if layer.bias is not None:
+        grads = torch.cat([grads, layer.bias.grad.unsqueeze(1)], 1)
+    torch.testing.assert_close(grads[:3] - 1, rows)
+    assert (grads[3:] == 1).all()
+
+
+def along_inputs(layer):
+    return layer.weight[0].numel() + (layer.bias is not None)

@@ -87,7 +87,7 @@ def test_without_a_pull_back_a_layers_drift_is_left_alone(split2):
     class Look(SelectivePlasticityPlugin):
         def after_update(self, strategy, **kwargs):
             super().after_update(strategy, **kwargs)
-            pulled.append(set(self._pulls))
+            pulled.append(set(self._drift._pulls))
 
     trained(split2, Look(pull_back={"3": 0.0}))
     assert set().union(*pulled) == {"1", "5"}

@@ -34,14 +34,19 @@ def weight_and_bias(layer):
     return torch.cat([layer.weight, layer.bias.unsqueeze(1)], dim=1).detach().numpy().astype(np.float64)
 
 
+def four_bits(rows):
+    step = abs(rows).max(1, keepdims=True) / 7
+    return np.round(rows / step) * step
+
+
 class Spy(SelectivePlasticityPlugin):
     """Compares every gradient with gating each sample by itself and pulling back, the way the docstring says it."""
 
-    compared = 0
+    compared, pulled_beyond = 0, False
 
     def before_training_epoch(self, strategy, **kwargs):
         super().before_training_epoch(strategy, **kwargs)
-        self.steps, self.drift = 0, {}
+        self.steps, self.drift, self.beyond = 0, {}, None
 
     def after_update(self, strategy, **kwargs):
         super().after_update(strategy, **kwargs)
@@ -49,6 +54,18 @@ class Spy(SelectivePlasticityPlugin):
         if self.layers and self.steps % self.every(strategy) == 0:
             for name, layer in linear_layers(strategy.model).items():
                 self.drift[name] = weight_and_bias(layer) - self.anchors[name]
+        if self.layers and self.steps % 8 == 0 and self.layers["1"].rough_anchor is not None:
+            first = weight_and_bias(linear_layers(strategy.model)["1"])
+            self.beyond = self.likeness(self.layers["1"]) * (first - four_bits(self.anchors["1"]))
+
+    def likeness(self, activity):
+        v = activity.vectors.numpy().astype(np.float64)
+        values, mean = activity.eigenvalues.numpy().astype(np.float64), activity.mean_eigenvalue.item()
+        rest = (len(v) * mean - values.sum()) / (len(v) - v.shape[1])
+        c = v @ np.diag(values) @ v.T + rest * (np.eye(len(v)) - v @ v.T)
+        above = c - mean * np.eye(len(v))
+        x = np.concatenate(self.met).astype(np.float64)
+        return np.clip((x @ above * x).sum() / (x * x).sum() * np.trace(c) / (above * c).sum(), 0, 1)
 
     def every(self, strategy):
         return min(8, max(1, int(20 / max(1, self.seen / len(strategy.experience.dataset)))))
@@ -57,6 +74,7 @@ class Spy(SelectivePlasticityPlugin):
         super().after_training_exp(strategy, **kwargs)
         self.anchors = {name: weight_and_bias(layer) for name, layer in linear_layers(strategy.model).items()}
         self.seen = getattr(self, "seen", 0) + len(strategy.experience.dataset)
+        self.met = []
 
     def before_backward(self, strategy, **kwargs):
         super().before_backward(strategy, **kwargs)
@@ -72,6 +90,8 @@ class Spy(SelectivePlasticityPlugin):
                 z.append(x)
         loss = strategy._criterion(x, strategy.mb_y)
         deltas = torch.autograd.grad(loss, z)
+        if self.steps % 8 == 0:
+            self.met.append(np.pad(seen[0][1][:n].numpy(), ((0, 0), (0, 1)), constant_values=1))
         self.expected = []
         for (name, layer), (_, inputs), delta in zip(linear_layers(model).items(), seen, deltas):
             activity = self.layers[name]
@@ -97,6 +117,10 @@ class Spy(SelectivePlasticityPlugin):
                 c = v @ np.diag(activity.eigenvalues.numpy().astype(np.float64)) @ v.T
                 pull = 2 * self.pull_back * ratio / opening**2 * self.drift.pop(name) @ c
                 total += pull - pull @ v @ np.diag(f) @ v.T
+            if name == "1" and self.beyond is not None and not stored:
+                weight = 0.1 * 8 * 2 * self.pull_back * min(20, self.seen / len(strategy.experience.dataset))
+                total += weight * rest * (1 - f_rest) * (self.beyond - self.beyond @ v @ v.T)
+                self.beyond, self.pulled_beyond = None, True
             self.expected.append((layer, total))
 
     def before_update(self, strategy, **kwargs):
@@ -116,6 +140,41 @@ def test_gradients_equal_gating_every_stream_sample(split5, replay, pull_back):
     criterion = JointReplayLoss(OneHotMSELoss()) if replay else OneHotMSELoss()
     trained(split5, plugins, criterion=criterion, batch=20)
     assert spy.compared > 50
+    assert spy.pulled_beyond == (pull_back > 0 and not replay)  # stored samples show what would be forgotten
+
+
+def test_only_layers_fed_by_data_remember_all_their_weights(split2):
+    plugin = SelectivePlasticityPlugin(rank=10)
+    trained(split2, [plugin])
+    assert [name for name, a in plugin.layers.items() if a.rough_anchor is not None] == ["1"]
+
+    model = mlp()
+    model[1].requires_grad_(False)  # a frozen trunk, so what it makes is given, too
+    for rank, pull, remembers in ((10, 1.0, True), (33, 1.0, False), (10, 0.0, False)):  # of 33 directions
+        plugin = SelectivePlasticityPlugin(rank=rank, pull_back={"3": pull, "*": 1.0})
+        strategy_of(model, [plugin]).train(split2.train_stream[0])
+        assert (plugin.layers["3"].rough_anchor is not None) == remembers
+        assert plugin.layers["5"].rough_anchor is None
+
+
+def test_it_holds_directions_that_it_does_not_store(split5):
+    """Where nothing pulled beyond them, the first layer's weights would move further along the others."""
+    moved = []
+    for pull in (1.0, 0.0):
+        plugin = SelectivePlasticityPlugin(rank=10)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("avalanche_sp.drift._BEYOND", pull)
+            strategy = strategy_of(mlp(), [plugin], batch=10)
+            torch.manual_seed(0)
+            total = 0.0
+            for experience in split5.train_stream:
+                before = weight_and_bias(strategy.model[1])
+                strategy.train(experience)
+                v = plugin.layers["1"].vectors.numpy().astype(np.float64)
+                drift = weight_and_bias(strategy.model[1]) - before
+                total += np.linalg.norm(drift - drift @ v @ v.T)
+        moved.append(total)
+    assert moved[0] < 0.95 * moved[1]
 
 
 def test_it_remembers_where_naive_training_forgets(split2):

@@ -6,6 +6,7 @@ from avalanche.training.plugins import ReplayPlugin
 from torch import nn
 
 from avalanche_sp import OneHotMSELoss, SelectivePlasticityOptimizer, SelectivePlasticityPlugin
+from avalanche_sp.drift import DriftWatch
 from avalanche_sp.gates import claim
 from avalanche_sp.layers import along, gated_layers
 
@@ -58,21 +59,31 @@ def test_plain_sgd_needs_no_watching(split2):
     assert both[0] == both[1]
 
 
-class Watching(SelectivePlasticityPlugin):
+class Watch(DriftWatch):
     """Sees every look at the weights: what the steps had done along the vectors, and what is left of it."""
 
     looks = 0
 
     def _look(self):
         before = {name: coordinates.clone() for name, coordinates in self._before.items()}
-        there = {name: along(layer, self.layers[name].vectors) for name, layer in self._gated}
+        there = {name: along(layer, activity.vectors) for name, layer, activity in self._gated}
         super()._look()
-        for name, layer in self._gated:
+        for name, layer, activity in self._gated:
             if name in before:
-                left = along(layer, self.layers[name].vectors) - before[name]
-                expected = (there[name] - before[name]) * (1 - self.layers[name].closed)
+                left = along(layer, activity.vectors) - before[name]
+                expected = (there[name] - before[name]) * (1 - activity.closed)
                 torch.testing.assert_close(left, expected, atol=1e-5, rtol=1e-3)
                 self.looks += 1
+
+
+class Watching(SelectivePlasticityPlugin):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._drift = Watch(self.pull_back)
+
+    @property
+    def looks(self):
+        return self._drift.looks
 
 
 def test_of_a_step_along_a_claimed_direction_the_open_share_is_left(split2):

@@ -171,14 +171,16 @@ def test_of_each_run_the_present_codes_record_is_taken_else_the_last():
 
 
 def test_training_then_writing_and_writing_again_without_training(tmp_path, monkeypatch, capsys):
-    study = dataclasses.replace(STUDY, rows=(Row("replay-joint"), Row("sp-replay")), buffers=(200,))
+    study = dataclasses.replace(STUDY, rows=(Row("sp"), Row("replay-joint"), Row("sp-replay")), buffers=(200,))
     for module in (results, pages):
         monkeypatch.setattr(module, "BY_BUFFER", {"a_study": study})
     monkeypatch.setattr(results, "EVERY", {"a_study": study})
     arguments = ["--jobs", "1", "--output", str(tmp_path), "--dataset-root", str(MNIST)]
+    assert results.main(["--rerun", "--strategies", "sp", *arguments]) == 0
+    assert not (tmp_path / "results" / "buffers.png").exists()  # nothing with a buffer yet
     assert results.main(["--rerun", "--strategies", "sp-replay", *arguments]) == 0
     assert results.main(["--rerun", *arguments]) == 0
-    assert "2 of 4 runs are already in" in capsys.readouterr().out
+    assert "4 of 6 runs are already in" in capsys.readouterr().out
     written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     names = {"results.jsonl", "summary.json", "table.md", "training.png", "buffers.png", "results.md"}
     assert {path.name for path in written} == names

@@ -1,0 +1,25 @@
+"""Rows kept in four bits."""
+
+import pytest
+import torch
+
+from avalanche_sp.packed import PackedRows
+
+
+@pytest.mark.parametrize("columns", [1, 6, 7])
+def test_an_error_is_half_a_level_at_most(columns):
+    torch.manual_seed(0)
+    rows = torch.randn(50, columns) * 10.0 ** torch.randint(-3, 4, (50, 1))
+    packed = PackedRows.of(rows)
+    level = rows.abs().amax(1, keepdim=True) / 7
+    assert packed.unpacked().shape == rows.shape
+    assert ((packed.unpacked() - rows).abs() <= level / 2 * 1.001).all()
+    torch.testing.assert_close(PackedRows.of(packed.unpacked()).unpacked(), packed.unpacked())  # levels stay
+    assert packed.state_bytes == 50 * ((columns + 1) // 2) + 50 * 4
+
+
+def test_rows_of_zeros_and_extremes():
+    rows = torch.tensor([[0.0, 0.0, 0.0], [-7.0, 7.0, 1.0], [1e-44, 0.0, -1e-44]])
+    unpacked = PackedRows.of(rows).unpacked()
+    assert torch.equal(unpacked[:2], rows[:2])
+    assert unpacked.isfinite().all() and unpacked[2].abs().max() < 1e-43
