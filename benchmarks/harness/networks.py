@@ -84,8 +84,10 @@ def network_bytes(model: nn.Module) -> int:
 def gate_bytes(model: nn.Module, rank: int) -> int:
     """What ``SelectivePlasticityPlugin`` keeps beside a network, in single precision."""
     total = 0
-    for layer in gated_layers(model).values():
+    for i, layer in enumerate(gated_layers(model).values()):
         units, inputs = len(layer.weight), layer.weight[0].numel() + (layer.bias is not None)
         kept = min(rank, inputs)
         total += 4 * (kept * (inputs + units + 2) + 1)
+        if i == 0 and kept < inputs:  # it is fed by data: four bits for each of its weights, and a scale a unit
+            total += units * ((inputs + 1) // 2 + 4)
     return total
