@@ -65,7 +65,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     bits, with :math:`C = 0.1\, a\, \rho\, (I - V V^\top)`, a being how alike the stream is to what was
     consolidated, beyond chance (:func:`~avalanche_sp.gates.likeness`). And each further
     epoch over an experience, which brings little that is new, opens the gate less: its e-th with
-    :math:`\alpha / e^5`. No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs.
+    :math:`\alpha / e^5`. No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs, and
+    four bits for each weight of a layer that is fed by data.
 
     It works with any optimizer. Plain SGD's steps follow the gated gradient. Momentum carried over from before a
     consolidation, step sizes of their own for every weight and weight decay do not: with any other optimizer the
