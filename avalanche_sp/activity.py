@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -226,22 +227,18 @@ def record_activity(
         generator=torch.Generator(),  # its own: a loader draws from the global one even without shuffling
     )
     modes = {module: module.training for module in model.modules()}
-    handles = [layer.register_forward_pre_hook(recorder(name)) for name, layer in layers.items()]
     devices = [strategy.device] if strategy.device.type == "cuda" else []
     try:
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(devices):
-            for batch in loader:
-                x, y, task_labels = (batch[i].to(strategy.device) for i in (0, 1, -1))
-                outputs = avalanche_forward(model, x, task_labels)
-                if criterion is not None:
-                    curvatures.append(curvature_of(criterion, outputs, y))
-            for handle in handles:
-                handle.remove()
+            with _before_each(layers, recorder):
+                for batch in loader:
+                    x, y, task_labels = (batch[i].to(strategy.device) for i in (0, 1, -1))
+                    outputs = avalanche_forward(model, x, task_labels)
+                    if criterion is not None:
+                        curvatures.append(curvature_of(criterion, outputs, y))
             given = fed_by_data(model, layers, x[:2], task_labels[:2])
     finally:
-        for handle in handles:
-            handle.remove()
         for module, mode in modes.items():
             module.training = mode
     curvature = torch.stack(curvatures).mean() if curvatures else torch.zeros(())
@@ -267,11 +264,17 @@ def fed_by_data(model: nn.Module, layers: Mapping[str, GatedLayer], x: Tensor, t
     def note(name):
         return lambda layer, inputs: given.update({name: given.get(name, True) and not inputs[0].requires_grad})
 
-    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    with torch.enable_grad(), _before_each(layers, note):
+        avalanche_forward(model, x, task_labels)
+    return {name for name, is_given in given.items() if is_given}
+
+
+@contextmanager
+def _before_each(layers: Mapping[str, GatedLayer], hook_of: Callable[[str], Callable]) -> Iterator[None]:
+    """Within it, each layer's forward pass is preceded by the hook of its name."""
+    handles = [layer.register_forward_pre_hook(hook_of(name)) for name, layer in layers.items()]
     try:
-        with torch.enable_grad():
-            avalanche_forward(model, x, task_labels)
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return {name for name, is_given in given.items() if is_given}

@@ -231,7 +231,7 @@ class StreamWatch:
                     self.samples,
                     value_of(self.rank, name),
                     moment.mean_eigenvalue,
-                    name in pulled and name not in self._learned,
+                    remembers_all=name in pulled and name not in self._learned,
                 )
         for name, held in _held_by_norms(model).items():
             for now, before in zip(held, self._norms.get(name, ())):

@@ -69,7 +69,8 @@ class DriftWatch:
                 self._before[name] = along(layer, activity.vectors)
 
     def forget(self) -> None:
-        """Drops what was noted of the steps so far."""
+        """Drops what was noted of the steps so far, and of the layers."""
+        self._gated = []
         self._pulls.clear()
         self._pulls_beyond.clear()
         self._before.clear()
@@ -123,8 +124,10 @@ class DriftWatch:
     @torch.no_grad()
     def _look_beyond(self) -> None:
         for name, layer, activity in self._gated:
+            if activity.rough_anchor is None:
+                continue
             weight = self._weight(name, activity, LOOK * _BEYOND)
-            if weight is None or activity.rough_anchor is None:
+            if weight is None:
                 continue
             anchor = activity.rough_anchor.unpacked()
             drift = weights_and_bias(layer)[: len(anchor)].sub_(anchor)

@@ -173,7 +173,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         # For the present epoch.
         self._has_memory = False
         self._protected: dict[str, GatedLayer] = {}  # the layers whose gate isn't switched off
-        self._gated: list[tuple[str, GatedLayer]] = []  # and those that something is consolidated for
+        self._gated: list[tuple[str, GatedLayer, LayerActivity]] = []  # and those that something is consolidated for
         self._norms: list[nn.Module] = []  # the normalisation layers that hold still
         # For the present iteration.
         self._called: dict[str, GatedLayer] = {}
@@ -191,6 +191,11 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     @property
     def _pulls_back(self) -> bool:
         return max(values_of(self.pull_back)) > 0
+
+    def _pulls_beyond(self, name: str) -> bool:
+        """Whether a layer that is fed by data is to be pulled along all directions."""
+        # Without events what comes next is the same task again, which has yet to be learned, however alike it looks.
+        return self.consolidate != "continuous" and not self._has_memory and value_of(self.pull_back, name) > 0
 
     @property
     def state_bytes(self) -> int:
@@ -223,25 +228,24 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         opening = 1 + (stored / _MEMORY_SCALE) ** 1.5
         closing = (1 + strategy.clock.train_exp_epochs) ** (5 / (1 + (stored / _RICH_MEMORY) ** 2))
         self._has_memory = memory > 0
-        ratio = self._samples_seen / len(strategy.experience.dataset)
-        if self._stream is not None:
-            ratio = len(self.consolidated_at)  # what comes next is as long as what came before, for all we know
-        if self._stream is None:  # else an experience may be a mini-batch, and nothing ends with it
+        if self._stream is None:
+            ratio = self._samples_seen / len(strategy.experience.dataset)
             self._drift.iteration = 0
             self._drift.forget()
+        else:  # an experience may be a mini-batch, and nothing ends with it
+            ratio = len(self.consolidated_at)  # what comes next is as long as what came before, for all we know
         self._protected = protected_layers(strategy.model, self.openness)
-        self._gated = [(n, m) for n, m in self._protected.items() if n in self.layers]
+        self._gated = [(n, m, self.layers[n]) for n, m in self._protected.items() if n in self.layers]
         holds_norms = self.layers and not self._has_memory
         self._norms = [m for m in strategy.model.modules() if isinstance(m, NORMALISATION)] if holds_norms else []
         watched = not self._has_memory and not _steps_along_gradient(strategy.optimizer)
-        for name, _ in self._gated:
-            self.layers[name].close(value_of(self.openness, name) * opening / closing)
-        gated = [(name, layer, self.layers[name]) for name, layer in self._gated]
-        self._drift.begin(gated, ratio, opening, watched, beyond=not self._has_memory)
+        for name, _, activity in self._gated:
+            activity.close(value_of(self.openness, name) * opening / closing)
+        self._drift.begin(self._gated, ratio, opening, watched, beyond=not self._has_memory)
 
     def before_forward(self, strategy, **kwargs):
         self._release()
-        for name, layer in self._gated:
+        for name, layer, _ in self._gated:
             self._handles.append(
                 layer.register_forward_hook(
                     lambda layer, inputs, output, name=name: self._watch(name, layer, inputs, output)
@@ -359,7 +363,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self.classes_seen += classes_of(strategy.experience.dataset)
         for name, (x, rows) in recorded.items():
             old = self.layers.get(name) or LayerActivity.empty(x.shape[1], x)
-            remembers_all = name in given and not self._has_memory and value_of(self.pull_back, name) > 0
+            remembers_all = name in given and self._pulls_beyond(name)
             self.layers[name] = old.merged(
                 layers[name], x, rows, new, value_of(self.rank, name), remembers_all=remembers_all
             )
@@ -374,16 +378,14 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         seen, new = self._samples_seen, stream.samples
         self._drift.curvature = (seen * self._drift.curvature + new * stream.curvature) / (seen + new)
         self.classes_seen += len(stream.classes)
-        # Without events what comes next is the same task again, which has yet to be learned, however alike it looks.
-        pulls = self.consolidate == "surprise" and not self._has_memory
-        pulled = {name for name in self._protected if pulls and value_of(self.pull_back, name) > 0}
+        pulled = {name for name in self._protected if self._pulls_beyond(name)}
         changes = stream.consolidate(strategy.model, self._protected, self.layers, pulled)
         self.consolidated_at.append(strategy.clock.train_iterations + 1)  # Avalanche counts this one later
         self._drift.forget()
         self.before_training_epoch(strategy)
-        for name, layer in self._gated:
+        for name, layer, activity in self._gated:
             if name in changes:
-                activity, change = self.layers[name], changes[name]
+                change = changes[name]
                 set_weights(layer, weights_and_bias(layer)[: len(change)] + activity.through(change))
                 self._drift.rebase(name, layer, activity)
 

@@ -7,7 +7,8 @@ from avalanche.models import IncrementalClassifier, MultiHeadClassifier, MultiTa
 from avalanche.models.packnet import PackNetModel
 from torch import nn
 
-from avalanche_sp.layers import gated_layers
+from avalanche_sp.layers import gated_layers, weights_and_bias
+from avalanche_sp.packed import PackedRows
 from harness.settings import NETWORKS
 
 CHANNELS = (16, 32)
@@ -88,6 +89,6 @@ def gate_bytes(model: nn.Module, rank: int) -> int:
         units, inputs = len(layer.weight), layer.weight[0].numel() + (layer.bias is not None)
         kept = min(rank, inputs)
         total += 4 * (kept * (inputs + units + 2) + 1)
-        if i == 0 and kept < inputs:  # it is fed by data: four bits for each of its weights, and a scale a unit
-            total += units * ((inputs + 1) // 2 + 4)
+        if i == 0 and kept < inputs:  # it is fed by data, and remembers all its weights
+            total += PackedRows.of(weights_and_bias(layer)).state_bytes
     return total
