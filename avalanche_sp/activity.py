@@ -1,21 +1,17 @@
-"""Consolidated presynaptic activity: what the coincidence gate remembers of earlier experience, and how it is seen."""
+"""Consolidated presynaptic activity: what the coincidence gate remembers of earlier experience."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from avalanche.models import avalanche_forward
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
-from avalanche_sp.gates import claim, likeness, loss_curvature, merge_eigenspace, remainder
+from avalanche_sp.gates import claim, likeness, merge_eigenspace, remainder
 from avalanche_sp.layers import GatedLayer, along, presynaptic, weights_and_bias
 from avalanche_sp.packed import PackedRows
 
-__all__ = ["LayerActivity", "curvature_of", "fed_by_data", "record_activity", "some_inputs"]
+__all__ = ["LayerActivity", "some_inputs"]
 
 # Input vectors that one sample adds to the second moment at most: neighbouring patches are much alike.
 _ROWS_A_SAMPLE = 8
@@ -33,6 +29,8 @@ class LayerActivity:
         rows: how many input vectors a sample gives a weight: 1, or the positions of a convolution or a sequence.
         anchor: (out, r), the weights along the vectors when they were consolidated.
         rough_anchor: all of them, roughly, to pull along the other directions; None where nothing pulls there.
+        residual: (out, d), the old loss's mean gradient that was left at these weights; None where it isn't known.
+        fed_by_data: whether nothing that learns makes the layer's input.
         closed_at: the openness that the gate was closed for; 0 before any.
         closed: (r,), how far the gate is closed along each vector, in [0, 1].
         closed_rest: the same along all other directions alike.
@@ -50,6 +48,8 @@ class LayerActivity:
     rows: float
     anchor: Tensor
     rough_anchor: PackedRows | None
+    residual: Tensor | None
+    fed_by_data: bool
     closed_at: float
     closed: Tensor
     closed_rest: float
@@ -63,14 +63,31 @@ class LayerActivity:
     @classmethod
     def empty(cls, inputs: int, like: Tensor) -> LayerActivity:
         zero, nothing = like.new_zeros(()), like.new_zeros(0)
-        vectors, anchor = like.new_zeros(inputs, 0), like.new_zeros(0, 0)
         return cls(
-            nothing, vectors, zero, 0, 0.0, anchor, None, 0.0, nothing, 0.0, nothing, zero, zero, zero, nothing, zero
+            eigenvalues=nothing,
+            vectors=like.new_zeros(inputs, 0),
+            mean_eigenvalue=zero,
+            samples=0,
+            rows=0.0,
+            anchor=like.new_zeros(0, 0),
+            rough_anchor=None,
+            residual=None,
+            fed_by_data=False,
+            closed_at=0.0,
+            closed=nothing,
+            closed_rest=0.0,
+            closed_more=nothing,
+            energy=zero,
+            passed=zero,
+            novel=zero,
+            met_power=nothing,
+            met_energy=zero,
         )
 
     @property
     def state_bytes(self) -> int:
-        tensors = (self.eigenvalues, self.vectors, self.mean_eigenvalue, self.anchor, self.closed)
+        tensors = [self.eigenvalues, self.vectors, self.mean_eigenvalue, self.anchor, self.closed]
+        tensors += [self.residual] if self.residual is not None else []
         rough = self.rough_anchor.state_bytes if self.rough_anchor is not None else 0
         return rough + sum(t.numel() * t.element_size() for t in tensors)
 
@@ -134,6 +151,8 @@ class LayerActivity:
         rank: int,
         mean_eigenvalue: Tensor | None = None,
         remembers_all: bool = False,
+        fed_by_data: bool = False,
+        residual: Tensor | None = None,
     ) -> LayerActivity:
         """This activity with that of one more experience.
 
@@ -144,6 +163,7 @@ class LayerActivity:
             rank: eigenvectors to keep.
             mean_eigenvalue: of the second moment, over all directions. Default: that of ``x``.
             remembers_all: whether the weights along all other directions are to be remembered, too, roughly.
+            fed_by_data, residual: as above, now.
         """
         total = self.samples + samples
         share = self.samples / total
@@ -156,6 +176,7 @@ class LayerActivity:
         new.rows = share * self.rows + (1 - share) * rows
         new.anchor = along(layer, vectors)
         new.met_power = torch.zeros_like(values)
+        new.fed_by_data, new.residual = fed_by_data, residual
         if remembers_all and vectors.shape[1] < len(vectors):
             new.rough_anchor = PackedRows.of(weights_and_bias(layer))
         return new
@@ -168,113 +189,3 @@ def some_inputs(layer: GatedLayer, x: Tensor) -> tuple[Tensor, int]:
     if count > some:
         vectors = vectors[torch.linspace(0, count - 1, some, device=x.device).long()]
     return vectors, count // getattr(layer, "groups", 1)
-
-
-def curvature_of(criterion: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor) -> Tensor:
-    """The loss's mean curvature in the outputs (n, C), 0-dim.
-
-    Raises:
-        TypeError: the network's output is not one tensor.
-    """
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            f"Invalid model: its output is a {type(outputs).__name__} (the pull-back measures the "
-            "loss on one output tensor; pull_back=0 leaves the gate alone)"
-        )
-    with torch.enable_grad():
-        outputs = outputs.detach().requires_grad_()
-        return loss_curvature(outputs, criterion(outputs, targets))
-
-
-def record_activity(
-    strategy, layers: Mapping[str, GatedLayer], samples: int, criterion: Callable[[Tensor, Tensor], Tensor] | None
-) -> tuple[dict[str, tuple[Tensor, float]], Tensor, set[str]]:
-    """Runs samples of the strategy's experience, evenly spread over it, through its network as it is now.
-
-    Leaves the modules' modes and the global random state alone.
-
-    Args:
-        layers: whose inputs are wanted, by name.
-        samples: how many at most.
-        criterion: loss whose curvature in the outputs is wanted, or None.
-
-    Returns:
-        By the name of each of the layers that was called, input vectors (n, d) and how many of them a sample gives
-        a weight; the mean curvature, 0-dim (0 without a criterion); and the layers fed by data (:func:`fed_by_data`).
-
-    Raises:
-        TypeError: a curvature is wanted and the network's output is not one tensor.
-        FloatingPointError: an input is not finite.
-    """
-    model, dataset = strategy.model, strategy.experience.dataset
-    activity: dict[str, list[Tensor]] = {}
-    vectors_seen: dict[str, int] = {}
-    curvatures: list[Tensor] = []
-
-    def recorder(name):
-        def hook(layer, inputs):
-            x, count = some_inputs(layer, inputs[0])
-            activity.setdefault(name, []).append(x)
-            vectors_seen[name] = vectors_seen.get(name, 0) + count
-
-        return hook
-
-    chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), samples)).long()
-    loader = DataLoader(
-        dataset.subset(chosen.tolist()),
-        batch_size=512,
-        collate_fn=getattr(dataset, "collate_fn", None),
-        generator=torch.Generator(),  # its own: a loader draws from the global one even without shuffling
-    )
-    modes = {module: module.training for module in model.modules()}
-    devices = [strategy.device] if strategy.device.type == "cuda" else []
-    try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            with _before_each(layers, recorder):
-                for batch in loader:
-                    x, y, task_labels = (batch[i].to(strategy.device) for i in (0, 1, -1))
-                    outputs = avalanche_forward(model, x, task_labels)
-                    if criterion is not None:
-                        curvatures.append(curvature_of(criterion, outputs, y))
-            given = fed_by_data(model, layers, x[:2], task_labels[:2])
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    curvature = torch.stack(curvatures).mean() if curvatures else torch.zeros(())
-    recorded = {name: torch.cat(parts) for name, parts in activity.items()}
-    for name, x in recorded.items():
-        if not x.square().sum().isfinite():
-            raise FloatingPointError(
-                f"the input of layer {name} is not finite, or its square is not, at the end of training experience "
-                f"{strategy.clock.train_exp_counter}: nothing was consolidated. The usual cause is too high a learning "
-                "rate."
-            )
-    return {name: (x, vectors_seen[name] / len(chosen)) for name, x in recorded.items()}, curvature, given
-
-
-def fed_by_data(model: nn.Module, layers: Mapping[str, GatedLayer], x: Tensor, task_labels: Tensor) -> set[str]:
-    """Names of the layers whose input is given, not made by anything that learns: the first, or one on a frozen trunk.
-
-    Args:
-        x, task_labels: a few samples, which the model runs.
-    """
-    given: dict[str, bool] = {}
-
-    def note(name):
-        return lambda layer, inputs: given.update({name: given.get(name, True) and not inputs[0].requires_grad})
-
-    with torch.enable_grad(), _before_each(layers, note):
-        avalanche_forward(model, x, task_labels)
-    return {name for name, is_given in given.items() if is_given}
-
-
-@contextmanager
-def _before_each(layers: Mapping[str, GatedLayer], hook_of: Callable[[str], Callable]) -> Iterator[None]:
-    """Within it, each layer's forward pass is preceded by the hook of its name."""
-    handles = [layer.register_forward_pre_hook(hook_of(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

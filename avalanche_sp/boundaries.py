@@ -7,10 +7,11 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from avalanche_sp.activity import LayerActivity, curvature_of, some_inputs
+from avalanche_sp.activity import LayerActivity, some_inputs
 from avalanche_sp.detection import ChangeDetector, LossWatch
 from avalanche_sp.layers import NORMALISATION, GatedLayer, set_weights, weights_and_bias
 from avalanche_sp.per_layer import PerLayer, value_of
+from avalanche_sp.recording import curvature_of
 from avalanche_sp.replay import stream_part, stream_rows
 
 __all__ = ["StreamWatch"]
@@ -209,7 +210,7 @@ class StreamWatch:
         """Merges what was learned since the last time into ``activities``, at the weights of the last calm look.
 
         Args:
-            pulled: the layers that remember all their weights, roughly, if they are fed by data.
+            pulled: the layers that remember all their weights, roughly.
 
         Returns:
             By layer, what the steps since that look had changed (rows, d); the weights are now without it.
@@ -231,7 +232,8 @@ class StreamWatch:
                     self.samples,
                     value_of(self.rank, name),
                     moment.mean_eigenvalue,
-                    remembers_all=name in pulled and name not in self._learned,
+                    remembers_all=name in pulled,
+                    fed_by_data=name not in self._learned,
                 )
         for name, held in _held_by_norms(model).items():
             for now, before in zip(held, self._norms.get(name, ())):

@@ -10,7 +10,7 @@ from avalanche_sp.gates import pull_back
 from avalanche_sp.layers import GatedLayer, add_along, add_to_gradient, along, weights_and_bias
 from avalanche_sp.per_layer import PerLayer, value_of
 
-__all__ = ["DriftWatch"]
+__all__ = ["DriftWatch", "steps_along_gradient"]
 
 # Iterations from one look at the weights to the next, at most.
 LOOK = 8
@@ -123,13 +123,22 @@ class DriftWatch:
 
     @torch.no_grad()
     def _look_beyond(self) -> None:
+        alike = [activity.likeness for _, _, activity in self._gated if activity.fed_by_data]
+        if not alike:
+            return
+        likeness = torch.stack(alike).mean().square()
         for name, layer, activity in self._gated:
-            if activity.rough_anchor is None:
-                continue
             weight = self._weight(name, activity, LOOK * _BEYOND)
-            if weight is None:
+            if weight is None or activity.rough_anchor is None:
                 continue
             anchor = activity.rough_anchor.unpacked()
             drift = weights_and_bias(layer)[: len(anchor)].sub_(anchor)
             drift.sub_(drift @ activity.vectors @ activity.vectors.T)
-            self._pulls_beyond[name] = drift * (weight * activity.rest * activity.likeness * (1 - activity.closed_rest))
+            self._pulls_beyond[name] = drift * (weight * activity.rest * likeness * (1 - activity.closed_rest))
+
+
+def steps_along_gradient(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer's step is its learning rate times the present gradient, and nothing else."""
+    return isinstance(optimizer, torch.optim.SGD) and not any(
+        group["momentum"] or group["weight_decay"] for group in optimizer.param_groups
+    )

@@ -25,6 +25,7 @@ __all__ = [
     "merge_eigenspace",
     "held_back",
     "pull_back",
+    "newton_step",
     "loss_curvature",
 ]
 
@@ -222,6 +223,29 @@ def pull_back(drift: Tensor, eigenvalues: Tensor, closed: Tensor, weight: float 
         The bracket, shape (..., out, r).
     """
     return drift * (weight * eigenvalues * (1 - closed))
+
+
+def newton_step(gradient: Tensor, hessian: Tensor, damping: float) -> Tensor:
+    """A damped step of Newton's method on a quadratic in the rows of W, which share one Hessian.
+
+        D = -G (H + eps mean(diag H) I)^-1
+
+    With squared error and no damping it ends at the least-squares solution, as recursive least squares does. The
+    damping: K. Levenberg, A method for the solution of certain non-linear problems in least squares, Quarterly of
+    Applied Mathematics 1944.
+
+    Args:
+        gradient: G, shape (out, d).
+        hessian: H, shape (d, d), symmetric, not negative.
+        damping: eps > 0, free of the loss's scale.
+
+    Returns:
+        Shape (out, d), in double precision; zeros where H is zero.
+    """
+    hessian, gradient = hessian.double(), gradient.double()
+    ridge = (damping * hessian.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny)
+    damped = hessian + ridge * torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
+    return -torch.linalg.solve(damped, gradient.T).T * hessian.any()
 
 
 def loss_curvature(outputs: Tensor, loss: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
-from avalanche_sp.activity import LayerActivity, record_activity
+from avalanche_sp.activity import LayerActivity
 from avalanche_sp.boundaries import StreamWatch
 from avalanche_sp.detection import ChangeDetector, RunningSurprise, page_hinkley
-from avalanche_sp.drift import LOOK, DriftWatch
+from avalanche_sp.drift import LOOK, DriftWatch, steps_along_gradient
 from avalanche_sp.gates import held_back
 from avalanche_sp.layers import (
     NORMALISATION,
@@ -26,11 +26,15 @@ from avalanche_sp.layers import (
 )
 from avalanche_sp.optimizer import SelectivePlasticityOptimizer
 from avalanche_sp.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
+from avalanche_sp.readout import settle
+from avalanche_sp.recording import record_activity
 from avalanche_sp.replay import classes_of, memory_size, stream_part, stream_rows
 
 __all__ = ["SelectivePlasticityPlugin"]
 
-# Stored samples a class with which the gate opens to twice its openness: see SelectivePlasticityPlugin.
+# How far the gate opens beside a memory of next to nothing, and with how many stored samples a class twice as far: see
+# SelectivePlasticityPlugin.
+_BESIDE_MEMORY = 0.4
 _MEMORY_SCALE = 2
 # And with which further epochs close it half as fast as without any.
 _RICH_MEMORY = 200
@@ -60,13 +64,17 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         \qquad C = V \operatorname{diag}(\lambda) V^\top
 
     where :math:`\kappa` is the loss's measured curvature in its outputs and the ratio is at most 20. So more steps
-    don't add up to more leakage. It pulls every few iterations, 8 at most, as many times as hard. Layers that are fed
-    by data, not by something that learns, are pulled along all other directions, too, towards :math:`W^*` to four
-    bits, with :math:`C = 0.1\, a\, \rho\, (I - V V^\top)`, a being how alike the stream is to what was
-    consolidated, beyond chance (:func:`~avalanche_sp.gates.likeness`). And each further
-    epoch over an experience, which brings little that is new, opens the gate less: its e-th with
-    :math:`\alpha / e^5`. No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs, and
-    four bits for each weight of a layer that is fed by data.
+    don't add up to more leakage. It pulls every few iterations, 8 at most, as many times as hard. Along all other
+    directions it pulls, too, towards :math:`W^*` to four bits, with :math:`C = 0.1\, a^2 \rho\, (I - V V^\top)`, a
+    being how alike the stream is to what was consolidated, beyond chance (:func:`~avalanche_sp.gates.likeness`), at the
+    layers that are fed by data, not by something that learns. And each further epoch over an experience, which brings
+    little that is new, opens the gate less: its e-th with :math:`\alpha / e^5`.
+
+    When a later experience ends, the readout, the last linear layer, is settled: it takes one damped Newton step on the
+    experience's loss, if that is quadratic in the outputs as squared error is, and the old ones' quadratic
+    (:func:`avalanche_sp.readout.settle`). So a task that had few or small steps is read out as well as the others.
+
+    No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs, and four bits a weight.
 
     It works with any optimizer. Plain SGD's steps follow the gated gradient. Momentum carried over from before a
     consolidation, step sizes of their own for every weight and weight decay do not: with any other optimizer the
@@ -80,10 +88,10 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     Beside Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated along the
     :math:`v_i`; the factor :math:`1 - f_{rest}` is for the memory's gradient, too. Stored samples show what would be
-    forgotten, so they open the gate and replace the pull-back: with c of them for each class of each experience the
-    openness is multiplied by :math:`o = 1 + (c/2)^{1.5}` and the pull-back divided by :math:`o^2`, and further epochs
-    close by :math:`e^{5 / (1 + (c/200)^2)}`: found on Split MNIST (``docs/experiments.md``). The optimizer's steps
-    are left as they are, and normalisation layers go on learning.
+    forgotten, so they open the gate and replace the pull-back and the readout's step: with c of them for each class of
+    each experience and :math:`o = 1 + (c/2)^{1.5}` the openness is multiplied by :math:`0.4\, o` and the pull-back
+    divided by :math:`o^2`, and further epochs close by :math:`e^{5 / (1 + (c/200)^2)}`: found on Split MNIST
+    (``docs/experiments.md``). The optimizer's steps are left as they are, and normalisation layers go on learning.
     The loss for it is ``JointReplayLoss(criterion, shrinkage=10)``.
 
     The model is touched only while the strategy trains: hooks on its layers from a forward pass to the end of its
@@ -95,7 +103,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     first pattern that matches it, and the default if none does: ``docs/layers.md``.
 
     Args:
-        openness: :math:`\alpha` > 0, in units of the mean eigenvalue (default 0.2). Larger values learn the new
+        openness: :math:`\alpha` > 0, in units of the mean eigenvalue (default 0.5). Larger values learn the new
             faster and keep less of the old. ``math.inf`` switches the gate off: training is then bit for bit what it
             is without the plugin. So a single layer is left alone, too, and nothing is kept for it.
         pull_back: weight of the pull-back, 0 or more (default 1); 0 leaves the gate alone.
@@ -105,15 +113,17 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         consolidate: when to. ``"experience"`` (default): at the end of every experience. ``"surprise"``: when the
             stream's loss shows a change, what was learned before it. ``"continuous"``: every 4096 samples. The last
             two need no boundaries: experiences may be of any length, as Avalanche's online streams' are
-            (``docs/boundaries.md``).
+            (``docs/boundaries.md``), and nothing is settled.
         detector: what finds a change, an object with ``update(x)`` and ``drift_detected``, such as river's. Default:
             river's Page-Hinkley test, for ``"surprise"``.
+        readout_step: whether the readout is settled when an experience ends (default True).
 
     Raises:
         ValueError: at construction for an argument out of range; at ``train`` for a model without a layer to gate, and
             for a pattern that matches none of its layers.
         ImportError: at construction, for ``"surprise"`` without a detector where river is not installed.
-        TypeError: at ``train`` for a model whose output is not one tensor, unless ``pull_back`` is 0.
+        TypeError: at ``train`` for a model whose output is not one tensor, unless ``pull_back`` is 0 and
+            ``readout_step`` False.
         FloatingPointError: at ``train`` when the loss is not finite, before the optimizer's step, or what is to be
             consolidated is not.
 
@@ -132,12 +142,13 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     def __init__(
         self,
-        openness: PerLayer[float] = 0.2,
+        openness: PerLayer[float] = 0.5,
         pull_back: PerLayer[float] = 1.0,
         rank: PerLayer[int] = 64,
         consolidation_samples: int = 5000,
         consolidate: Literal["experience", "surprise", "continuous"] = "experience",
         detector: ChangeDetector | None = None,
+        readout_step: bool = True,
     ):
         super().__init__()
         if not isinstance(consolidation_samples, int) or consolidation_samples < 1:
@@ -150,11 +161,12 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             )
         if detector is not None and consolidate != "surprise":
             raise ValueError(f"Invalid detector: consolidate={consolidate!r} detects nothing (allowed: None)")
-        self.openness = per_layer("openness", openness, 0.2)
+        self.openness = per_layer("openness", openness, 0.5)
         self.pull_back = per_layer("pull_back", pull_back, 1.0)
         self.rank = per_layer("rank", rank, 64)
         self.consolidation_samples = consolidation_samples
         self.consolidate = consolidate
+        self.readout_step = readout_step
         self.layers: dict[str, LayerActivity] = {}
         """Consolidated activity by layer name; empty until the first experience has ended."""
         self.surprise: Tensor | None = None
@@ -193,7 +205,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         return max(values_of(self.pull_back)) > 0
 
     def _pulls_beyond(self, name: str) -> bool:
-        """Whether a layer that is fed by data is to be pulled along all directions."""
+        """Whether a layer is to be pulled along all directions."""
         # Without events what comes next is the same task again, which has yet to be learned, however alike it looks.
         return self.consolidate != "continuous" and not self._has_memory and value_of(self.pull_back, name) > 0
 
@@ -238,9 +250,10 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._gated = [(n, m, self.layers[n]) for n, m in self._protected.items() if n in self.layers]
         holds_norms = self.layers and not self._has_memory
         self._norms = [m for m in strategy.model.modules() if isinstance(m, NORMALISATION)] if holds_norms else []
-        watched = not self._has_memory and not _steps_along_gradient(strategy.optimizer)
+        watched = not self._has_memory and not steps_along_gradient(strategy.optimizer)
+        opened = _BESIDE_MEMORY * opening if self._has_memory else 1.0
         for name, _, activity in self._gated:
-            activity.close(value_of(self.openness, name) * opening / closing)
+            activity.close(value_of(self.openness, name) * opened / closing)
         self._drift.begin(self._gated, ratio, opening, watched, beyond=not self._has_memory)
 
     def before_forward(self, strategy, **kwargs):
@@ -355,19 +368,28 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     @torch.no_grad()
     def _consolidate(self, strategy) -> None:
         """Merges the experience's presynaptic activity into the layers' eigenspaces."""
-        criterion = strategy._criterion if self._pulls_back else None
+        criterion = strategy._criterion if self._pulls_back or self.readout_step else None
         layers = protected_layers(strategy.model, self.openness)
-        recorded, curvature, given = record_activity(strategy, layers, self.consolidation_samples, criterion)
-        seen, new = self._samples_seen, len(strategy.experience.dataset)
-        self._drift.curvature = (seen * self._drift.curvature + new * curvature) / (seen + new)
+        recorded = record_activity(strategy, layers, self.consolidation_samples, criterion)
+        settled = recorded.readout if self.readout_step and not self._has_memory else None
+        seen, new, curvature = self._samples_seen, len(strategy.experience.dataset), self._drift.curvature
         self.classes_seen += classes_of(strategy.experience.dataset)
-        for name, (x, rows) in recorded.items():
-            old = self.layers.get(name) or LayerActivity.empty(x.shape[1], x)
-            remembers_all = name in given and self._pulls_beyond(name)
-            self.layers[name] = old.merged(
-                layers[name], x, rows, new, value_of(self.rank, name), remembers_all=remembers_all
+        for name, x in recorded.inputs.items():
+            old, layer, residual = self.layers.get(name), layers[name], None
+            if name == settled and recorded.errors is not None:
+                residual = settle(layer, x, recorded.errors, new, recorded.curvature, old, curvature)
+            self.layers[name] = (old or LayerActivity.empty(x.shape[1], x)).merged(
+                layer,
+                x,
+                recorded.rows[name],
+                new,
+                value_of(self.rank, name),
+                remembers_all=self._pulls_beyond(name),
+                fed_by_data=name in recorded.fed_by_data,
+                residual=residual,
             )
             self.layers[name].close(value_of(self.openness, name))
+        self._drift.curvature = (seen * curvature + new * recorded.curvature) / (seen + new)
         self.consolidated_at.append(strategy.clock.train_iterations)
         self._drift.forget()
         self._protected, self._gated, self._norms = {}, [], []
@@ -388,10 +410,3 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 change = changes[name]
                 set_weights(layer, weights_and_bias(layer)[: len(change)] + activity.through(change))
                 self._drift.rebase(name, layer, activity)
-
-
-def _steps_along_gradient(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer's step is its learning rate times the present gradient, and nothing else."""
-    return isinstance(optimizer, torch.optim.SGD) and not any(
-        group["momentum"] or group["weight_decay"] for group in optimizer.param_groups
-    )

@@ -85,10 +85,12 @@ def network_bytes(model: nn.Module) -> int:
 def gate_bytes(model: nn.Module, rank: int) -> int:
     """What ``SelectivePlasticityPlugin`` keeps beside a network, in single precision."""
     total = 0
-    for i, layer in enumerate(gated_layers(model).values()):
+    layers = list(gated_layers(model).values())
+    for layer in layers:
         units, inputs = len(layer.weight), layer.weight[0].numel() + (layer.bias is not None)
         kept = min(rank, inputs)
         total += 4 * (kept * (inputs + units + 2) + 1)
-        if i == 0 and kept < inputs:  # it is fed by data, and remembers all its weights
+        if kept < inputs:
             total += PackedRows.of(weights_and_bias(layer)).state_bytes
+    total += 4 * weights_and_bias(layers[-1]).numel()  # the gradient that is left in the readout
     return total

@@ -63,7 +63,9 @@ class Recipe:
 
 SP_RANK = 64
 PER_LAYER = {"openness", "pull_back", "rank"}
-_SP = {"openness": 0.2, "pull_back": 1.0, "rank": SP_RANK}  # the plugin's defaults
+_SP = {"openness": 0.5, "pull_back": 1.0, "rank": SP_RANK}  # the plugin's defaults
+# Learning rates for networks other than perceptrons.
+RATES_BY_NETWORK = {"cnn": {"sp": 0.02, "sp-both": 1.5e-4}}
 _BESIDE_REPLAY = {
     "loss": "squared error",
     "plugins": ("replay", "sp"),

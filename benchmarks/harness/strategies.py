@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -25,7 +26,7 @@ from harness.controls import UPGD, ConstantGate, RandomGate
 from harness.legacy import LegacyReplay, LegacySelectivePlasticity
 from harness.networks import PackNetMultiHead, build_network, gate_bytes, network_bytes
 from harness.projections import GradientProjectionMemory, OrthogonalWeightsModification
-from harness.recipes import PER_LAYER, RECIPES, SP_RANK, TASK_INCREMENTAL_RECIPES, Recipe, nearest
+from harness.recipes import PER_LAYER, RATES_BY_NETWORK, RECIPES, SP_RANK, TASK_INCREMENTAL_RECIPES, Recipe, nearest
 from harness.rehearsal import memory_batch
 from harness.ridge import StreamingRidge, build_random_features
 from harness.settings import Run, in_mini_batches, strategies_of
@@ -150,6 +151,8 @@ def recipe_of(run: Run) -> Recipe:
         tuned = {n: recipes for n, recipes in RECIPES[run.benchmark].items() if run.strategy in recipes}
         recipe = nearest(tuned, run.n_tasks)[run.strategy]
     recipe = recipe.tuned_for(run.replay_buffer or run.train_per_task or 60000)
+    rates = RATES_BY_NETWORK.get(run.network, {})
+    recipe = replace(recipe, lr=rates.get(run.strategy, recipe.lr))
     return recipe.override(dict(run.overrides), numbers_of(OPTIMIZERS[recipe.optimizer]))
 
 

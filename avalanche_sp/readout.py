@@ -1,0 +1,66 @@
+"""The readout, settled: the network's last layer at the best that its inputs, old and new, allow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from avalanche_sp.activity import LayerActivity
+from avalanche_sp.gates import newton_step
+from avalanche_sp.layers import GatedLayer, along, set_weights, weights_and_bias
+
+__all__ = ["settle"]
+
+# How hard the old loss's quadratic holds, against its own: the network that makes its inputs has moved since.
+_OLD_WEIGHT = 2
+# Of the step, in units of the Hessian's mean eigenvalue.
+_DAMPING = 0.05
+
+
+@torch.no_grad()
+def settle(
+    layer: GatedLayer,
+    x: Tensor,
+    errors: Tensor,
+    samples: int,
+    curvature: Tensor,
+    old: LayerActivity | None,
+    old_curvature: Tensor,
+) -> Tensor:
+    r"""Takes one damped Newton step on the new loss and the quadratic that stands for the old one, in place.
+
+    The quadratic is that of the pull-back, with the gradient that was left where it was made:
+
+    .. math::
+        N_{new} L_{new}(W) + N_{old} \Big(\langle R, W - W^* \rangle
+        + \tfrac{2 \kappa}{2} \operatorname{tr}\big((W - W^*) C (W - W^*)^\top\big)\Big)
+
+    It is the exact limit of the gate for a layer that nothing follows: recursive least squares for squared error.
+
+    Args:
+        layer: the network's last, a linear one.
+        x: its input vectors of an experience, a 1 last where it has a bias: shape (n, d).
+        errors: the loss's gradient in its output, a row a sample (n, out).
+        samples: how many the experience has.
+        curvature: the loss's in the outputs, 0-dim.
+        old: what was consolidated; None takes no step.
+        old_curvature: the loss's then, 0-dim.
+
+    Returns:
+        R, the mean gradient that is left, of old and new loss: shape (out, d).
+    """
+    gradient = errors.to(x.dtype).T @ x / len(x)
+    if old is None:
+        return gradient
+    gradient, hessian = samples * gradient.double(), samples * curvature * (x.T @ x / len(x)).double()
+    vectors, weight = old.vectors.double(), _OLD_WEIGHT * old_curvature * old.samples
+    n = len(old.anchor)  # fewer output units than now where a head has grown
+    drift = (along(layer, old.vectors)[:n] - old.anchor).double()
+    gradient[:n] += weight * (drift * old.eigenvalues) @ vectors.T
+    if old.residual is not None:
+        gradient[:n] += old.samples * old.residual
+    beyond = torch.eye(len(vectors), dtype=vectors.dtype, device=vectors.device) - vectors @ vectors.T
+    hessian += weight * ((vectors * old.eigenvalues) @ vectors.T + old.rest * beyond)
+    step = newton_step(gradient, hessian, _DAMPING)
+    set_weights(layer, weights_and_bias(layer) + step.to(x.dtype))
+    return ((gradient + step @ hessian) / (samples + old.samples)).to(x.dtype)
