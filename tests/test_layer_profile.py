@@ -67,7 +67,7 @@ def test_a_search_learns_openness_by_layer_and_writes_what_the_plugin_takes(tmp_
     settings = json.loads(paths[-1].read_text())
     best = max(search.finished(here.study()), key=lambda t: t.value if t.state == TrialState.COMPLETE else -1)
     assert settings == {"openness": {n: best.params[f"openness:{n}"] for n in names}}
-    assert SelectivePlasticityPlugin(**settings).openness == {**settings["openness"], "*": 0.2}
+    assert SelectivePlasticityPlugin(**settings).openness == {**settings["openness"], "*": 0.5}
     args = hyperparameter_search.parser().parse_args(["--strategy", "sp", "--layers", "1,fc*"])
     assert args.layers == ("1", "fc*")
 

@@ -46,7 +46,7 @@ class Spy(SelectivePlasticityPlugin):
 
     def before_training_epoch(self, strategy, **kwargs):
         super().before_training_epoch(strategy, **kwargs)
-        self.steps, self.drift, self.beyond = 0, {}, None
+        self.steps, self.drift, self.beyond = 0, {}, {}
 
     def after_update(self, strategy, **kwargs):
         super().after_update(strategy, **kwargs)
@@ -55,8 +55,9 @@ class Spy(SelectivePlasticityPlugin):
             for name, layer in linear_layers(strategy.model).items():
                 self.drift[name] = weight_and_bias(layer) - self.anchors[name]
         if self.layers and self.steps % 8 == 0 and self.layers["1"].rough_anchor is not None:
-            first = weight_and_bias(linear_layers(strategy.model)["1"])
-            self.beyond = self.likeness(self.layers["1"]) * (first - four_bits(self.anchors["1"]))
+            alike = self.likeness(self.layers["1"]) ** 2  # which data feeds
+            for name, layer in linear_layers(strategy.model).items():
+                self.beyond[name] = alike * (weight_and_bias(layer) - four_bits(self.anchors[name]))
 
     def likeness(self, activity):
         v = activity.vectors.numpy().astype(np.float64)
@@ -102,7 +103,7 @@ class Spy(SelectivePlasticityPlugin):
             opening = 1 + (stored / classes / 2) ** 1.5
             mean = activity.mean_eigenvalue.item()
             rest = (len(v) * mean - activity.eigenvalues.sum().item()) / (len(v) - v.shape[1])
-            f_rest = rest / (rest + opening * self.openness * mean)
+            f_rest = rest / (rest + (0.4 * opening if stored else 1) * self.openness * mean)
             total = np.zeros((layer.out_features, layer.in_features + 1))
             for i in range(len(inputs)):
                 x_i = np.append(inputs[i].numpy(), 1.0).astype(np.float64)
@@ -117,10 +118,11 @@ class Spy(SelectivePlasticityPlugin):
                 c = v @ np.diag(activity.eigenvalues.numpy().astype(np.float64)) @ v.T
                 pull = 2 * self.pull_back * ratio / opening**2 * self.drift.pop(name) @ c
                 total += pull - pull @ v @ np.diag(f) @ v.T
-            if name == "1" and self.beyond is not None and not stored:
+            if name in self.beyond and not stored:
+                drift = self.beyond.pop(name)
                 weight = 0.1 * 8 * 2 * self.pull_back * min(20, self.seen / len(strategy.experience.dataset))
-                total += weight * rest * (1 - f_rest) * (self.beyond - self.beyond @ v @ v.T)
-                self.beyond, self.pulled_beyond = None, True
+                total += weight * rest * (1 - f_rest) * (drift - drift @ v @ v.T)
+                self.pulled_beyond = True
             self.expected.append((layer, total))
 
     def before_update(self, strategy, **kwargs):
@@ -143,18 +145,18 @@ def test_gradients_equal_gating_every_stream_sample(split5, replay, pull_back):
     assert spy.pulled_beyond == (pull_back > 0 and not replay)  # stored samples show what would be forgotten
 
 
-def test_only_layers_fed_by_data_remember_all_their_weights(split2):
-    plugin = SelectivePlasticityPlugin(rank=10)
-    trained(split2, [plugin])
-    assert [name for name, a in plugin.layers.items() if a.rough_anchor is not None] == ["1"]
-
+def test_what_remembers_all_its_weights_and_what_is_fed_by_data(split2):
     model = mlp()
     model[1].requires_grad_(False)  # a frozen trunk, so what it makes is given, too
+    plain = SelectivePlasticityPlugin(rank=10)
+    trained(split2, [plain])
+    assert {name: a.fed_by_data for name, a in plain.layers.items()} == {"1": True, "3": False, "5": False}
+    assert all(a.rough_anchor is not None for a in plain.layers.values())
     for rank, pull, remembers in ((10, 1.0, True), (33, 1.0, False), (10, 0.0, False)):  # of 33 directions
         plugin = SelectivePlasticityPlugin(rank=rank, pull_back={"3": pull, "*": 1.0})
         strategy_of(model, [plugin]).train(split2.train_stream[0])
         assert (plugin.layers["3"].rough_anchor is not None) == remembers
-        assert plugin.layers["5"].rough_anchor is None
+        assert {name: a.fed_by_data for name, a in plugin.layers.items()} == {"3": True, "5": False}
 
 
 def test_it_holds_directions_that_it_does_not_store(split5):
@@ -308,7 +310,7 @@ def test_works_beside_a_plugin_that_copies_the_model(split2):
 
 def test_weights_move_in_the_open_directions(split2):
     changes, vectors = [], {}
-    for plugins in ([SelectivePlasticityPlugin(openness=0.05, rank=10, pull_back=0)], []):
+    for plugins in ([SelectivePlasticityPlugin(openness=0.05, rank=10, pull_back=0, readout_step=False)], []):
         model = mlp()
         strategy = strategy_of(model, plugins)
         torch.manual_seed(0)

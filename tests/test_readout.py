@@ -1,0 +1,165 @@
+"""The readout, settled when an experience ends: against plain linear algebra, and on real MNIST."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from avalanche.models import IncrementalClassifier
+from avalanche.training.plugins import ReplayPlugin
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from avalanche_sp import OneHotMSELoss, SelectivePlasticityPlugin
+from avalanche_sp.activity import LayerActivity
+from avalanche_sp.gates import newton_step
+from avalanche_sp.readout import settle
+
+from conftest import mlp, strategy_of
+
+
+def normal(seed, *shape):
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+
+
+@given(st.integers(1, 8), st.integers(1, 4), st.floats(1e-6, 10), st.integers(0, 1000))
+def test_a_newton_step_ends_at_the_damped_least_squares_solution(d, out, damping, seed):
+    x, y, w = normal(seed, 3 * d, d), normal(seed + 1, 3 * d, out), normal(seed + 2, out, d)
+    hessian = 2 * x.T @ x
+    step = newton_step(2 * (x @ w.T - y).T @ x, hessian, damping)
+    ridge = damping * hessian.diagonal().mean() / 2
+    rows = torch.cat([x, ridge.sqrt() * torch.eye(d).double()])  # least squares that stays near w
+    targets = torch.cat([y, ridge.sqrt() * w.T])
+    torch.testing.assert_close(w + step, torch.linalg.lstsq(rows, targets).solution.T)
+
+
+def test_a_newton_step_without_curvature_is_none():
+    assert torch.equal(newton_step(normal(0, 2, 3), torch.zeros(3, 3), 0.05), torch.zeros(2, 3).double())
+
+
+def experience(seed, n, d, out):
+    return normal(seed, n, d) @ normal(seed + 50, d, d), normal(seed + 100, n, out)
+
+
+def settled(layer, x, y, old, rank):
+    """One more experience: the readout settled, what was learned consolidated."""
+    ones = torch.cat([x, torch.ones(len(x), 1).double()], 1).float()
+    errors = 2 * (layer(x.float()).detach() - y.float())
+    residual = settle(layer, ones, errors, len(x), torch.tensor(2.0), old, torch.tensor(2.0))
+    empty = LayerActivity.empty(ones.shape[1], ones)
+    return (old or empty).merged(layer, ones, 1.0, len(x), rank, residual=residual)
+
+
+def test_undamped_it_is_recursive_least_squares(monkeypatch):
+    """However many experiences came, with all directions kept: the solution on all their samples at once."""
+    monkeypatch.setattr("avalanche_sp.readout._DAMPING", 1e-9)
+    monkeypatch.setattr("avalanche_sp.readout._OLD_WEIGHT", 1)
+    torch.manual_seed(0)
+    layer, old, parts = nn.Linear(5, 3), None, [experience(i, 40 + 10 * i, 5, 3) for i in range(4)]
+    for x, y in parts:
+        old = settled(layer, x, y, old, rank=6)
+    x, y = (torch.cat(some) for some in zip(*parts))
+    x = torch.cat([x, torch.ones(len(x), 1).double()], 1)
+    solution = torch.linalg.lstsq(x, y).solution.T
+    found = torch.cat([layer.weight, layer.bias.unsqueeze(1)], 1).detach().double()
+    torch.testing.assert_close(found, solution, atol=1e-4, rtol=1e-3)
+
+
+def test_it_is_the_step_that_its_docstring_says():
+    torch.manual_seed(0)
+    layer, (x, y), (x2, y2) = nn.Linear(7, 2), experience(0, 30, 7, 2), experience(1, 50, 7, 2)
+    old = settled(layer, x, y, None, rank=3)
+    anchor = torch.cat([layer.weight, layer.bias.unsqueeze(1)], 1).detach().double().numpy()
+    with torch.no_grad():
+        layer.weight.add_(normal(9, 2, 7) / 5)  # training
+    w = torch.cat([layer.weight, layer.bias.unsqueeze(1)], 1).detach().double().numpy()
+    settled(layer, x2, y2, old, rank=3)
+
+    ones, ones2 = (np.concatenate([a.numpy(), np.ones((len(a), 1))], 1) for a in (x, x2))
+    residual = 2 * (ones @ anchor.T - y.numpy()).T @ ones / 30
+    values, vectors = np.linalg.eigh(ones.T @ ones / 30)
+    kept, rest = vectors[:, -3:], values[:-3].mean()
+    leading = kept @ np.diag(values[-3:]) @ kept.T
+    gradient = 2 * (ones2 @ w.T - y2.numpy()).T @ ones2 + 30 * (residual + 2 * 2 * (w - anchor) @ leading)
+    hessian = 2 * ones2.T @ ones2 + 30 * 2 * 2 * (leading + rest * (np.eye(8) - kept @ kept.T))
+    expected = w - gradient @ np.linalg.inv(hessian + 0.05 * np.diag(hessian).mean() * np.eye(8))
+    found = torch.cat([layer.weight, layer.bias.unsqueeze(1)], 1).detach().double().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def moved(benchmark, model, experiences=2, criterion=None, others=(), **settings):
+    """Which layers the end of the last experience moved."""
+
+    class Note(SelectivePlasticityPlugin):
+        def after_training_exp(self, strategy, **kwargs):
+            before = copy.deepcopy(strategy.model.state_dict())
+            super().after_training_exp(strategy, **kwargs)
+            now = strategy.model.state_dict()
+            self.moved = {name.rpartition(".")[0] for name in now if not torch.equal(now[name], before[name])}
+
+    plugin = Note(rank=10, **settings)
+    strategy = strategy_of(model, [*others, plugin], criterion=criterion or OneHotMSELoss())
+    for part in benchmark.train_stream[:experiences]:
+        strategy.train(part)
+    return plugin.moved
+
+
+def test_the_readout_alone_is_settled_from_the_second_experience_on(split2):
+    assert moved(split2, mlp(), experiences=1) == set()
+    assert moved(split2, mlp()) == {"5"}
+    assert moved(split2, mlp(), openness=1e9, pull_back=0.0) == {"5"}  # the step alone
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"readout_step": False},
+        {"consolidate": "continuous"},
+        {"others": [ReplayPlugin(40)]},  # stored samples show what would be forgotten
+        {"criterion": nn.CrossEntropyLoss()},  # a quadratic says little of it where it is far away
+        {"openness": {"5": float("inf")}},
+    ],
+    ids=["off", "continuous", "replay", "cross-entropy", "ungated"],
+)
+def test_where_nothing_is_settled(split2, kwargs):
+    assert moved(split2, mlp(), **kwargs) == set()
+
+
+def test_what_is_no_readout_is_not_settled(split2):
+    frozen = mlp()
+    frozen[5].bias.requires_grad_(False)
+    scaled = nn.Sequential(*mlp(), nn.Softmax(dim=1))
+    assert moved(split2, frozen) == moved(split2, scaled) == set()
+
+
+def test_heads_that_grow_and_mask(split2):
+    for masking in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(*mlp()[:-1], IncrementalClassifier(32, initial_out_features=5, masking=masking))
+        assert moved(split2, model, criterion=Grown()) == {"5.classifier"}
+        assert model[5].classifier.out_features == 10
+
+
+class Grown(nn.Module):
+    """Squared error on as many classes as there are outputs."""
+
+    def forward(self, outputs, targets):
+        return (outputs - nn.functional.one_hot(targets, outputs.shape[1])).square().sum(1).mean()
+
+
+def test_a_task_with_few_steps_is_read_out_as_well(split5):
+    """Batches of 100, so 6 steps a task: the last one has no more than that."""
+    accuracies = []
+    for settles in (False, True):
+        torch.manual_seed(0)
+        strategy = strategy_of(mlp(), [SelectivePlasticityPlugin(readout_step=settles)], batch=100, epochs=1)
+        for part in split5.train_stream:
+            strategy.train(part)
+        found = [
+            (strategy.model(x).argmax(1) == y).float().mean().item()
+            for x, y, _ in (e.dataset.read_batch(list(range(200))) for e in split5.test_stream)
+        ]
+        accuracies.append((sum(found) / 5, found[-1]))
+    (without, last_without), (settled, last) = accuracies
+    assert settled > without + 0.2 and last > last_without + 0.2
