@@ -11,7 +11,8 @@ from avalanche_sp.activity import LayerActivity, some_inputs
 from avalanche_sp.detection import ChangeDetector, LossWatch
 from avalanche_sp.layers import NORMALISATION, GatedLayer, set_weights, weights_and_bias
 from avalanche_sp.per_layer import PerLayer, value_of
-from avalanche_sp.recording import curvature_of
+from avalanche_sp.readout import settle
+from avalanche_sp.recording import curvature_of, readout_errors
 from avalanche_sp.replay import stream_part, stream_rows
 
 __all__ = ["StreamWatch"]
@@ -24,6 +25,8 @@ _SAMPLES = 16
 _CHUNK = 4096
 # Input vectors for which older ones stand in a second moment, at most: the older ones' network is no longer there.
 _MEMORY = 5120
+# Of the readout's step: what it should make of its inputs was noted while these still moved.
+_DAMPING = 0.3
 
 
 class Moment:
@@ -48,15 +51,22 @@ class Moment:
         self.test = torch.randn(size, generator=generator, device=like.device, dtype=like.dtype)
         self.sketch, self.mean_eigenvalue, self.weight = like.new_zeros(size), like.new_zeros(()), 0
         self._waiting = like.new_zeros(size), like.new_zeros(()), 0
+        self.targets, self._waiting_targets = like.new_zeros(0, inputs), like.new_zeros(0, inputs)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.test, self.sketch, self._waiting[0]
+        return self.test, self.sketch, self._waiting[0], self.targets, self._waiting_targets
 
-    def add(self, x: Tensor) -> None:
-        """Adds input vectors (n, d), which wait until they are kept or dropped."""
+    def add(self, x: Tensor, targets: Tensor | None = None) -> None:
+        """Adds input vectors (n, d), which wait until they are kept or dropped.
+
+        Args:
+            targets: what a linear layer should make of them (n, out).
+        """
         sketch, energy, n = self._waiting
         self._waiting = sketch.addmm_(x.T, x @ self.test), energy + x.square().sum() / x.shape[1], n + len(x)
+        if targets is not None:
+            self._waiting_targets = _grown(self._waiting_targets, targets.shape[1]).addmm_(targets.T, x)
 
     def keep(self) -> None:
         """Takes in what waits. What came earlier fades."""
@@ -66,12 +76,15 @@ class Moment:
         share = self.weight / (self.weight + n)
         self.weight = min(self.weight + n, _MEMORY)
         self.sketch.mul_(share).add_(sketch, alpha=(1 - share) / n)
+        self.targets = _grown(self.targets, len(self._waiting_targets)).mul_(share)
+        self.targets.add_(self._waiting_targets, alpha=(1 - share) / n)
         self.mean_eigenvalue = share * self.mean_eigenvalue + (1 - share) / n * energy
         self.drop()
 
     def drop(self) -> None:
         sketch, energy, _ = self._waiting
         self._waiting = sketch.zero_(), torch.zeros_like(energy), 0
+        self._waiting_targets.zero_()
 
     def factor(self) -> Tensor:
         """Vectors (r, d), r at most 2 rank, of this second moment."""
@@ -80,6 +93,11 @@ class Moment:
         some = values > len(values) * torch.finfo(self.sketch.dtype).eps * values[-1]
         rows = (self.sketch.double() @ vectors[:, some] / values[some].sqrt()).T
         return (rows * len(rows) ** 0.5).to(self.sketch.dtype)
+
+
+def _grown(rows: Tensor, n: int) -> Tensor:
+    """Rows (n, d), the new ones zero: an output unit that was not there should have been silent."""
+    return torch.cat([rows, rows.new_zeros(n - len(rows), rows.shape[1])]) if len(rows) < n else rows
 
 
 class StreamWatch:
@@ -99,21 +117,23 @@ class StreamWatch:
     Args:
         detector: or None.
         rank: eigenvectors a layer of the second moments.
-        measure_curvature: whether to measure that of the loss in the outputs.
+        measure_loss: whether to measure its curvature in the outputs, and where it would have them.
     """
 
     def __init__(
         self,
         detector: ChangeDetector | None,
         rank: PerLayer[int],
-        measure_curvature: bool,
+        measure_loss: bool,
     ):
         self.losses = LossWatch(detector) if detector is not None else None
         self.rank = rank
-        self.measure_curvature = measure_curvature
+        self.measure_loss = measure_loss
         self.iteration = 0
         self._queue: list[Tensor] = []  # the losses since the last look: read together, one device sync a look
         self._inputs: list[tuple[str, GatedLayer, Tensor]] = []  # of the present iteration
+        self._last: tuple[str, Tensor] | None = None  # the last layer called, its output
+        self._curvature = torch.zeros(())
         self._learned: set[str] = set()  # layers whose input comes from something that learns
         self._rows: dict[str, float] = {}  # input vectors that a sample gives a weight
         self._weights: dict[str, Tensor] = {}  # at the last calm look
@@ -125,6 +145,7 @@ class StreamWatch:
         self.samples = 0  # of the stream, since the last consolidation
         self.classes: set[int] = set()  # among those looked at
         self.curvature = torch.zeros(())
+        self.readout: str | None = None
         self.looks = 0
         self.moments: dict[str, Moment] = {}
 
@@ -142,14 +163,17 @@ class StreamWatch:
         if -(self.iteration + 1) % _LOOK * stream_rows(strategy) >= _SAMPLES:
             return []
         return [
-            layer.register_forward_hook(lambda layer, inputs, output, name=name: self._note(name, layer, inputs[0]))
+            layer.register_forward_hook(
+                lambda layer, inputs, output, name=name: self._note(name, layer, inputs[0], output)
+            )
             for name, layer in layers.items()
         ]
 
-    def _note(self, name: str, layer: GatedLayer, x: Tensor) -> None:
+    def _note(self, name: str, layer: GatedLayer, x: Tensor, output: Tensor) -> None:
         if x.requires_grad:
             self._learned.add(name)
         self._inputs.append((name, layer, x.detach()))
+        self._last = name, output.detach()
 
     @torch.no_grad()
     def observe(self, strategy) -> None:
@@ -159,13 +183,30 @@ class StreamWatch:
         if n < batch and isinstance(strategy.mb_output, Tensor):
             loss = strategy._criterion(strategy.mb_output[:n], strategy.mb_y[:n])
         self._queue.append(loss.detach().squeeze())
+        readout, targets = self._wanted(strategy, n) if self._inputs and self.measure_loss else (None, None)
         for name, layer, inputs in self._inputs:
             x, count = some_inputs(layer, stream_part(inputs, batch, n))
             if name not in self.moments:
                 self.moments[name] = Moment(x.shape[1], value_of(self.rank, name), x)
-            self.moments[name].add(x)
+            self.moments[name].add(x, targets if name == readout else None)
             self._rows[name] = count / n
         self._inputs.clear()
+
+    def _wanted(self, strategy, n: int) -> tuple[str | None, Tensor | None]:
+        """The readout, and what the loss, being quadratic, would have it make of the n samples of the stream."""
+        outputs, y = strategy.mb_output, strategy.mb_y[:n]
+        outputs = outputs[:n] if isinstance(outputs, Tensor) and n < len(outputs) else outputs
+        self._curvature = curvature_of(strategy._criterion, outputs, y)
+        if n < len(strategy.mb_x) or self._last is None:
+            return None, None
+        readout, errors = readout_errors(strategy._criterion, outputs.detach(), y, self._last)
+        if readout is None or not all(p.requires_grad for p in self._parameters(readout)):
+            return None, None
+        self.readout = readout
+        return readout, (self._last[1] - errors / self._curvature).float()
+
+    def _parameters(self, name: str) -> list[nn.Parameter]:
+        return [p for of, layer, _ in self._inputs if of == name for p in layer.parameters()]
 
     @torch.no_grad()
     def look(self, strategy, layers: Mapping[str, GatedLayer]) -> bool:
@@ -184,15 +225,12 @@ class StreamWatch:
         return self.looks > 0 and (found or self.losses is None and self.samples >= _CHUNK)
 
     def _take(self, strategy, layers: Mapping[str, GatedLayer]) -> None:
-        batch, stream = len(strategy.mb_x), stream_rows(strategy)
         for moment in self.moments.values():
             moment.keep()
         self.looks += 1
-        self.classes.update(strategy.mb_y[:stream].flatten().tolist())
-        if self.measure_curvature:
-            outputs = strategy.mb_output[:stream] if stream < batch else strategy.mb_output
-            curvature = curvature_of(strategy._criterion, outputs, strategy.mb_y[:stream])
-            self.curvature = self.curvature + (curvature - self.curvature) / self.looks
+        self.classes.update(strategy.mb_y[: stream_rows(strategy)].flatten().tolist())
+        if self.measure_loss:
+            self.curvature = self.curvature + (self._curvature - self.curvature) / self.looks
         if self.losses is not None:
             self._weights = {n: weights_and_bias(layer) for n, layer in layers.items()}
             self._norms = {n: [t.clone() for t in held] for n, held in _held_by_norms(strategy.model).items()}
@@ -206,11 +244,13 @@ class StreamWatch:
         layers: Mapping[str, GatedLayer],
         activities: dict[str, LayerActivity],
         pulled: Collection[str],
+        settles: Tensor | None,
     ) -> dict[str, Tensor]:
         """Merges what was learned since the last time into ``activities``, at the weights of the last calm look.
 
         Args:
             pulled: the layers that remember all their weights, roughly.
+            settles: the loss's curvature in all that was consolidated so far; None if the readout isn't to be settled.
 
         Returns:
             By layer, what the steps since that look had changed (rows, d); the weights are now without it.
@@ -223,9 +263,14 @@ class StreamWatch:
                 set_weights(layer, weights)
             if name in self.moments and self.moments[name].weight:
                 moment = self.moments[name]
-                x = moment.factor()
-                old = activities.get(name) or LayerActivity.empty(x.shape[1], x)
-                activities[name] = old.merged(
+                x, old, residual = moment.factor(), activities.get(name), None
+                if settles is not None and name == self.readout:
+                    second = x.T @ x / len(x)
+                    known = torch.linalg.qr(x.T).Q  # the sketch knows these directions, the targets all
+                    made = weights_and_bias(layer) @ second
+                    gradient = self.curvature * (made - _grown(moment.targets, len(made)) @ known @ known.T)
+                    residual = settle(layer, gradient, second, self.samples, self.curvature, old, settles, _DAMPING)
+                activities[name] = (old or LayerActivity.empty(x.shape[1], x)).merged(
                     layer,
                     x,
                     self._rows[name],
@@ -234,6 +279,7 @@ class StreamWatch:
                     moment.mean_eigenvalue,
                     remembers_all=name in pulled,
                     fed_by_data=name not in self._learned,
+                    residual=residual,
                 )
         for name, held in _held_by_norms(model).items():
             for now, before in zip(held, self._norms.get(name, ())):

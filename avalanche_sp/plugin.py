@@ -113,10 +113,10 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         consolidate: when to. ``"experience"`` (default): at the end of every experience. ``"surprise"``: when the
             stream's loss shows a change, what was learned before it. ``"continuous"``: every 4096 samples. The last
             two need no boundaries: experiences may be of any length, as Avalanche's online streams' are
-            (``docs/boundaries.md``), and nothing is settled.
+            (``docs/boundaries.md``).
         detector: what finds a change, an object with ``update(x)`` and ``drift_detected``, such as river's. Default:
             river's Page-Hinkley test, for ``"surprise"``.
-        readout_step: whether the readout is settled when an experience ends (default True).
+        readout_step: whether the readout is settled at a consolidation (default True).
 
     Raises:
         ValueError: at construction for an argument out of range; at ``train`` for a model without a layer to gate, and
@@ -179,7 +179,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         if consolidate != "experience":
             if consolidate == "surprise" and detector is None:
                 detector = page_hinkley()
-            self._stream = StreamWatch(detector, self.rank, measure_curvature=self._pulls_back)
+            self._stream = StreamWatch(detector, self.rank, measure_loss=self._pulls_back or readout_step)
         self._running_surprise = RunningSurprise()
         self._drift = DriftWatch(self.pull_back)
         # For the present epoch.
@@ -376,8 +376,9 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self.classes_seen += classes_of(strategy.experience.dataset)
         for name, x in recorded.inputs.items():
             old, layer, residual = self.layers.get(name), layers[name], None
-            if name == settled and recorded.errors is not None:
-                residual = settle(layer, x, recorded.errors, new, recorded.curvature, old, curvature)
+            if name == settled and recorded.gradient is not None:
+                moment = x.T @ x / len(x)
+                residual = settle(layer, recorded.gradient, moment, new, recorded.curvature, old, curvature)
             self.layers[name] = (old or LayerActivity.empty(x.shape[1], x)).merged(
                 layer,
                 x,
@@ -397,11 +398,12 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     @torch.no_grad()
     def _consolidate_amid(self, strategy, stream: StreamWatch) -> None:
         """Consolidates in the midst of training, and goes on with the gate closed for what was consolidated."""
-        seen, new = self._samples_seen, stream.samples
-        self._drift.curvature = (seen * self._drift.curvature + new * stream.curvature) / (seen + new)
+        seen, new, curvature = self._samples_seen, stream.samples, self._drift.curvature
         self.classes_seen += len(stream.classes)
+        self._drift.curvature = (seen * curvature + new * stream.curvature) / (seen + new)
         pulled = {name for name in self._protected if self._pulls_beyond(name)}
-        changes = stream.consolidate(strategy.model, self._protected, self.layers, pulled)
+        settles = curvature if self.readout_step and not self._has_memory else None
+        changes = stream.consolidate(strategy.model, self._protected, self.layers, pulled, settles)
         self.consolidated_at.append(strategy.clock.train_iterations + 1)  # Avalanche counts this one later
         self._drift.forget()
         self.before_training_epoch(strategy)

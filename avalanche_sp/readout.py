@@ -13,19 +13,18 @@ __all__ = ["settle"]
 
 # How hard the old loss's quadratic holds, against its own: the network that makes its inputs has moved since.
 _OLD_WEIGHT = 2
-# Of the step, in units of the Hessian's mean eigenvalue.
-_DAMPING = 0.05
 
 
 @torch.no_grad()
 def settle(
     layer: GatedLayer,
-    x: Tensor,
-    errors: Tensor,
+    gradient: Tensor,
+    moment: Tensor,
     samples: int,
     curvature: Tensor,
     old: LayerActivity | None,
     old_curvature: Tensor,
+    damping: float = 0.05,
 ) -> Tensor:
     r"""Takes one damped Newton step on the new loss and the quadratic that stands for the old one, in place.
 
@@ -39,20 +38,20 @@ def settle(
 
     Args:
         layer: the network's last, a linear one.
-        x: its input vectors of an experience, a 1 last where it has a bias: shape (n, d).
-        errors: the loss's gradient in its output, a row a sample (n, out).
+        gradient: of an experience's mean loss in its weights, and bias if it has one: shape (out, d).
+        moment: the mean second moment of its input vectors there, shape (d, d).
         samples: how many the experience has.
         curvature: the loss's in the outputs, 0-dim.
         old: what was consolidated; None takes no step.
         old_curvature: the loss's then, 0-dim.
+        damping: of the step, in units of the Hessian's mean eigenvalue.
 
     Returns:
         R, the mean gradient that is left, of old and new loss: shape (out, d).
     """
-    gradient = errors.to(x.dtype).T @ x / len(x)
     if old is None:
         return gradient
-    gradient, hessian = samples * gradient.double(), samples * curvature * (x.T @ x / len(x)).double()
+    kind, gradient, hessian = gradient.dtype, samples * gradient.double(), samples * curvature * moment.double()
     vectors, weight = old.vectors.double(), _OLD_WEIGHT * old_curvature * old.samples
     n = len(old.anchor)  # fewer output units than now where a head has grown
     drift = (along(layer, old.vectors)[:n] - old.anchor).double()
@@ -61,6 +60,6 @@ def settle(
         gradient[:n] += old.samples * old.residual
     beyond = torch.eye(len(vectors), dtype=vectors.dtype, device=vectors.device) - vectors @ vectors.T
     hessian += weight * ((vectors * old.eigenvalues) @ vectors.T + old.rest * beyond)
-    step = newton_step(gradient, hessian, _DAMPING)
-    set_weights(layer, weights_and_bias(layer) + step.to(x.dtype))
-    return ((gradient + step @ hessian) / (samples + old.samples)).to(x.dtype)
+    step = newton_step(gradient, hessian, damping)
+    set_weights(layer, weights_and_bias(layer) + step.to(kind))
+    return ((gradient + step @ hessian) / (samples + old.samples)).to(kind)

@@ -15,7 +15,7 @@ from avalanche_sp.activity import some_inputs
 from avalanche_sp.gates import loss_curvature
 from avalanche_sp.layers import GatedLayer
 
-__all__ = ["Recorded", "curvature_of", "record_activity"]
+__all__ = ["Recorded", "curvature_of", "readout_errors", "record_activity"]
 
 
 @dataclass
@@ -29,8 +29,8 @@ class Recorded:
         fed_by_data: the layers whose input is given, not made by anything that learns: the first, or one on a frozen
             trunk.
         readout: the linear layer whose output is the network's, but for masked units; None if there is none.
-        errors: the loss's gradient in its output, a row a sample (n, out); None without a readout or a loss that is
-            quadratic in the outputs.
+            Known only where the loss is quadratic in the outputs.
+        gradient: the mean loss's gradient in the readout's weights (out, d); None where there is no readout.
     """
 
     inputs: dict[str, Tensor]
@@ -38,7 +38,7 @@ class Recorded:
     curvature: Tensor
     fed_by_data: set[str]
     readout: str | None = None
-    errors: Tensor | None = None
+    gradient: Tensor | None = None
 
 
 def curvature_of(criterion: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def record_activity(
                     outputs = avalanche_forward(model, x, task_labels)
                     if criterion is not None:
                         curvatures.append(curvature_of(criterion, outputs, y))
-                        errors.append(_errors(criterion, outputs, y, last))
+                        errors.append(readout_errors(criterion, outputs, y, last))
             given = _fed_by_data(model, layers, x[:2], task_labels[:2])
     finally:
         for module, mode in modes.items():
@@ -129,14 +129,24 @@ def record_activity(
     readouts = {name for name, _ in errors}
     readout = readouts.pop() if len(readouts) == 1 else None
     if readout is not None and all(p.requires_grad for p in layers[readout].parameters()):
-        recorded.readout, recorded.errors = readout, torch.cat([error for _, error in errors])
+        x = recorded.inputs[readout]
+        error = torch.cat([error for _, error in errors]).to(x.dtype)
+        recorded.readout, recorded.gradient = readout, error.T @ x / len(x)
     return recorded
 
 
-def _errors(
+def readout_errors(
     criterion: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor, last: tuple[str, Tensor] | None
 ) -> tuple[str | None, Tensor]:
-    """The readout's name and each sample's gradient there. None: there is no readout, or the loss isn't quadratic."""
+    """The readout's name and the loss's gradient in its output, a row a sample.
+
+    The name is None where the last layer isn't a readout, or the loss isn't quadratic in the outputs.
+
+    Args:
+        criterion: a mean over samples.
+        outputs, targets: the network's outputs (n, C), what they should be.
+        last: the last layer that was called, by name, and its output.
+    """
     if last is None or last[1].shape != outputs.shape or outputs.dim() != 2:
         return None, outputs
     name, made = last
