@@ -86,12 +86,12 @@ def differences(ours: Cell, others: list[Cell]) -> list[Difference]:
     ]
 
 
-def against_others(cells: list[Cell]) -> dict[int, list[Difference]]:
+def against_others(cells: list[Cell], name: str = OURS) -> dict[int, list[Difference]]:
     """By buffer: ours minus every other row with as many stored samples, and minus the best ones without any."""
     found = {}
-    for ours in (c for c in cells if c.label == OURS):
-        others = [c for c in cells if c.label in (ALONE, "rf-ridge") or (c.buffer == ours.buffer and c is not ours)]
-        found[ours.buffer] = differences(ours, others)
+    for ours in (c for c in cells if c.label == name):
+        others = [c for c in cells if c.label in (ALONE, "rf-ridge") or c.buffer == ours.buffer]
+        found[ours.buffer] = differences(ours, [c for c in others if c is not ours])
     return {buffer: rows for buffer, rows in found.items() if rows}
 
 

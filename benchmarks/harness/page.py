@@ -120,9 +120,10 @@ def _training(name: str, study: Study, cells: list[Cell]) -> list[str]:
 
 def _ablations(name: str, study: Study, cells: list[Cell]) -> list[str]:
     rows: dict[str, dict] = {}
-    for buffer, found in against_others(cells).items():
+    ours = OURS if any(c.label == OURS for c in cells) else ALONE
+    for buffer, found in against_others(cells, ours).items():
         for d in found:
-            row = rows.setdefault(d.other.label, {f"`{OURS}` minus": d.other.label})
+            row = rows.setdefault(d.other.label, {f"`{ours}` minus": d.other.label})
             row[_column(buffer)] = f"{d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}], {d.verdict}"
     return [_heading(study, cells), _grid(cells), _table(rows.values())] if rows else []
 

@@ -43,12 +43,14 @@ class Recipe:
     def override(self, overrides: dict[str, float], accepted: tuple[str, ...] = ()) -> Recipe:
         """The recipe with other values for its settings, or for what its optimizer accepts besides.
 
-        What the plugin sets layer by layer may be overridden so: "openness:1" is the openness of layer "1".
+        What the plugin sets layer by layer may be overridden so: "openness:1" is the openness of layer "1". Its
+        "readout_step" may be, too: 0 for none.
         """
         in_optimizer = [*self.optimizer_settings, *(name for name in accepted if name not in self.optimizer_settings)]
         allowed = ["lr", *self.settings, *in_optimizer]
+        optional = {"readout_step"} if "openness" in self.settings else set()
         of_layers = {k: v for k, v in overrides.items() if k.partition(":")[0] in PER_LAYER & {*self.settings}}
-        unknown = sorted(set(overrides) - set(allowed) - set(of_layers))
+        unknown = sorted(set(overrides) - set(allowed) - set(of_layers) - optional)
         if unknown:
             raise ValueError(
                 f"Invalid override: {', '.join(unknown)} (allowed for this strategy: {', '.join(allowed)})"
@@ -56,7 +58,9 @@ class Recipe:
         return replace(
             self,
             lr=overrides.get("lr", self.lr),
-            settings={k: overrides.get(k, v) for k, v in self.settings.items()} | of_layers,
+            settings={k: overrides.get(k, v) for k, v in self.settings.items()}
+            | of_layers
+            | {k: overrides[k] for k in optional & set(overrides)},
             optimizer_settings=self.optimizer_settings | {k: overrides[k] for k in in_optimizer if k in overrides},
         )
 

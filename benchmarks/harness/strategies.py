@@ -112,7 +112,9 @@ PLUGINS = {
 
 def _gate(settings: dict[str, float], **kwargs) -> SelectivePlasticityPlugin:
     return SelectivePlasticityPlugin(
-        **{name: _per_layer(settings, name, int if name == "rank" else float) for name in PER_LAYER}, **kwargs
+        **{name: _per_layer(settings, name, int if name == "rank" else float) for name in PER_LAYER},
+        readout_step=bool(settings.get("readout_step", True)),
+        **kwargs,
     )
 
 

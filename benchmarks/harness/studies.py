@@ -167,7 +167,27 @@ EPOCHS = {
         epochs=5,
     )
 }
+# The plugin with nothing but its readout's step.
+_STEP_ALONE = (("openness", 1e9), ("pull_back", 0.0))
 ABLATIONS = {
+    "controls_split5": Study(
+        "Split MNIST, 5 tasks, no stored sample",
+        "split-mnist",
+        5,
+        (
+            Row(ALONE),
+            Row(ALONE, (("readout_step", 0.0),), "the same, the readout not settled"),
+            Row(ALONE, (("pull_back", 0.0),), "the same, the pull-back off"),
+            Row(ALONE, _STEP_ALONE, "the same, of the plugin the readout's step alone"),
+            Row(ALONE, (("openness", math.inf),), "the same, the plugin off"),
+            Row(ALONE, (("plasticity_k", 0.0),), "the same, the optimizer's gate off"),
+            Row("sp", label="the plugin with SGD"),
+            Row("sp", (("readout_step", 0.0),), "the plugin with SGD, the readout not settled"),
+            Row("sp", _STEP_ALONE, "SGD, of the plugin the readout's step alone"),
+            Row("naive-sgd", label="SGD, neither"),
+        ),
+        (),
+    ),
     "ablations_split5": Study(
         "Split MNIST, 5 tasks",
         "split-mnist",
