@@ -191,6 +191,7 @@ class StreamWatch:
             self.moments[name].add(x, targets if name == readout else None)
             self._rows[name] = count / n
         self._inputs.clear()
+        self._last = None
 
     def _wanted(self, strategy, n: int) -> tuple[str | None, Tensor | None]:
         """The readout, and what the loss, being quadratic, would have it make of the n samples of the stream."""

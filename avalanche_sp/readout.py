@@ -34,7 +34,8 @@ def settle(
         N_{new} L_{new}(W) + N_{old} \Big(\langle R, W - W^* \rangle
         + \tfrac{2 \kappa}{2} \operatorname{tr}\big((W - W^*) C (W - W^*)^\top\big)\Big)
 
-    It is the exact limit of the gate for a layer that nothing follows: recursive least squares for squared error.
+    It is the limit of gate and pull-back for a layer that nothing follows: for squared error, undamped and with inputs
+    that don't move, recursive least squares (``docs/theory.md``, 4e).
 
     Args:
         layer: the network's last, a linear one.

@@ -152,7 +152,7 @@ def readout_errors(
     name, made = last
     kept = (outputs == made).all(0)  # the others are masked: Avalanche's incremental heads do it
     nothing, error, twice = (_gradient(criterion, scale * outputs, targets) for scale in (0.0, 1.0, 2.0))
-    quadratic = (nothing + twice - 2 * error).abs().max() <= 1e-3 * error.abs().max()
+    quadratic = (nothing + twice - 2 * error).abs().max() <= 1e-3 * error.abs().max() and (nothing != twice).any()
     return name if kept.any() and quadratic else None, error * kept * len(outputs)
 
 
