@@ -131,8 +131,7 @@ class StreamWatch:
         self.measure_loss = measure_loss
         self.iteration = 0
         self._queue: list[Tensor] = []  # the losses since the last look: read together, one device sync a look
-        self._inputs: list[tuple[str, GatedLayer, Tensor]] = []  # of the present iteration
-        self._last: tuple[str, Tensor] | None = None  # the last layer called, its output
+        self._called: list[tuple[str, GatedLayer, Tensor, Tensor]] = []  # in this iteration, with input and output
         self._curvature = torch.zeros(())
         self._learned: set[str] = set()  # layers whose input comes from something that learns
         self._rows: dict[str, float] = {}  # input vectors that a sample gives a weight
@@ -159,7 +158,7 @@ class StreamWatch:
 
     def listen(self, strategy, layers: Mapping[str, GatedLayer]) -> list:
         """Hooks that note the layers' inputs in the coming forward pass, if a look takes them in."""
-        self._inputs.clear()
+        self._called.clear()
         if -(self.iteration + 1) % _LOOK * stream_rows(strategy) >= _SAMPLES:
             return []
         return [
@@ -172,8 +171,7 @@ class StreamWatch:
     def _note(self, name: str, layer: GatedLayer, x: Tensor, output: Tensor) -> None:
         if x.requires_grad:
             self._learned.add(name)
-        self._inputs.append((name, layer, x.detach()))
-        self._last = name, output.detach()
+        self._called.append((name, layer, x.detach(), output.detach()))
 
     @torch.no_grad()
     def observe(self, strategy) -> None:
@@ -183,31 +181,28 @@ class StreamWatch:
         if n < batch and isinstance(strategy.mb_output, Tensor):
             loss = strategy._criterion(strategy.mb_output[:n], strategy.mb_y[:n])
         self._queue.append(loss.detach().squeeze())
-        readout, targets = self._wanted(strategy, n) if self._inputs and self.measure_loss else (None, None)
-        for name, layer, inputs in self._inputs:
+        readout, targets = self._wanted(strategy, n) if self._called and self.measure_loss else (None, None)
+        for name, layer, inputs, _ in self._called:
             x, count = some_inputs(layer, stream_part(inputs, batch, n))
             if name not in self.moments:
                 self.moments[name] = Moment(x.shape[1], value_of(self.rank, name), x)
             self.moments[name].add(x, targets if name == readout else None)
             self._rows[name] = count / n
-        self._inputs.clear()
-        self._last = None
+        self._called.clear()
 
     def _wanted(self, strategy, n: int) -> tuple[str | None, Tensor | None]:
         """The readout, and what the loss, being quadratic, would have it make of the n samples of the stream."""
         outputs, y = strategy.mb_output, strategy.mb_y[:n]
         outputs = outputs[:n] if isinstance(outputs, Tensor) and n < len(outputs) else outputs
         self._curvature = curvature_of(strategy._criterion, outputs, y)
-        if n < len(strategy.mb_x) or self._last is None:
+        if n < len(strategy.mb_x):
             return None, None
-        readout, errors = readout_errors(strategy._criterion, outputs.detach(), y, self._last)
-        if readout is None or not all(p.requires_grad for p in self._parameters(readout)):
+        name, layer, _, made = self._called[-1]
+        readout, errors = readout_errors(strategy._criterion, outputs.detach(), y, (name, layer, made))
+        if readout is None:
             return None, None
         self.readout = readout
-        return readout, (self._last[1] - errors / self._curvature).float()
-
-    def _parameters(self, name: str) -> list[nn.Parameter]:
-        return [p for of, layer, _ in self._inputs if of == name for p in layer.parameters()]
+        return readout, (made - errors / self._curvature).float()
 
     @torch.no_grad()
     def look(self, strategy, layers: Mapping[str, GatedLayer]) -> bool:

@@ -78,12 +78,12 @@ def record_activity(
     vectors_seen: dict[str, int] = {}
     curvatures: list[Tensor] = []
     errors: list[tuple[str | None, Tensor]] = []
-    last: tuple[str, Tensor] | None = None
+    last: tuple[str, GatedLayer, Tensor] | None = None
 
     def recorder(name):
         def hook(layer, inputs, output):
             nonlocal last
-            last = name, output
+            last = name, layer, output
             x, count = some_inputs(layer, inputs[0])
             activity.setdefault(name, []).append(x)
             vectors_seen[name] = vectors_seen.get(name, 0) + count
@@ -128,7 +128,7 @@ def record_activity(
             )
     readouts = {name for name, _ in errors}
     readout = readouts.pop() if len(readouts) == 1 else None
-    if readout is not None and all(p.requires_grad for p in layers[readout].parameters()):
+    if readout is not None:
         x = recorded.inputs[readout]
         error = torch.cat([error for _, error in errors]).to(x.dtype)
         recorded.readout, recorded.gradient = readout, error.T @ x / len(x)
@@ -136,20 +136,26 @@ def record_activity(
 
 
 def readout_errors(
-    criterion: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor, last: tuple[str, Tensor] | None
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    outputs: Tensor,
+    targets: Tensor,
+    last: tuple[str, GatedLayer, Tensor] | None,
 ) -> tuple[str | None, Tensor]:
     """The readout's name and the loss's gradient in its output, a row a sample.
 
-    The name is None where the last layer isn't a readout, or the loss isn't quadratic in the outputs.
+    The name is None where the last layer isn't a readout or part of it is frozen, or the loss isn't quadratic in the
+    outputs.
 
     Args:
         criterion: a mean over samples.
         outputs, targets: the network's outputs (n, C), what they should be.
-        last: the last layer that was called, by name, and its output.
+        last: the last layer that was called, its name before and its output after it.
     """
-    if last is None or last[1].shape != outputs.shape or outputs.dim() != 2:
+    if last is None:
         return None, outputs
-    name, made = last
+    name, layer, made = last
+    if made.shape != outputs.shape or outputs.dim() != 2 or not all(p.requires_grad for p in layer.parameters()):
+        return None, outputs
     kept = (outputs == made).all(0)  # the others are masked: Avalanche's incremental heads do it
     nothing, error, twice = (_gradient(criterion, scale * outputs, targets) for scale in (0.0, 1.0, 2.0))
     quadratic = (nothing + twice - 2 * error).abs().max() <= 1e-3 * error.abs().max() and (nothing != twice).any()
