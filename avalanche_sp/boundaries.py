@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from avalanche_sp.activity import LayerActivity, some_inputs
 from avalanche_sp.detection import ChangeDetector, LossWatch
 from avalanche_sp.layers import NORMALISATION, GatedLayer, set_weights, weights_and_bias
 from avalanche_sp.per_layer import PerLayer, value_of
-from avalanche_sp.readout import settle
+from avalanche_sp.readout import ReadoutLoss
 from avalanche_sp.recording import curvature_of, readout_errors
 from avalanche_sp.replay import stream_part, stream_rows
 
@@ -195,9 +195,8 @@ class StreamWatch:
         outputs, y = strategy.mb_output, strategy.mb_y[:n]
         outputs = outputs[:n] if isinstance(outputs, Tensor) and n < len(outputs) else outputs
         self._curvature = curvature_of(strategy._criterion, outputs, y)
-        if n < len(strategy.mb_x):
-            return None, None
         name, layer, _, made = self._called[-1]
+        made = made[:n]
         readout, errors = readout_errors(strategy._criterion, outputs.detach(), y, (name, layer, made))
         if readout is None:
             return None, None
@@ -240,13 +239,13 @@ class StreamWatch:
         layers: Mapping[str, GatedLayer],
         activities: dict[str, LayerActivity],
         pulled: Collection[str],
-        settles: Tensor | None,
+        settles: Callable[[str, GatedLayer, ReadoutLoss, float], Tensor | None] | None,
     ) -> dict[str, Tensor]:
         """Merges what was learned since the last time into ``activities``, at the weights of the last calm look.
 
         Args:
             pulled: the layers that remember all their weights, roughly.
-            settles: the loss's curvature in all that was consolidated so far; None if the readout isn't to be settled.
+            settles: settles the readout, by its name, on the new loss; None if it isn't to be.
 
         Returns:
             By layer, what the steps since that look had changed (rows, d); the weights are now without it.
@@ -257,6 +256,10 @@ class StreamWatch:
                 weights = self._weights[name]  # of fewer output units where a head has grown
                 changes[name] = weights_and_bias(layer)[: len(weights)] - weights
                 set_weights(layer, weights)
+        for name, held in _held_by_norms(model).items():
+            for now, before in zip(held, self._norms.get(name, ())):
+                now.copy_(before)
+        for name, layer in layers.items():
             if name in self.moments and self.moments[name].weight:
                 moment = self.moments[name]
                 x, old, residual = moment.factor(), activities.get(name), None
@@ -265,7 +268,8 @@ class StreamWatch:
                     known = torch.linalg.qr(x.T).Q  # the sketch knows these directions, the targets all
                     made = weights_and_bias(layer) @ second
                     gradient = self.curvature * (made - _grown(moment.targets, len(made)) @ known @ known.T)
-                    residual = settle(layer, gradient, second, self.samples, self.curvature, old, settles, _DAMPING)
+                    loss = ReadoutLoss(gradient, second, self.curvature, self.samples)
+                    residual = settles(name, layer, loss, _DAMPING)
                 activities[name] = (old or LayerActivity.empty(x.shape[1], x)).merged(
                     layer,
                     x,
@@ -277,9 +281,6 @@ class StreamWatch:
                     fed_by_data=name not in self._learned,
                     residual=residual,
                 )
-        for name, held in _held_by_norms(model).items():
-            for now, before in zip(held, self._norms.get(name, ())):
-                now.copy_(before)
         for now, before in self._optimizer:
             now.copy_(before)
         self._start()

@@ -17,7 +17,7 @@ LOOK = 8
 # At most so many old samples for each new one pull at a time: more would outrun the optimizer's step size.
 _MAX_PULL = 20
 # How hard the directions beyond the rank pull, against the others.
-_BEYOND = 0.1
+_BEYOND = 0.15
 
 
 class DriftWatch:
@@ -38,7 +38,7 @@ class DriftWatch:
         self._gated: list[tuple[str, GatedLayer, LayerActivity]] = []
         self._interval = LOOK
         self._old_samples = 0.0  # that pull for each new one
-        self._beyond = False
+        self._takes_back = 0.0
         self._before: dict[str, Tensor] = {}  # the weights along the vectors at the last look, where steps are watched
         self._pulls: dict[str, Tensor] = {}  # along the vectors
         self._pulls_beyond: dict[str, Tensor] = {}
@@ -47,23 +47,21 @@ class DriftWatch:
         self,
         gated: list[tuple[str, GatedLayer, LayerActivity]],
         ratio: float,
-        opening: float,
-        takes_back: bool,
-        beyond: bool,
+        strength: float,
+        takes_back: float,
     ) -> None:
         """Begins an epoch.
 
         Args:
             gated: the layers that something is consolidated for, by name, and what.
             ratio: old samples for each new one.
-            opening: how many times further a memory opens the gate.
-            takes_back: whether what steps do along claimed directions is taken back.
-            beyond: whether the layers that remember all their weights are pulled along all directions.
+            strength: how hard each of them pulls; 1 without a memory.
+            takes_back: how much of what steps do along claimed directions is taken back, 0 to 1.
         """
         self._gated = gated
         self._interval = min(max(int(_MAX_PULL / max(ratio, 1)), 1), LOOK)
-        self._old_samples = min(ratio, _MAX_PULL) / opening**2
-        self._beyond = beyond
+        self._old_samples = min(ratio, _MAX_PULL) * strength
+        self._takes_back = takes_back
         for name, layer, activity in gated:
             if takes_back and name not in self._before:  # steps of an experience before may wait for the next look
                 self._before[name] = along(layer, activity.vectors)
@@ -84,7 +82,7 @@ class DriftWatch:
         self.iteration += 1
         if self.iteration % self._interval == 0:
             self._look()
-        if self.iteration % LOOK == 0 and self._beyond:
+        if self.iteration % LOOK == 0:
             self._look_beyond()
 
     def end_epoch(self) -> None:
@@ -113,7 +111,7 @@ class DriftWatch:
         for name, layer, activity in self._gated:
             now = along(layer, activity.vectors)
             if name in self._before:
-                back = (self._before[name] - now).mul_(activity.closed)
+                back = (self._before[name] - now).mul_(activity.closed * self._takes_back)
                 add_along(layer, back, activity.vectors)
                 self._before[name] = now.add_(back)
             weight = self._weight(name, activity, self._interval)
@@ -124,9 +122,9 @@ class DriftWatch:
     @torch.no_grad()
     def _look_beyond(self) -> None:
         alike = [activity.likeness for _, _, activity in self._gated if activity.fed_by_data]
-        if not alike:
+        if not alike or all(activity.rough_anchor is None for _, _, activity in self._gated):
             return
-        likeness = torch.stack(alike).mean().square()
+        likeness = torch.stack(alike).mean() ** 1.5
         for name, layer, activity in self._gated:
             weight = self._weight(name, activity, LOOK * _BEYOND)
             if weight is None or activity.rough_anchor is None:

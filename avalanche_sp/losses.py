@@ -90,11 +90,10 @@ class JointReplayLoss(SupervisedPlugin):
             self._stream_rows = stream_rows(strategy)
             self._memory_weight = ratio * memory / (memory + self.shrinkage * classes)
 
-    def before_eval_iteration(self, strategy, **kwargs):
-        self._stream_rows = None
+    def before_update(self, strategy, **kwargs):
+        self._stream_rows = None  # an evaluation, or a look at some samples, may come before the iteration ends
 
     def after_training_exp(self, strategy, **kwargs):
-        self._stream_rows = None
         self.samples_seen += len(strategy.experience.dataset)
         self.classes_seen += classes_of(strategy.experience.dataset)
 

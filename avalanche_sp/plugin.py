@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -26,18 +27,20 @@ from avalanche_sp.layers import (
 )
 from avalanche_sp.optimizer import SelectivePlasticityOptimizer
 from avalanche_sp.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
-from avalanche_sp.readout import settle
+from avalanche_sp.readout import ReadoutLoss, settle
 from avalanche_sp.recording import record_activity
-from avalanche_sp.replay import classes_of, memory_size, stream_part, stream_rows
+from avalanche_sp.replay import (
+    classes_of,
+    memories_of,
+    memory_size,
+    stream_part,
+    stream_rows,
+    times_as_closed,
+    times_as_open,
+    trust_in,
+)
 
 __all__ = ["SelectivePlasticityPlugin"]
-
-# How far the gate opens beside a memory of next to nothing, and with how many stored samples a class twice as far: see
-# SelectivePlasticityPlugin.
-_BESIDE_MEMORY = 0.4
-_MEMORY_SCALE = 2
-# And with which further epochs close it half as fast as without any.
-_RICH_MEMORY = 200
 
 
 class SelectivePlasticityPlugin(SupervisedPlugin):
@@ -88,11 +91,13 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     Beside Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated along the
     :math:`v_i`; the factor :math:`1 - f_{rest}` is for the memory's gradient, too. Stored samples show what would be
-    forgotten, so they open the gate and replace the pull-back and the readout's step: with c of them for each class of
-    each experience and :math:`o = 1 + (c/2)^{1.5}` the openness is multiplied by :math:`0.4\, o` and the pull-back
-    divided by :math:`o^2`, and further epochs close by :math:`e^{5 / (1 + (c/200)^2)}`: found on Split MNIST
-    (``docs/experiments.md``). The optimizer's steps are left as they are, and normalisation layers go on learning.
-    The loss for it is ``JointReplayLoss(criterion, shrinkage=10)``.
+    forgotten, so the more there are the more they replace, from nothing on. With c of them for each class of each
+    experience they stand for :math:`t = c / (c + 50)` of the old loss, as they do in
+    ``JointReplayLoss(criterion, shrinkage=50)``, the loss to use with it. With :math:`o = 1 + (c / 12)^2` the openness
+    is multiplied by o, the pull-back divided by :math:`o^2 (1 + t N_{old} / N_{new})`, and of what the steps do along
+    the claimed directions :math:`1 - t` is taken back. Further epochs close by :math:`e^{5 / (1 + (c/200)^2)}`. The
+    readout is settled on the stored samples, too. All found on Split MNIST (``docs/experiments.md``). Normalisation
+    layers go on learning.
 
     The model is touched only while the strategy trains: hooks on its layers from a forward pass to the end of its
     backward pass. Gradients accumulated over several backward passes are gated each by itself. A
@@ -107,7 +112,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             faster and keep less of the old. ``math.inf`` switches the gate off: training is then bit for bit what it
             is without the plugin. So a single layer is left alone, too, and nothing is kept for it.
         pull_back: weight of the pull-back, 0 or more (default 1); 0 leaves the gate alone.
-        rank: eigenvectors kept a layer, 1 or more (default 64).
+        rank: eigenvectors kept a layer, 1 or more (default 48).
         consolidation_samples: samples of an experience, evenly spread over it, that are run through the network
             at its end, 1 or more (default 5000).
         consolidate: when to. ``"experience"`` (default): at the end of every experience. ``"surprise"``: when the
@@ -144,7 +149,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self,
         openness: PerLayer[float] = 0.5,
         pull_back: PerLayer[float] = 1.0,
-        rank: PerLayer[int] = 64,
+        rank: PerLayer[int] = 48,
         consolidation_samples: int = 5000,
         consolidate: Literal["experience", "surprise", "continuous"] = "experience",
         detector: ChangeDetector | None = None,
@@ -163,7 +168,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             raise ValueError(f"Invalid detector: consolidate={consolidate!r} detects nothing (allowed: None)")
         self.openness = per_layer("openness", openness, 0.5)
         self.pull_back = per_layer("pull_back", pull_back, 1.0)
-        self.rank = per_layer("rank", rank, 64)
+        self.rank = per_layer("rank", rank, 48)
         self.consolidation_samples = consolidation_samples
         self.consolidate = consolidate
         self.readout_step = readout_step
@@ -184,6 +189,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._drift = DriftWatch(self.pull_back)
         # For the present epoch.
         self._has_memory = False
+        self._trust = 0.0  # how much of the old loss the memory stands for
         self._protected: dict[str, GatedLayer] = {}  # the layers whose gate isn't switched off
         self._gated: list[tuple[str, GatedLayer, LayerActivity]] = []  # and those that something is consolidated for
         self._norms: list[nn.Module] = []  # the normalisation layers that hold still
@@ -207,7 +213,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     def _pulls_beyond(self, name: str) -> bool:
         """Whether a layer is to be pulled along all directions."""
         # Without events what comes next is the same task again, which has yet to be learned, however alike it looks.
-        return self.consolidate != "continuous" and not self._has_memory and value_of(self.pull_back, name) > 0
+        return self.consolidate != "continuous" and value_of(self.pull_back, name) > 0
 
     @property
     def state_bytes(self) -> int:
@@ -237,8 +243,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
         memory = memory_size(strategy)
         stored = memory / max(self.classes_seen, 1)
-        opening = 1 + (stored / _MEMORY_SCALE) ** 1.5
-        closing = (1 + strategy.clock.train_exp_epochs) ** (5 / (1 + (stored / _RICH_MEMORY) ** 2))
+        opening = times_as_open(stored)
+        self._trust = trust_in(stored)
         self._has_memory = memory > 0
         if self._stream is None:
             ratio = self._samples_seen / len(strategy.experience.dataset)
@@ -250,11 +256,11 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._gated = [(n, m, self.layers[n]) for n, m in self._protected.items() if n in self.layers]
         holds_norms = self.layers and not self._has_memory
         self._norms = [m for m in strategy.model.modules() if isinstance(m, NORMALISATION)] if holds_norms else []
-        watched = not self._has_memory and not steps_along_gradient(strategy.optimizer)
-        opened = _BESIDE_MEMORY * opening if self._has_memory else 1.0
+        taken_back = 0.0 if steps_along_gradient(strategy.optimizer) else 1 - self._trust
+        times = opening / times_as_closed(strategy.clock.train_exp_epochs, stored)
         for name, _, activity in self._gated:
-            activity.close(value_of(self.openness, name) * opened / closing)
-        self._drift.begin(self._gated, ratio, opening, watched, beyond=not self._has_memory)
+            activity.close(value_of(self.openness, name) * times)
+        self._drift.begin(self._gated, ratio, 1 / (opening**2 * (1 + ratio * self._trust)), taken_back)
 
     def before_forward(self, strategy, **kwargs):
         self._release()
@@ -370,15 +376,15 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         """Merges the experience's presynaptic activity into the layers' eigenspaces."""
         criterion = strategy._criterion if self._pulls_back or self.readout_step else None
         layers = protected_layers(strategy.model, self.openness)
-        recorded = record_activity(strategy, layers, self.consolidation_samples, criterion)
-        settled = recorded.readout if self.readout_step and not self._has_memory else None
-        seen, new, curvature = self._samples_seen, len(strategy.experience.dataset), self._drift.curvature
-        self.classes_seen += classes_of(strategy.experience.dataset)
+        experience = strategy.experience.dataset
+        recorded = record_activity(strategy, experience, layers, self.consolidation_samples, criterion)
+        seen, new = self._samples_seen, len(experience)
+        loss = recorded.readout_loss(new) if self.readout_step else None
+        self.classes_seen += classes_of(experience)
         for name, x in recorded.inputs.items():
             old, layer, residual = self.layers.get(name), layers[name], None
-            if name == settled and recorded.gradient is not None:
-                moment = x.T @ x / len(x)
-                residual = settle(layer, recorded.gradient, moment, new, recorded.curvature, old, curvature)
+            if name == recorded.readout and loss is not None:
+                residual = self._settle(strategy, name, layer, loss)
             self.layers[name] = (old or LayerActivity.empty(x.shape[1], x)).merged(
                 layer,
                 x,
@@ -390,20 +396,34 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 residual=residual,
             )
             self.layers[name].close(value_of(self.openness, name))
-        self._drift.curvature = (seen * curvature + new * recorded.curvature) / (seen + new)
+        self._drift.curvature = (seen * self._drift.curvature + new * recorded.curvature) / (seen + new)
         self.consolidated_at.append(strategy.clock.train_iterations)
         self._drift.forget()
         self._protected, self._gated, self._norms = {}, [], []
 
+    def _settle(
+        self, strategy, name: str, layer: GatedLayer, loss: ReadoutLoss, damping: float = 0.05
+    ) -> Tensor | None:
+        """Settles the readout on a new loss and the old one, of which stored samples stand for their part."""
+        old, losses = self.layers.get(name), [loss]
+        for memory in memories_of(strategy) if old is not None else ():
+            stored = record_activity(
+                strategy, memory, {name: layer}, self.consolidation_samples, strategy._criterion
+            ).readout_loss(self._trust * old.samples * len(memory) / memory_size(strategy))
+            if stored is None:  # several heads, for instance
+                return None
+            losses.append(stored)
+        return settle(layer, losses, old, self._drift.curvature, self._trust, damping)
+
     @torch.no_grad()
     def _consolidate_amid(self, strategy, stream: StreamWatch) -> None:
         """Consolidates in the midst of training, and goes on with the gate closed for what was consolidated."""
-        seen, new, curvature = self._samples_seen, stream.samples, self._drift.curvature
+        seen, new, curvature = self._samples_seen, stream.samples, stream.curvature
         self.classes_seen += len(stream.classes)
-        self._drift.curvature = (seen * curvature + new * stream.curvature) / (seen + new)
         pulled = {name for name in self._protected if self._pulls_beyond(name)}
-        settles = curvature if self.readout_step and not self._has_memory else None
+        settles = partial(self._settle, strategy) if self.readout_step else None
         changes = stream.consolidate(strategy.model, self._protected, self.layers, pulled, settles)
+        self._drift.curvature = (seen * self._drift.curvature + new * curvature) / (seen + new)
         self.consolidated_at.append(strategy.clock.train_iterations + 1)  # Avalanche counts this one later
         self._drift.forget()
         self.before_training_epoch(strategy)

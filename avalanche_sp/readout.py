@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,29 +12,44 @@ from avalanche_sp.activity import LayerActivity
 from avalanche_sp.gates import newton_step
 from avalanche_sp.layers import GatedLayer, along, set_weights, weights_and_bias
 
-__all__ = ["settle"]
+__all__ = ["ReadoutLoss", "settle"]
 
 # How hard the old loss's quadratic holds, against its own: the network that makes its inputs has moved since.
 _OLD_WEIGHT = 2
 
 
+@dataclass
+class ReadoutLoss:
+    """A loss in the readout's weights, quadratic in its outputs, as samples show it.
+
+    Attributes:
+        gradient: of its mean over samples in the weights, and bias if there is one: shape (out, d).
+        moment: the mean second moment of the readout's input vectors, shape (d, d).
+        curvature: of the loss in the outputs, 0-dim.
+        weight: how many samples it stands for.
+    """
+
+    gradient: Tensor
+    moment: Tensor
+    curvature: Tensor
+    weight: float
+
+
 @torch.no_grad()
 def settle(
     layer: GatedLayer,
-    gradient: Tensor,
-    moment: Tensor,
-    samples: int,
-    curvature: Tensor,
+    losses: Sequence[ReadoutLoss],
     old: LayerActivity | None,
     old_curvature: Tensor,
+    trust: float = 0.0,
     damping: float = 0.05,
 ) -> Tensor:
-    r"""Takes one damped Newton step on the new loss and the quadratic that stands for the old one, in place.
+    r"""Takes one damped Newton step on all losses and the quadratic that stands for the old one, in place.
 
     The quadratic is that of the pull-back, with the gradient that was left where it was made:
 
     .. math::
-        N_{new} L_{new}(W) + N_{old} \Big(\langle R, W - W^* \rangle
+        \sum_i N_i L_i(W) + (1 - t) N_{old} \Big(\langle R, W - W^* \rangle
         + \tfrac{2 \kappa}{2} \operatorname{tr}\big((W - W^*) C (W - W^*)^\top\big)\Big)
 
     It is the limit of gate and pull-back for a layer that nothing follows: for squared error, undamped and with inputs
@@ -39,28 +57,30 @@ def settle(
 
     Args:
         layer: the network's last, a linear one.
-        gradient: of an experience's mean loss in its weights, and bias if it has one: shape (out, d).
-        moment: the mean second moment of its input vectors there, shape (d, d).
-        samples: how many the experience has.
-        curvature: the loss's in the outputs, 0-dim.
+        losses: the present experience's first; stored samples', for t of the old ones.
         old: what was consolidated; None takes no step.
         old_curvature: the loss's then, 0-dim.
+        trust: t, how much of the old loss stored samples stand for, 0 to 1.
         damping: of the step, in units of the Hessian's mean eigenvalue.
 
     Returns:
         R, the mean gradient that is left, of old and new loss: shape (out, d).
     """
+    kind = losses[0].gradient.dtype
+    gradient = sum(loss.weight * loss.gradient.double() for loss in losses)
+    hessian = sum(loss.weight * loss.curvature * loss.moment.double() for loss in losses)
+    total = sum(loss.weight for loss in losses)
     if old is None:
-        return gradient
-    kind, gradient, hessian = gradient.dtype, samples * gradient.double(), samples * curvature * moment.double()
-    vectors, weight = old.vectors.double(), _OLD_WEIGHT * old_curvature * old.samples
+        return (gradient / total).to(kind)
+    kept = (1 - trust) * old.samples
+    vectors, weight = old.vectors.double(), _OLD_WEIGHT * old_curvature * kept
     n = len(old.anchor)  # fewer output units than now where a head has grown
     drift = (along(layer, old.vectors)[:n] - old.anchor).double()
     gradient[:n] += weight * (drift * old.eigenvalues) @ vectors.T
     if old.residual is not None:
-        gradient[:n] += old.samples * old.residual
+        gradient[:n] += kept * old.residual
     beyond = torch.eye(len(vectors), dtype=vectors.dtype, device=vectors.device) - vectors @ vectors.T
     hessian += weight * ((vectors * old.eigenvalues) @ vectors.T + old.rest * beyond)
     step = newton_step(gradient, hessian, damping)
     set_weights(layer, weights_and_bias(layer) + step.to(kind))
-    return ((gradient + step @ hessian) / (samples + old.samples)).to(kind)
+    return ((gradient + step @ hessian) / (total + kept)).to(kind)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from avalanche_sp.activity import some_inputs
 from avalanche_sp.gates import loss_curvature
 from avalanche_sp.layers import GatedLayer
+from avalanche_sp.readout import ReadoutLoss
 
 __all__ = ["Recorded", "curvature_of", "readout_errors", "record_activity"]
 
@@ -40,6 +41,13 @@ class Recorded:
     readout: str | None = None
     gradient: Tensor | None = None
 
+    def readout_loss(self, weight: float) -> ReadoutLoss | None:
+        """The loss in the readout's weights, so many samples' worth; None where there is no readout."""
+        if self.gradient is None:
+            return None
+        x = self.inputs[self.readout]
+        return ReadoutLoss(self.gradient, x.T @ x / len(x), self.curvature, weight)
+
 
 def curvature_of(criterion: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor) -> Tensor:
     """The loss's mean curvature in the outputs (n, C), 0-dim.
@@ -58,9 +66,13 @@ def curvature_of(criterion: Callable[[Tensor, Tensor], Tensor], outputs: Tensor,
 
 
 def record_activity(
-    strategy, layers: Mapping[str, GatedLayer], samples: int, criterion: Callable[[Tensor, Tensor], Tensor] | None
+    strategy,
+    dataset,
+    layers: Mapping[str, GatedLayer],
+    samples: int,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> Recorded:
-    """Runs samples of the strategy's experience, evenly spread over it, through its network as it is now.
+    """Runs samples of an Avalanche dataset, evenly spread over it, through the strategy's network as it is now.
 
     Leaves the modules' modes and the global random state alone.
 
@@ -73,7 +85,7 @@ def record_activity(
         TypeError: a loss is given and the network's output is not one tensor.
         FloatingPointError: an input is not finite.
     """
-    model, dataset = strategy.model, strategy.experience.dataset
+    model = strategy.model
     activity: dict[str, list[Tensor]] = {}
     vectors_seen: dict[str, int] = {}
     curvatures: list[Tensor] = []

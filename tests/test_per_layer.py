@@ -19,7 +19,7 @@ def continuous_is_every_512_samples(monkeypatch):
     monkeypatch.setattr(boundaries, "_CHUNK", 512)
 
 
-DEFAULTS = {"openness": 0.5, "pull_back": 1.0, "rank": 64}
+DEFAULTS = {"openness": 0.5, "pull_back": 1.0, "rank": 48}
 
 
 def trained(benchmark, plugin, optimizer=None, replay=(), model=None):
@@ -59,7 +59,7 @@ def test_the_first_pattern_that_matches_counts_and_others_take_the_default():
         0.5, 0.1, 0.1, 0.5,
     ]  # fmt: skip
     assert [value_of(plugin.pull_back, n) for n in ("features.0", "head")] == [0.0, 0.0]
-    assert [value_of(plugin.rank, n) for n in ("features.0", "Features.0", "head")] == [8, 64, 64]
+    assert [value_of(plugin.rank, n) for n in ("features.0", "Features.0", "head")] == [8, 48, 48]
     empty = SelectivePlasticityPlugin(openness={}, pull_back={}, rank={})
     assert {name: value_of(getattr(empty, name), "any") for name in DEFAULTS} == DEFAULTS
 
@@ -69,7 +69,7 @@ def test_each_layer_is_gated_as_it_is_told(split2):
     trained(split2, plugin)
     alike = SelectivePlasticityPlugin(openness=0.05)
     trained(split2, alike)
-    assert {n: a.vectors.shape[1] for n, a in plugin.layers.items()} == {"1": 64, "3": 7, "5": 12}
+    assert {n: a.vectors.shape[1] for n, a in plugin.layers.items()} == {"1": 48, "3": 7, "5": 12}
     for name, openness in {"1": 0.05, "3": 5.0, "5": 0.5}.items():
         a = plugin.layers[name]
         expected = a.eigenvalues / (a.eigenvalues + openness * a.mean_eigenvalue)
@@ -153,4 +153,4 @@ def test_convolutions_take_settings_by_name(split2):
     )
     plugin = SelectivePlasticityPlugin(rank={"0": 5, "2": 9}, openness={"0": 0.05})
     trained(split2, plugin, model=model)
-    assert {n: a.vectors.shape[1] for n, a in plugin.layers.items()} == {"0": 5, "2": 9, "5": 64}
+    assert {n: a.vectors.shape[1] for n, a in plugin.layers.items()} == {"0": 5, "2": 9, "5": 48}

@@ -10,7 +10,7 @@ from avalanche.training.plugins import LwFPlugin, ReplayPlugin, SupervisedPlugin
 from torch import nn
 
 from avalanche_sp import JointReplayLoss, OneHotMSELoss, SelectivePlasticityOptimizer, SelectivePlasticityPlugin
-from avalanche_sp.replay import stream_rows
+from avalanche_sp.replay import stream_rows, times_as_closed, times_as_open, trust_in
 
 from conftest import mlp, strategy_of, weights
 
@@ -55,7 +55,7 @@ class Spy(SelectivePlasticityPlugin):
             for name, layer in linear_layers(strategy.model).items():
                 self.drift[name] = weight_and_bias(layer) - self.anchors[name]
         if self.layers and self.steps % 8 == 0 and self.layers["1"].rough_anchor is not None:
-            alike = self.likeness(self.layers["1"]) ** 2  # which data feeds
+            alike = self.likeness(self.layers["1"]) ** 1.5  # which data feeds
             for name, layer in linear_layers(strategy.model).items():
                 self.beyond[name] = alike * (weight_and_bias(layer) - four_bits(self.anchors[name]))
 
@@ -99,11 +99,13 @@ class Spy(SelectivePlasticityPlugin):
             v = activity.vectors.numpy().astype(np.float64)
             f = activity.closed.numpy().astype(np.float64)
             stored = len(strategy.dataloader.datasets[1]) if n < len(inputs) else 0
-            classes = 2 * strategy.clock.train_exp_counter
-            opening = 1 + (stored / classes / 2) ** 1.5
+            stored /= 2 * strategy.clock.train_exp_counter  # of each class
+            opening = 1 + (stored / 12) ** 2
+            old = self.seen / len(strategy.experience.dataset)  # samples for each new one
+            fading = opening**2 * (1 + old * stored / (stored + 50))
             mean = activity.mean_eigenvalue.item()
             rest = (len(v) * mean - activity.eigenvalues.sum().item()) / (len(v) - v.shape[1])
-            f_rest = rest / (rest + (0.4 * opening if stored else 1) * self.openness * mean)
+            f_rest = rest / (rest + opening * self.openness * mean)
             total = np.zeros((layer.out_features, layer.in_features + 1))
             for i in range(len(inputs)):
                 x_i = np.append(inputs[i].numpy(), 1.0).astype(np.float64)
@@ -114,13 +116,12 @@ class Spy(SelectivePlasticityPlugin):
                     x_i = v @ ((1 - f) * kept) + (1 - f_rest) * (x_i - v @ kept)
                 total += np.outer(delta[i].numpy(), x_i)
             if name in self.drift:
-                ratio = self.every(strategy) * self.seen / len(strategy.experience.dataset)
                 c = v @ np.diag(activity.eigenvalues.numpy().astype(np.float64)) @ v.T
-                pull = 2 * self.pull_back * ratio / opening**2 * self.drift.pop(name) @ c
+                pull = 2 * self.pull_back * self.every(strategy) * old / fading * self.drift.pop(name) @ c
                 total += pull - pull @ v @ np.diag(f) @ v.T
-            if name in self.beyond and not stored:
+            if name in self.beyond:
                 drift = self.beyond.pop(name)
-                weight = 0.1 * 8 * 2 * self.pull_back * min(20, self.seen / len(strategy.experience.dataset))
+                weight = 0.15 * 8 * 2 * self.pull_back * min(20, old) / fading
                 total += weight * rest * (1 - f_rest) * (drift - drift @ v @ v.T)
                 self.pulled_beyond = True
             self.expected.append((layer, total))
@@ -142,7 +143,7 @@ def test_gradients_equal_gating_every_stream_sample(split5, replay, pull_back):
     criterion = JointReplayLoss(OneHotMSELoss()) if replay else OneHotMSELoss()
     trained(split5, plugins, criterion=criterion, batch=20)
     assert spy.compared > 50
-    assert spy.pulled_beyond == (pull_back > 0 and not replay)  # stored samples show what would be forgotten
+    assert spy.pulled_beyond == (pull_back > 0)
 
 
 def test_what_remembers_all_its_weights_and_what_is_fed_by_data(split2):
@@ -415,3 +416,13 @@ def test_a_loss_that_is_not_finite_raises_before_the_step(split2):
     with pytest.raises(FloatingPointError, match="the loss is nan at iteration 3 of training experience 0"):
         strategy.train(split2.train_stream[0])
     assert weights(strategy.model).isfinite().all()
+
+
+def test_a_memory_of_next_to_nothing_changes_next_to_nothing():
+    """Every rule for stored samples begins where there are none."""
+    assert trust_in(0) == 0 and times_as_open(0) == 1
+    assert [times_as_closed(epoch, 0) for epoch in range(3)] == [1, 2**5, 3**5]
+    assert trust_in(1e9) == pytest.approx(1) and times_as_closed(9, 1e9) == pytest.approx(1)
+    counts = [0, 1, 10, 100, 1000]
+    assert sorted(map(trust_in, counts)) == list(map(trust_in, counts))
+    assert sorted(map(times_as_open, counts)) == list(map(times_as_open, counts))

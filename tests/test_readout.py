@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from avalanche_sp import OneHotMSELoss, SelectivePlasticityPlugin, boundaries
+from avalanche_sp import JointReplayLoss, OneHotMSELoss, SelectivePlasticityPlugin, boundaries
 from avalanche_sp.activity import LayerActivity
 from avalanche_sp.gates import newton_step
-from avalanche_sp.readout import settle
+from avalanche_sp.readout import ReadoutLoss, settle
 
 from conftest import mlp, strategy_of
 
@@ -47,7 +47,8 @@ def settled(layer, x, y, old, rank, damping=0.05):
     ones = torch.cat([x, torch.ones(len(x), 1).double()], 1).float()
     gradient = 2 * (layer(x.float()).detach() - y.float()).T @ ones / len(x)
     kappa = torch.tensor(2.0)
-    residual = settle(layer, gradient, ones.T @ ones / len(x), len(x), kappa, old, kappa, damping)
+    losses = [ReadoutLoss(gradient, ones.T @ ones / len(x), kappa, len(x))]
+    residual = settle(layer, losses, old, kappa, damping=damping)
     empty = LayerActivity.empty(ones.shape[1], ones)
     return (old or empty).merged(layer, ones, 1.0, len(x), rank, residual=residual)
 
@@ -88,6 +89,50 @@ def test_it_is_the_step_that_its_docstring_says():
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("joint", [True, False], ids=["joint loss", "plain loss"])
+@pytest.mark.parametrize("first", [True, False], ids=["replay before", "replay after"])
+def test_beside_a_memory_it_is_settled_on_the_stored_samples_too(split5, joint, first):
+    """Each class's 15 stand for 15 / 65 of the old loss, the quadratic for the rest."""
+    memory, criterion = ReplayPlugin(60), OneHotMSELoss()
+
+    class Check(SelectivePlasticityPlugin):
+        def after_training_exp(self, strategy, **kwargs):
+            layer, old = strategy.model[5], copy.copy(self.layers.get("5"))
+            w = torch.cat([layer.weight, layer.bias.unsqueeze(1)], 1).detach().double().numpy()
+            if strategy.clock.train_exp_counter == 2:
+                loader = strategy.dataloader
+                self.expected = self.step(strategy, w, old, loader.datasets[0], loader.datasets[1])
+            super().after_training_exp(strategy, **kwargs)
+            self.found = torch.cat([layer.weight, layer.bias.unsqueeze(1)], 1).detach().double().numpy()
+
+        def step(self, strategy, w, old, stream, stored):
+            def seen(dataset):
+                x, y = (torch.stack([torch.as_tensor(row[i]) for row in dataset]) for i in (0, 1))
+                with torch.no_grad():
+                    hidden = strategy.model[:5](x)
+                ones = torch.cat([hidden, torch.ones(len(x), 1)], 1).double().numpy()
+                return ones, np.eye(10)[y.numpy()]
+
+            (x, y), (m, z) = seen(stream), seen(stored)
+            assert (len(x), len(m)) == (600, 60)
+            t, n = 15 / 65, 1200
+            v, values, anchor = (a.double().numpy() for a in (old.vectors, old.eigenvalues, old.anchor))
+            rest, d = float(old.rest), len(v)
+            gradient = 2 * (x @ w.T - y).T @ x + 2 * t * n / 60 * (m @ w.T - z).T @ m
+            gradient += (1 - t) * n * (old.residual.numpy() + 4 * (w @ v - anchor) * values @ v.T)
+            hessian = 2 * x.T @ x + 2 * t * n / 60 * m.T @ m
+            hessian += (1 - t) * n * 4 * (v * values @ v.T + rest * (np.eye(d) - v @ v.T))
+            return w - gradient @ np.linalg.inv(hessian + 0.05 * np.trace(hessian) / d * np.eye(d))
+
+    gate = Check(rank=10)
+    if joint:
+        criterion = JointReplayLoss(criterion, shrinkage=50)
+    strategy = strategy_of(mlp(), [memory, gate] if first else [gate, memory], criterion=criterion)
+    for part in split5.train_stream[:3]:
+        strategy.train(part)
+    np.testing.assert_allclose(gate.found, gate.expected, atol=1e-4)
+
+
 def moved(benchmark, model, experiences=2, criterion=None, others=(), **settings):
     """Which layers the end of the last experience moved."""
 
@@ -109,17 +154,17 @@ def test_the_readout_alone_is_settled_from_the_second_experience_on(split2):
     assert moved(split2, mlp(), experiences=1) == set()
     assert moved(split2, mlp()) == {"5"}
     assert moved(split2, mlp(), openness=1e9, pull_back=0.0) == {"5"}  # the step alone
+    assert moved(split2, mlp(), others=[ReplayPlugin(40)]) == {"5"}
 
 
 @pytest.mark.parametrize(
     "kwargs",
     [
         {"readout_step": False},
-        {"others": [ReplayPlugin(40)]},  # stored samples show what would be forgotten
         {"criterion": nn.CrossEntropyLoss()},  # a quadratic says little of it where it is far away
         {"openness": {"5": float("inf")}},
     ],
-    ids=["off", "replay", "cross-entropy", "ungated"],
+    ids=["off", "cross-entropy", "ungated"],
 )
 def test_where_nothing_is_settled(split2, kwargs):
     assert moved(split2, mlp(), **kwargs) == set()
@@ -143,8 +188,9 @@ class At:
         self.drift_detected = self.n in self.iterations
 
 
+@pytest.mark.parametrize("replay", [False, True])
 @pytest.mark.parametrize("consolidate", ["continuous", "surprise"])
-def test_where_boundaries_are_found_the_readout_alone_is_settled(split2, monkeypatch, consolidate):
+def test_where_boundaries_are_found_the_readout_alone_is_settled(split2, monkeypatch, consolidate, replay):
     monkeypatch.setattr(boundaries, "_CHUNK", 16 * 32)
     ends = []
     for settles in (True, False):
@@ -157,7 +203,8 @@ def test_where_boundaries_are_found_the_readout_alone_is_settled(split2, monkeyp
 
         detector = At(4, 20) if consolidate == "surprise" else None
         plugin = Until(consolidate=consolidate, detector=detector, readout_step=settles)
-        strategy = strategy_of(mlp(), [plugin], batch=16)
+        plugins = [plugin, ReplayPlugin(40)] if replay else [plugin]
+        strategy = strategy_of(mlp(), plugins, criterion=JointReplayLoss(OneHotMSELoss(), shrinkage=50), batch=16)
         torch.manual_seed(0)
         for part in split2.train_stream:
             strategy.train(part)

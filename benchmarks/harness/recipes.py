@@ -65,7 +65,7 @@ class Recipe:
         )
 
 
-SP_RANK = 64
+SP_RANK = 48
 PER_LAYER = {"openness", "pull_back", "rank"}
 _SP = {"openness": 0.5, "pull_back": 1.0, "rank": SP_RANK}  # the plugin's defaults
 # Learning rates for networks other than perceptrons.
@@ -73,7 +73,7 @@ RATES_BY_NETWORK = {"cnn": {"sp": 0.02, "sp-both": 1.5e-4}}
 _BESIDE_REPLAY = {
     "loss": "squared error",
     "plugins": ("replay", "sp"),
-    "settings": _SP | {"shrinkage": 10.0},
+    "settings": _SP | {"shrinkage": 50.0},
     "joint_weight": True,
 }
 

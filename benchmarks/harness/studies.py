@@ -198,6 +198,7 @@ ABLATIONS = {
             Row(OURS, (("plasticity_k", 0.0),), "the same, the optimizer's gate off"),
             Row(OURS, (("openness", math.inf), ("plasticity_k", 0.0)), "the same, both gates off"),
             Row(OURS, (("pull_back", 0.0),), "the same, the pull-back off"),
+            Row(OURS, (("readout_step", 0.0),), "the same, the readout not settled"),
             Row(OURS, (("shrinkage", 0.0),), "the same, a small memory at its full weight"),
             Row("sp-replay-sgd", label="the plugin with SGD"),
             Row("replay-gated", label="SGD with one constant gate"),
