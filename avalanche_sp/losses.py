@@ -54,7 +54,7 @@ class JointReplayLoss(SupervisedPlugin):
     Args:
         criterion: loss of (outputs, targets), averaged over the batch.
         shrinkage: stored samples a class at which the memory has half of its joint weight, 0 or more (default 0: all
-            of it, as replay alone wants it). 10 beside
+            of it, as replay alone wants it). 50 beside
             :class:`~avalanche_sp.SelectivePlasticityPlugin` (``docs/experiments.md``).
         follow: a :class:`~avalanche_sp.SelectivePlasticityPlugin` with ``consolidate="surprise"`` or
             ``"continuous"``, for online streams (``docs/boundaries.md``). Default: an experience is what Avalanche
@@ -91,7 +91,10 @@ class JointReplayLoss(SupervisedPlugin):
             self._memory_weight = ratio * memory / (memory + self.shrinkage * classes)
 
     def before_update(self, strategy, **kwargs):
-        self._stream_rows = None  # an evaluation, or a look at some samples, may come before the iteration ends
+        self._stream_rows = None  # a look at some samples may come before the iteration ends
+
+    def before_eval_iteration(self, strategy, **kwargs):
+        self._stream_rows = None  # where an error or an interrupt left an iteration unfinished
 
     def after_training_exp(self, strategy, **kwargs):
         self.samples_seen += len(strategy.experience.dataset)

@@ -188,7 +188,6 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._running_surprise = RunningSurprise()
         self._drift = DriftWatch(self.pull_back)
         # For the present epoch.
-        self._has_memory = False
         self._trust = 0.0  # how much of the old loss the memory stands for
         self._protected: dict[str, GatedLayer] = {}  # the layers whose gate isn't switched off
         self._gated: list[tuple[str, GatedLayer, LayerActivity]] = []  # and those that something is consolidated for
@@ -245,7 +244,6 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         stored = memory / max(self.classes_seen, 1)
         opening = times_as_open(stored)
         self._trust = trust_in(stored)
-        self._has_memory = memory > 0
         if self._stream is None:
             ratio = self._samples_seen / len(strategy.experience.dataset)
             self._drift.iteration = 0
@@ -254,7 +252,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             ratio = len(self.consolidated_at)  # what comes next is as long as what came before, for all we know
         self._protected = protected_layers(strategy.model, self.openness)
         self._gated = [(n, m, self.layers[n]) for n, m in self._protected.items() if n in self.layers]
-        holds_norms = self.layers and not self._has_memory
+        holds_norms = self.layers and not memory
         self._norms = [m for m in strategy.model.modules() if isinstance(m, NORMALISATION)] if holds_norms else []
         taken_back = 0.0 if steps_along_gradient(strategy.optimizer) else 1 - self._trust
         times = opening / times_as_closed(strategy.clock.train_exp_epochs, stored)
@@ -406,10 +404,11 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     ) -> Tensor | None:
         """Settles the readout on a new loss and the old one, of which stored samples stand for their part."""
         old, losses = self.layers.get(name), [loss]
-        for memory in memories_of(strategy) if old is not None else ():
+        seen = old.samples if old is not None else 0
+        for memory in memories_of(strategy) if seen else ():
             stored = record_activity(
                 strategy, memory, {name: layer}, self.consolidation_samples, strategy._criterion
-            ).readout_loss(self._trust * old.samples * len(memory) / memory_size(strategy))
+            ).readout_loss(self._trust * seen * len(memory) / memory_size(strategy))
             if stored is None:  # several heads, for instance
                 return None
             losses.append(stored)

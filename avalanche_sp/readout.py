@@ -67,8 +67,8 @@ def settle(
         R, the mean gradient that is left, of old and new loss: shape (out, d).
     """
     kind = losses[0].gradient.dtype
-    gradient = sum(loss.weight * loss.gradient.double() for loss in losses)
-    hessian = sum(loss.weight * loss.curvature * loss.moment.double() for loss in losses)
+    gradient = torch.stack([loss.weight * loss.gradient.double() for loss in losses]).sum(0)
+    hessian = torch.stack([loss.weight * loss.curvature * loss.moment.double() for loss in losses]).sum(0)
     total = sum(loss.weight for loss in losses)
     if old is None:
         return (gradient / total).to(kind)

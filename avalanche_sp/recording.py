@@ -43,7 +43,7 @@ class Recorded:
 
     def readout_loss(self, weight: float) -> ReadoutLoss | None:
         """The loss in the readout's weights, so many samples' worth; None where there is no readout."""
-        if self.gradient is None:
+        if self.readout is None or self.gradient is None:
             return None
         x = self.inputs[self.readout]
         return ReadoutLoss(self.gradient, x.T @ x / len(x), self.curvature, weight)

@@ -58,6 +58,26 @@ def test_joint_replay_weighs_the_memory_by_what_it_stands_for(split5, shrinkage)
     assert sorted(set(seen)) == ([1, 2, 3, 4] if shrinkage == 0 else [0.5, 2 / 3, 0.75, 0.8])
 
 
+def test_an_evaluation_after_an_interrupt_weighs_all_rows_alike(split5):
+    class Interrupt(JointReplayLoss):
+        armed = False
+
+        def before_backward(self, strategy, **kwargs):
+            if self.armed and memory_size(strategy):
+                raise KeyboardInterrupt
+
+        def after_eval_iteration(self, strategy, **kwargs):
+            torch.testing.assert_close(strategy.loss, nn.functional.cross_entropy(strategy.mb_output, strategy.mb_y))
+
+    criterion = Interrupt(nn.CrossEntropyLoss())
+    strategy = strategy_of(mlp(), [ReplayPlugin(50)], criterion=criterion)
+    strategy.train(split5.train_stream[0])
+    criterion.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(split5.train_stream[1])
+    strategy.eval(split5.test_stream[:1])
+
+
 def test_on_an_online_stream_it_follows_what_the_plugin_found(split5, monkeypatch):
     """With mini-batches for experiences, the old is what was consolidated; until then stream and memory weigh alike."""
     monkeypatch.setattr(boundaries, "_CHUNK", 320)
