@@ -42,6 +42,9 @@ from avalanche_sp.replay import (
 
 __all__ = ["SelectivePlasticityPlugin"]
 
+# Eigenvectors kept a layer. Each merge cuts to as many again, so more merges, of sketches, take more.
+_RANK = {"experience": 48, "surprise": 64, "continuous": 64}
+
 
 class SelectivePlasticityPlugin(SupervisedPlugin):
     r"""Coincidence gate: a synapse changes only where its input is not claimed by what was learned before.
@@ -112,7 +115,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             faster and keep less of the old. ``math.inf`` switches the gate off: training is then bit for bit what it
             is without the plugin. So a single layer is left alone, too, and nothing is kept for it.
         pull_back: weight of the pull-back, 0 or more (default 1); 0 leaves the gate alone.
-        rank: eigenvectors kept a layer, 1 or more (default 48).
+        rank: eigenvectors kept a layer, 1 or more (default 48, or 64 where the plugin finds out when to consolidate).
         consolidation_samples: samples of an experience, evenly spread over it, that are run through the network
             at its end, 1 or more (default 5000).
         consolidate: when to. ``"experience"`` (default): at the end of every experience. ``"surprise"``: when the
@@ -149,7 +152,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self,
         openness: PerLayer[float] = 0.5,
         pull_back: PerLayer[float] = 1.0,
-        rank: PerLayer[int] = 48,
+        rank: PerLayer[int] | None = None,
         consolidation_samples: int = 5000,
         consolidate: Literal["experience", "surprise", "continuous"] = "experience",
         detector: ChangeDetector | None = None,
@@ -168,7 +171,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             raise ValueError(f"Invalid detector: consolidate={consolidate!r} detects nothing (allowed: None)")
         self.openness = per_layer("openness", openness, 0.5)
         self.pull_back = per_layer("pull_back", pull_back, 1.0)
-        self.rank = per_layer("rank", rank, 48)
+        self.rank = per_layer("rank", _RANK[consolidate] if rank is None else rank, _RANK[consolidate])
         self.consolidation_samples = consolidation_samples
         self.consolidate = consolidate
         self.readout_step = readout_step

@@ -64,6 +64,15 @@ def test_the_first_pattern_that_matches_counts_and_others_take_the_default():
     assert {name: value_of(getattr(empty, name), "any") for name in DEFAULTS} == DEFAULTS
 
 
+@pytest.mark.parametrize("consolidate, rank", [("experience", 48), ("surprise", 64), ("continuous", 64)])
+def test_the_default_rank_depends_on_how_often_something_is_merged(consolidate, rank):
+    plugin = SelectivePlasticityPlugin(consolidate=consolidate)
+    assert value_of(plugin.rank, "head") == rank
+    some = SelectivePlasticityPlugin(consolidate=consolidate, rank={"features.*": 8})
+    assert [value_of(some.rank, n) for n in ("features.0", "head")] == [8, rank]
+    assert value_of(SelectivePlasticityPlugin(consolidate=consolidate, rank=5).rank, "head") == 5
+
+
 def test_each_layer_is_gated_as_it_is_told(split2):
     plugin = SelectivePlasticityPlugin(openness={"1": 0.05, "3": 5.0}, rank={"3": 7, "5": 12})
     trained(split2, plugin)

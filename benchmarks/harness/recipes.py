@@ -254,7 +254,8 @@ for _tuned in RECIPES.values():
         for _name in ("sp", "sp-both", "sp-replay"):
             for _when in ("surprise", "continuous") if _name in _recipes else ():
                 _plugins = tuple(f"sp-{_when}" if p == "sp" else p for p in _recipes[_name].plugins)
-                _recipes[f"{_name}-{_when}"] = replace(_recipes[_name], plugins=_plugins)
+                _settings = _recipes[_name].settings | {"rank": 64}  # the plugin's default there
+                _recipes[f"{_name}-{_when}"] = replace(_recipes[_name], plugins=_plugins, settings=_settings)
 
 # With a head for each task, where one head's settings are not good enough: docs/experiments.md.
 TASK_INCREMENTAL_RECIPES = {
