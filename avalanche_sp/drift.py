@@ -121,8 +121,10 @@ class DriftWatch:
 
     @torch.no_grad()
     def _look_beyond(self) -> None:
+        if all(activity.rough_anchor is None for _, _, activity in self._gated):
+            return
         alike = [activity.likeness for _, _, activity in self._gated if activity.fed_by_data]
-        if not alike or all(activity.rough_anchor is None for _, _, activity in self._gated):
+        if not alike:
             return
         likeness = torch.stack(alike).mean() ** 1.5
         for name, layer, activity in self._gated:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
-from avalanche_sp.replay import classes_of, memory_size, stream_rows
+from avalanche_sp.replay import classes_of, memory_size, stream_rows, trust_in
 
 __all__ = ["OneHotMSELoss", "JointReplayLoss"]
 
@@ -88,7 +88,7 @@ class JointReplayLoss(SupervisedPlugin):
             ratio, classes = max(len(self.follow.consolidated_at), 1), max(self.follow.classes_seen, 1)
         if memory and ratio:
             self._stream_rows = stream_rows(strategy)
-            self._memory_weight = ratio * memory / (memory + self.shrinkage * classes)
+            self._memory_weight = ratio * trust_in(memory / classes, self.shrinkage)
 
     def before_update(self, strategy, **kwargs):
         self._stream_rows = None  # a look at some samples may come before the iteration ends

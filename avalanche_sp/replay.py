@@ -23,9 +23,14 @@ _OPENING = 12
 _RICH = 200
 
 
-def trust_in(stored: float) -> float:
-    """How much of the old loss a memory stands for, 0 to 1, with so many samples of each class of each experience."""
-    return stored / (stored + _TRUSTED)
+def trust_in(stored: float, half: float = _TRUSTED) -> float:
+    """How much of the old loss a memory stands for, 0 to 1, with so many samples of each class of each experience.
+
+    Args:
+        stored: so many.
+        half: with how many it is half.
+    """
+    return stored / (stored + half)
 
 
 def times_as_open(stored: float) -> float:
