@@ -132,7 +132,7 @@ class StreamWatch:
         self.iteration = 0
         self._queue: list[Tensor] = []  # the losses since the last look: read together, one device sync a look
         self._called: list[tuple[str, GatedLayer, Tensor, Tensor]] = []  # in this iteration, with input and output
-        self._curvature = torch.zeros(())
+        self._curvature, self._square = torch.zeros(()), torch.zeros(())
         self._learned: set[str] = set()  # layers whose input comes from something that learns
         self._rows: dict[str, float] = {}  # input vectors that a sample gives a weight
         self._weights: dict[str, Tensor] = {}  # at the last calm look
@@ -143,7 +143,7 @@ class StreamWatch:
     def _start(self) -> None:
         self.samples = 0  # of the stream, since the last consolidation
         self.classes: set[int] = set()  # among those looked at
-        self.curvature = torch.zeros(())
+        self.curvature, self.square = torch.zeros(()), torch.zeros(())  # of loss and targets, means over the looks
         self.readout: str | None = None
         self.looks = 0
         self.moments: dict[str, Moment] = {}
@@ -201,7 +201,9 @@ class StreamWatch:
         if readout is None:
             return None, None
         self.readout = readout
-        return readout, (made - errors / self._curvature).float()
+        wanted = (made - errors / self._curvature).float()
+        self._square = wanted.square().sum(1).mean()
+        return readout, wanted
 
     @torch.no_grad()
     def look(self, strategy, layers: Mapping[str, GatedLayer]) -> bool:
@@ -226,6 +228,7 @@ class StreamWatch:
         self.classes.update(strategy.mb_y[: stream_rows(strategy)].flatten().tolist())
         if self.measure_loss:
             self.curvature = self.curvature + (self._curvature - self.curvature) / self.looks
+            self.square = self.square + (self._square - self.square) / self.looks
         if self.losses is not None:
             self._weights = {n: weights_and_bias(layer) for n, layer in layers.items()}
             self._norms = {n: [t.clone() for t in held] for n, held in _held_by_norms(strategy.model).items()}
@@ -264,12 +267,7 @@ class StreamWatch:
                 moment = self.moments[name]
                 x, old, residual = moment.factor(), activities.get(name), None
                 if settles is not None and name == self.readout:
-                    second = x.T @ x / len(x)
-                    known = torch.linalg.qr(x.T).Q  # the sketch knows these directions, the targets all
-                    made = weights_and_bias(layer) @ second
-                    gradient = self.curvature * (made - _grown(moment.targets, len(made)) @ known @ known.T)
-                    loss = ReadoutLoss(gradient, second, self.curvature, self.samples)
-                    residual = settles(name, layer, loss, _DAMPING)
+                    residual = settles(name, layer, self._readout_loss(layer, moment, x), _DAMPING)
                 activities[name] = (old or LayerActivity.empty(x.shape[1], x)).merged(
                     layer,
                     x,
@@ -285,6 +283,13 @@ class StreamWatch:
             now.copy_(before)
         self._start()
         return changes
+
+    def _readout_loss(self, layer: GatedLayer, moment: Moment, x: Tensor) -> ReadoutLoss:
+        """The loss in the readout's weights, by its inputs' second moment, of factor ``x``, and what was wanted."""
+        weights, second = weights_and_bias(layer), x.T @ x / len(x)
+        known = torch.linalg.qr(x.T).Q  # the sketch knows these directions, the targets all
+        made, wanted = weights @ second, _grown(moment.targets, len(weights)) @ known @ known.T
+        return ReadoutLoss(self.curvature * (made - wanted), second, self.curvature, self.square, self.samples)
 
 
 def _held_by_norms(model: nn.Module) -> dict[str, list[Tensor]]:

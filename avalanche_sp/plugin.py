@@ -71,14 +71,15 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     where :math:`\kappa` is the loss's measured curvature in its outputs and the ratio is at most 20. So more steps
     don't add up to more leakage. It pulls every few iterations, 8 at most, as many times as hard. Along all other
-    directions it pulls, too, towards :math:`W^*` to four bits, with :math:`C = 0.1\, a^2 \rho\, (I - V V^\top)`, a
+    directions it pulls, too, towards :math:`W^*` to four bits, with :math:`C = 0.15\, a^{1.5} \rho\, (I - V V^\top)`, a
     being how alike the stream is to what was consolidated, beyond chance (:func:`~avalanche_sp.gates.likeness`), at the
     layers that are fed by data, not by something that learns. And each further epoch over an experience, which brings
     little that is new, opens the gate less: its e-th with :math:`\alpha / e^5`.
 
     When a later experience ends, the readout, the last linear layer, is settled: it takes one damped Newton step on the
-    experience's loss, if that is quadratic in the outputs as squared error is, and the old ones' quadratic
-    (:func:`avalanche_sp.readout.settle`). So a task that had few or small steps is read out as well as the others.
+    experience's loss, if that is quadratic in the outputs as squared error is, and the old ones' quadratic, as far as
+    the new loss gains by it (:func:`avalanche_sp.readout.settle`). So a task that had few or small steps is read out as
+    well as the others.
 
     No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs, and four bits a weight.
 

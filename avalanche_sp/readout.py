@@ -16,6 +16,9 @@ __all__ = ["ReadoutLoss", "settle"]
 
 # How hard the old loss's quadratic holds, against its own: the network that makes its inputs has moved since.
 _OLD_WEIGHT = 2
+# The step is taken whole where it would lower the samples' losses by this share of what silent outputs would cost, and
+# in proportion where by less. What it gains there is known; what the quadratic promises isn't.
+_WHOLE = 0.05
 
 
 @dataclass
@@ -26,12 +29,14 @@ class ReadoutLoss:
         gradient: of its mean over samples in the weights, and bias if there is one: shape (out, d).
         moment: the mean second moment of the readout's input vectors, shape (d, d).
         curvature: of the loss in the outputs, 0-dim.
+        wanted: the mean squared norm of the outputs that it would have, 0-dim.
         weight: how many samples it stands for.
     """
 
     gradient: Tensor
     moment: Tensor
     curvature: Tensor
+    wanted: Tensor
     weight: float
 
 
@@ -52,8 +57,14 @@ def settle(
         \sum_i N_i L_i(W) + (1 - t) N_{old} \Big(\langle R, W - W^* \rangle
         + \tfrac{2 \kappa}{2} \operatorname{tr}\big((W - W^*) C (W - W^*)^\top\big)\Big)
 
-    It is the limit of gate and pull-back for a layer that nothing follows: for squared error, undamped and with inputs
-    that don't move, recursive least squares (``docs/theory.md``, 4e).
+    It goes s of the way, as far as the samples need it: q is what the whole step would take away of their losses, to
+    first order and halved, as Newton steps gain, in units of what outputs of zero would cost, and
+
+    .. math::
+        s = t + (1 - t) \min(1, q / 0.05)
+
+    Whole, it is the limit of gate and pull-back for a layer that nothing follows: for squared error, undamped and with
+    inputs that don't move, recursive least squares (``docs/theory.md``, 4e).
 
     Args:
         layer: the network's last, a linear one.
@@ -67,20 +78,24 @@ def settle(
         R, the mean gradient that is left, of old and new loss: shape (out, d).
     """
     kind = losses[0].gradient.dtype
-    gradient = torch.stack([loss.weight * loss.gradient.double() for loss in losses]).sum(0)
+    shown = torch.stack([loss.weight * loss.gradient.double() for loss in losses]).sum(0)
     hessian = torch.stack([loss.weight * loss.curvature * loss.moment.double() for loss in losses]).sum(0)
     total = sum(loss.weight for loss in losses)
     if old is None:
-        return (gradient / total).to(kind)
+        return (shown / total).to(kind)
     kept = (1 - trust) * old.samples
     vectors, weight = old.vectors.double(), _OLD_WEIGHT * old_curvature * kept
     n = len(old.anchor)  # fewer output units than now where a head has grown
     drift = (along(layer, old.vectors)[:n] - old.anchor).double()
+    gradient = shown.clone()
     gradient[:n] += weight * (drift * old.eigenvalues) @ vectors.T
     if old.residual is not None:
         gradient[:n] += kept * old.residual
     beyond = torch.eye(len(vectors), dtype=vectors.dtype, device=vectors.device) - vectors @ vectors.T
     hessian += weight * ((vectors * old.eigenvalues) @ vectors.T + old.rest * beyond)
     step = newton_step(gradient, hessian, damping)
+    silent = sum(loss.weight * loss.curvature * loss.wanted for loss in losses).clamp_min(torch.finfo(kind).tiny)
+    gain = -(shown * step).sum() / silent
+    step *= trust + (1 - trust) * (gain / _WHOLE).clamp(0, 1)
     set_weights(layer, weights_and_bias(layer) + step.to(kind))
     return ((gradient + step @ hessian) / (total + kept)).to(kind)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from avalanche_sp.activity import some_inputs
 from avalanche_sp.gates import loss_curvature
-from avalanche_sp.layers import GatedLayer
+from avalanche_sp.layers import GatedLayer, along
 from avalanche_sp.readout import ReadoutLoss
 
 __all__ = ["Recorded", "curvature_of", "readout_errors", "record_activity"]
@@ -32,6 +32,7 @@ class Recorded:
         readout: the linear layer whose output is the network's, but for masked units; None if there is none.
             Known only where the loss is quadratic in the outputs.
         gradient: the mean loss's gradient in the readout's weights (out, d); None where there is no readout.
+        wanted: the mean squared norm of the outputs that the loss would have, 0-dim; None where there is no readout.
     """
 
     inputs: dict[str, Tensor]
@@ -40,13 +41,14 @@ class Recorded:
     fed_by_data: set[str]
     readout: str | None = None
     gradient: Tensor | None = None
+    wanted: Tensor | None = None
 
     def readout_loss(self, weight: float) -> ReadoutLoss | None:
         """The loss in the readout's weights, so many samples' worth; None where there is no readout."""
-        if self.readout is None or self.gradient is None:
+        if self.readout is None or self.gradient is None or self.wanted is None:
             return None
         x = self.inputs[self.readout]
-        return ReadoutLoss(self.gradient, x.T @ x / len(x), self.curvature, weight)
+        return ReadoutLoss(self.gradient, x.T @ x / len(x), self.curvature, self.wanted, weight)
 
 
 def curvature_of(criterion: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor) -> Tensor:
@@ -144,6 +146,8 @@ def record_activity(
         x = recorded.inputs[readout]
         error = torch.cat([error for _, error in errors]).to(x.dtype)
         recorded.readout, recorded.gradient = readout, error.T @ x / len(x)
+        best = along(layers[readout], x.T).T - error / recorded.curvature
+        recorded.wanted = best.square().sum() / len(x)
     return recorded
 
 

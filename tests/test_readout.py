@@ -47,7 +47,7 @@ def settled(layer, x, y, old, rank, damping=0.05):
     ones = torch.cat([x, torch.ones(len(x), 1).double()], 1).float()
     gradient = 2 * (layer(x.float()).detach() - y.float()).T @ ones / len(x)
     kappa = torch.tensor(2.0)
-    losses = [ReadoutLoss(gradient, ones.T @ ones / len(x), kappa, len(x))]
+    losses = [ReadoutLoss(gradient, ones.T @ ones / len(x), kappa, y.float().square().sum() / len(x), len(x))]
     residual = settle(layer, losses, old, kappa, damping=damping)
     empty = LayerActivity.empty(ones.shape[1], ones)
     return (old or empty).merged(layer, ones, 1.0, len(x), rank, residual=residual)
@@ -56,6 +56,7 @@ def settled(layer, x, y, old, rank, damping=0.05):
 def test_undamped_it_is_recursive_least_squares(monkeypatch):
     """However many experiences came, with all directions kept: the solution on all their samples at once."""
     monkeypatch.setattr("avalanche_sp.readout._OLD_WEIGHT", 1)
+    monkeypatch.setattr("avalanche_sp.readout._WHOLE", 1e-9)  # whole steps
     torch.manual_seed(0)
     layer, old, parts = nn.Linear(5, 3), None, [experience(i, 40 + 10 * i, 5, 3) for i in range(4)]
     for x, y in parts:
@@ -67,13 +68,16 @@ def test_undamped_it_is_recursive_least_squares(monkeypatch):
     torch.testing.assert_close(found, solution, atol=1e-4, rtol=1e-3)
 
 
-def test_it_is_the_step_that_its_docstring_says():
+@pytest.mark.parametrize("learned", [True, False])
+def test_it_is_the_step_that_its_docstring_says(learned):
+    """Only part of it where training has left little to gain."""
     torch.manual_seed(0)
     layer, (x, y), (x2, y2) = nn.Linear(7, 2), experience(0, 30, 7, 2), experience(1, 50, 7, 2)
     old = settled(layer, x, y, None, rank=3)
     anchor = torch.cat([layer.weight, layer.bias.unsqueeze(1)], 1).detach().double().numpy()
     with torch.no_grad():
         layer.weight.add_(normal(9, 2, 7) / 5)  # training
+        y2 = layer(x2.float()).double() + y2 if learned else y2
     w = torch.cat([layer.weight, layer.bias.unsqueeze(1)], 1).detach().double().numpy()
     settled(layer, x2, y2, old, rank=3)
 
@@ -84,7 +88,11 @@ def test_it_is_the_step_that_its_docstring_says():
     leading = kept @ np.diag(values[-3:]) @ kept.T
     gradient = 2 * (ones2 @ w.T - y2.numpy()).T @ ones2 + 30 * (residual + 2 * 2 * (w - anchor) @ leading)
     hessian = 2 * ones2.T @ ones2 + 30 * 2 * 2 * (leading + rest * (np.eye(8) - kept @ kept.T))
-    expected = w - gradient @ np.linalg.inv(hessian + 0.05 * np.diag(hessian).mean() * np.eye(8))
+    step = -gradient @ np.linalg.inv(hessian + 0.05 * np.diag(hessian).mean() * np.eye(8))
+    error = ones2 @ w.T - y2.numpy()
+    gain = -np.sum(error.T @ ones2 * step) / np.sum(y2.numpy() ** 2)
+    assert 0.001 < gain < 0.04 if learned else gain > 0.06
+    expected = w + min(1, 20 * gain) * step
     found = torch.cat([layer.weight, layer.bias.unsqueeze(1)], 1).detach().double().numpy()
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
@@ -122,7 +130,11 @@ def test_beside_a_memory_it_is_settled_on_the_stored_samples_too(split5, joint, 
             gradient += (1 - t) * n * (old.residual.numpy() + 4 * (w @ v - anchor) * values @ v.T)
             hessian = 2 * x.T @ x + 2 * t * n / 60 * m.T @ m
             hessian += (1 - t) * n * 4 * (v * values @ v.T + rest * (np.eye(d) - v @ v.T))
-            return w - gradient @ np.linalg.inv(hessian + 0.05 * np.trace(hessian) / d * np.eye(d))
+            step = -gradient @ np.linalg.inv(hessian + 0.05 * np.trace(hessian) / d * np.eye(d))
+            errors = x @ w.T - y, m @ w.T - z
+            gain = -np.sum((errors[0].T @ x + t * n / 60 * errors[1].T @ m) * step)
+            gain /= np.sum(y**2) + t * n / 60 * np.sum(z**2)
+            return w + (t + (1 - t) * min(1, 20 * gain)) * step
 
     gate = Check(rank=10)
     if joint:
