@@ -99,7 +99,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     experience they stand for :math:`t = c / (c + 50)` of the old loss, as they do in
     ``JointReplayLoss(criterion, shrinkage=50)``, the loss to use with it. With :math:`o = 1 + (c / 12)^2` the openness
     is multiplied by o, the pull-back divided by :math:`o^2 (1 + t N_{old} / N_{new})`, and of what the steps do along
-    the claimed directions :math:`1 - t` is taken back. Further epochs close by :math:`e^{5 / (1 + (c/200)^2)}`. The
+    the claimed directions :math:`1 - t` is taken back. Further epochs close by :math:`e^{5 / (1 + (c/800)^2)}`. The
     readout is settled on the stored samples, too. All found on Split MNIST (``docs/experiments.md``). Normalisation
     layers go on learning.
 

@@ -20,7 +20,7 @@ __all__ = [
 # twice as far, and further epochs close it half as fast as without any. Found on Split MNIST: docs/experiments.md.
 _TRUSTED = 50
 _OPENING = 12
-_RICH = 200
+_RICH = 800
 
 
 def trust_in(stored: float, half: float = _TRUSTED) -> float:
