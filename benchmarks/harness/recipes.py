@@ -222,7 +222,7 @@ RECIPES["split-mnist"][5] |= {
 RECIPES["split-mnist"][2] |= {
     "a-gem": Recipe("SGD", 0.002, plugins=("a-gem",)),
     "gem": Recipe("SGD", 0.05, plugins=("gem",), settings={"memory_strength": 0.5}),
-    "gdumb": Recipe("SGD", {200: 0.2, 2000: 0.5}, plugins=("gdumb",), settings={"passes": 30.0}),
+    "gdumb": Recipe("SGD", {200: 0.2, 1000: 0.3}, plugins=("gdumb",), settings={"passes": 30.0}),
     "er-ace": Recipe("SGD", {200: 0.2, 2000: 0.3}, template="er-ace"),
     "der++": Recipe("SGD", {200: 0.05, 2000: 0.1}, settings={"alpha": 0.1, "beta": 1.0}, template="der++"),
     "cumulative": Recipe("Adam", 1e-3, template="cumulative"),
