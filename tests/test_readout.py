@@ -213,6 +213,10 @@ def test_where_boundaries_are_found_the_readout_alone_is_settled(split2, monkeyp
                 if len(self.consolidated_at) == 2 and not hasattr(self, "end"):
                     self.end = copy.deepcopy(strategy.model.state_dict())
 
+            def _settle(self, strategy, name, layer, loss, damping):
+                assert loss.wanted == pytest.approx(1)  # one-hot
+                return super()._settle(strategy, name, layer, loss, damping)
+
         detector = At(4, 20) if consolidate == "surprise" else None
         plugin = Until(consolidate=consolidate, detector=detector, readout_step=settles)
         plugins = [plugin, ReplayPlugin(40)] if replay else [plugin]
