@@ -198,7 +198,7 @@ class StreamWatch:
         name, layer, _, made = self._called[-1]
         made = made[:n]
         readout, errors = readout_errors(strategy._criterion, outputs.detach(), y, (name, layer, made))
-        if readout is None:
+        if readout is None or not self._curvature > 0:
             return None, None
         self.readout = readout
         wanted = (made - errors / self._curvature).float()

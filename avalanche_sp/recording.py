@@ -30,7 +30,7 @@ class Recorded:
         fed_by_data: the layers whose input is given, not made by anything that learns: the first, or one on a frozen
             trunk.
         readout: the linear layer whose output is the network's, but for masked units; None if there is none.
-            Known only where the loss is quadratic in the outputs.
+            Known only where the loss is quadratic in the outputs, and convex.
         gradient: the mean loss's gradient in the readout's weights (out, d); None where there is no readout.
         wanted: the mean squared norm of the outputs that the loss would have, 0-dim; None where there is no readout.
     """
@@ -142,7 +142,7 @@ def record_activity(
             )
     readouts = {name for name, _ in errors}
     readout = readouts.pop() if len(readouts) == 1 else None
-    if readout is not None:
+    if readout is not None and recorded.curvature > 0:
         x = recorded.inputs[readout]
         error = torch.cat([error for _, error in errors]).to(x.dtype)
         recorded.readout, recorded.gradient = readout, error.T @ x / len(x)
