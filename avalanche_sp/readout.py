@@ -94,8 +94,8 @@ def settle(
     beyond = torch.eye(len(vectors), dtype=vectors.dtype, device=vectors.device) - vectors @ vectors.T
     hessian += weight * ((vectors * old.eigenvalues) @ vectors.T + old.rest * beyond)
     step = newton_step(gradient, hessian, damping)
-    silent = sum(loss.weight * loss.curvature * loss.wanted for loss in losses).clamp_min(torch.finfo(kind).tiny)
-    gain = -(shown * step).sum() / silent
+    silent = torch.stack([loss.weight * loss.curvature * loss.wanted for loss in losses]).sum()
+    gain = -(shown * step).sum() / silent.clamp_min(torch.finfo(kind).tiny)
     step *= trust + (1 - trust) * (gain / _WHOLE).clamp(0, 1)
     set_weights(layer, weights_and_bias(layer) + step.to(kind))
     return ((gradient + step @ hessian) / (total + kept)).to(kind)
