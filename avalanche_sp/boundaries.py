@@ -197,8 +197,8 @@ class StreamWatch:
         self._curvature = curvature_of(strategy._criterion, outputs, y)
         name, layer, _, made = self._called[-1]
         made = made[:n]
-        readout, errors = readout_errors(strategy._criterion, outputs.detach(), y, (name, layer, made))
-        if readout is None or not self._curvature > 0:
+        readout, errors = readout_errors(strategy._criterion, outputs.detach(), y, self._curvature, (name, layer, made))
+        if readout is None:
             return None, None
         self.readout = readout
         wanted = (made - errors / self._curvature).float()

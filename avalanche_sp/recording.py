@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from avalanche.models import avalanche_forward
@@ -31,8 +31,7 @@ class Recorded:
             trunk.
         readout: the linear layer whose output is the network's, but for masked units; None if there is none.
             Known only where the loss is quadratic in the outputs, and convex.
-        gradient: the mean loss's gradient in the readout's weights (out, d); None where there is no readout.
-        wanted: the mean squared norm of the outputs that the loss would have, 0-dim; None where there is no readout.
+        loss: the mean loss in the readout's weights, a sample's worth; None where there is no readout.
     """
 
     inputs: dict[str, Tensor]
@@ -40,15 +39,11 @@ class Recorded:
     curvature: Tensor
     fed_by_data: set[str]
     readout: str | None = None
-    gradient: Tensor | None = None
-    wanted: Tensor | None = None
+    loss: ReadoutLoss | None = None
 
     def readout_loss(self, weight: float) -> ReadoutLoss | None:
         """The loss in the readout's weights, so many samples' worth; None where there is no readout."""
-        if self.readout is None or self.gradient is None or self.wanted is None:
-            return None
-        x = self.inputs[self.readout]
-        return ReadoutLoss(self.gradient, x.T @ x / len(x), self.curvature, self.wanted, weight)
+        return replace(self.loss, weight=weight) if self.loss is not None else None
 
 
 def curvature_of(criterion: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor) -> Tensor:
@@ -122,7 +117,7 @@ def record_activity(
                     outputs = avalanche_forward(model, x, task_labels)
                     if criterion is not None:
                         curvatures.append(curvature_of(criterion, outputs, y))
-                        errors.append(readout_errors(criterion, outputs, y, last))
+                        errors.append(readout_errors(criterion, outputs, y, curvatures[-1], last))
             given = _fed_by_data(model, layers, x[:2], task_labels[:2])
     finally:
         for module, mode in modes.items():
@@ -142,12 +137,14 @@ def record_activity(
             )
     readouts = {name for name, _ in errors}
     readout = readouts.pop() if len(readouts) == 1 else None
-    if readout is not None and recorded.curvature > 0:
-        x = recorded.inputs[readout]
+    if readout is not None:
+        x, curvature = recorded.inputs[readout], recorded.curvature
         error = torch.cat([error for _, error in errors]).to(x.dtype)
-        recorded.readout, recorded.gradient = readout, error.T @ x / len(x)
-        best = along(layers[readout], x.T).T - error / recorded.curvature
-        recorded.wanted = best.square().sum() / len(x)
+        wanted = along(layers[readout], x.T).T - error / curvature
+        recorded.readout = readout
+        recorded.loss = ReadoutLoss(
+            error.T @ x / len(x), x.T @ x / len(x), curvature, wanted.square().sum() / len(x), weight=1
+        )
     return recorded
 
 
@@ -155,16 +152,18 @@ def readout_errors(
     criterion: Callable[[Tensor, Tensor], Tensor],
     outputs: Tensor,
     targets: Tensor,
+    curvature: Tensor,
     last: tuple[str, GatedLayer, Tensor] | None,
 ) -> tuple[str | None, Tensor]:
     """The readout's name and the loss's gradient in its output, a row a sample.
 
     The name is None where the last layer isn't a readout or part of it is frozen, or the loss isn't quadratic in the
-    outputs.
+    outputs, or isn't convex.
 
     Args:
         criterion: a mean over samples.
         outputs, targets: the network's outputs (n, C), what they should be.
+        curvature: of the loss in the outputs, 0-dim.
         last: the last layer that was called, its name before and its output after it.
     """
     if last is None:
@@ -175,7 +174,7 @@ def readout_errors(
     kept = (outputs == made).all(0)  # the others are masked: Avalanche's incremental heads do it
     nothing, error, twice = (_gradient(criterion, scale * outputs, targets) for scale in (0.0, 1.0, 2.0))
     quadratic = (nothing + twice - 2 * error).abs().max() <= 1e-3 * error.abs().max() and (nothing != twice).any()
-    return name if kept.any() and quadratic else None, error * kept * len(outputs)
+    return name if kept.any() and quadratic and curvature > 0 else None, error * kept * len(outputs)
 
 
 @torch.enable_grad()
