@@ -15,6 +15,8 @@ __all__ = ["LayerActivity", "some_inputs"]
 
 # Input vectors that one sample adds to the second moment at most: neighbouring patches are much alike.
 _ROWS_A_SAMPLE = 8
+# Along so many vectors the gate closes in every step.
+_STRONGEST = 16
 
 
 @dataclass
@@ -35,6 +37,8 @@ class LayerActivity:
         closed: (r,), how far the gate is closed along each vector, in [0, 1].
         closed_rest: the same along all other directions alike.
         closed_more: (r,), how much more it is closed along each vector.
+        strongest, closed_strongest: views of the vectors (d, k) that the gate closes in every step, and of how much
+            more it is closed along them.
         energy, passed, novel: 0-dim sums, over the iterations looked at in the epoch, of the stream's squared input,
             of the part that the gate let through, and of the part outside the stored eigenspace.
         met_power, met_energy: the stream's squared input along each vector (r,) and in all, over the iterations looked
@@ -54,6 +58,8 @@ class LayerActivity:
     closed: Tensor
     closed_rest: float
     closed_more: Tensor
+    strongest: Tensor
+    closed_strongest: Tensor
     energy: Tensor
     passed: Tensor
     novel: Tensor
@@ -77,6 +83,8 @@ class LayerActivity:
             closed=nothing,
             closed_rest=0.0,
             closed_more=nothing,
+            strongest=like.new_zeros(inputs, 0),
+            closed_strongest=nothing,
             energy=zero,
             passed=zero,
             novel=zero,
@@ -127,10 +135,11 @@ class LayerActivity:
         self.closed = claim(self.eigenvalues, self.mean_eigenvalue, openness)
         self.closed_rest = float(claim(self.rest, self.mean_eigenvalue, openness)) if d > r else 0.0
         self.closed_more = self.closed - self.closed_rest
+        first = max(r - _STRONGEST, 0)
+        self.strongest, self.closed_strongest = self.vectors[:, first:], self.closed_more[first:]
 
-    def watch(self, x: Tensor, projection: Tensor) -> None:
-        """Adds to the sums: input vectors (rows, d) and their projection onto the vectors."""
-        energy = x.square().sum()
+    def watch(self, energy: Tensor, projection: Tensor) -> None:
+        """Adds to the sums: input vectors' energy, 0-dim, and their projection onto the vectors (..., rows, r)."""
         power = projection.square().flatten(0, -2).sum(0)
         novel = energy - power.sum()
         through = (power * (1 - self.closed).square()).sum() + novel * (1 - self.closed_rest) ** 2

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from avalanche_sp.activity import LayerActivity, some_inputs
 from avalanche_sp.detection import ChangeDetector, LossWatch
 from avalanche_sp.layers import NORMALISATION, GatedLayer, set_weights, weights_and_bias
-from avalanche_sp.per_layer import PerLayer, value_of
 from avalanche_sp.readout import ReadoutLoss
 from avalanche_sp.recording import curvature_of, readout_errors
 from avalanche_sp.replay import stream_part, stream_rows
@@ -18,7 +17,7 @@ from avalanche_sp.replay import stream_part, stream_rows
 __all__ = ["StreamWatch"]
 
 # Iterations from one look at the stream to the next: one device sync a look.
-_LOOK = 4
+LOOK = 4
 # Samples that a look adds to the second moments: the last mini-batches', as many as it takes, or all there were.
 _SAMPLES = 16
 # Samples from one consolidation to the next, where nothing is to be detected.
@@ -47,6 +46,7 @@ class Moment:
 
     def __init__(self, inputs: int, rank: int, like: Tensor):
         generator = torch.Generator(like.device).manual_seed(0)
+        self.rank = rank
         size = inputs, min(2 * rank, inputs)
         self.test = torch.randn(size, generator=generator, device=like.device, dtype=like.dtype)
         self.sketch, self.mean_eigenvalue, self.weight = like.new_zeros(size), like.new_zeros(()), 0
@@ -116,18 +116,19 @@ class StreamWatch:
 
     Args:
         detector: or None.
-        rank: eigenvectors a layer of the second moments.
+        rank_of: eigenvectors of a layer's second moments, by its name, the number of its inputs and whether it is
+            called last.
         measure_loss: whether to measure its curvature in the outputs, and where it would have them.
     """
 
     def __init__(
         self,
         detector: ChangeDetector | None,
-        rank: PerLayer[int],
+        rank_of: Callable[[str, int, bool], int],
         measure_loss: bool,
     ):
         self.losses = LossWatch(detector) if detector is not None else None
-        self.rank = rank
+        self.rank_of = rank_of
         self.measure_loss = measure_loss
         self.iteration = 0
         self._queue: list[Tensor] = []  # the losses since the last look: read together, one device sync a look
@@ -159,7 +160,7 @@ class StreamWatch:
     def listen(self, strategy, layers: Mapping[str, GatedLayer]) -> list:
         """Hooks that note the layers' inputs in the coming forward pass, if a look takes them in."""
         self._called.clear()
-        if -(self.iteration + 1) % _LOOK * stream_rows(strategy) >= _SAMPLES:
+        if -(self.iteration + 1) % LOOK * stream_rows(strategy) >= _SAMPLES:
             return []
         return [
             layer.register_forward_hook(
@@ -185,7 +186,8 @@ class StreamWatch:
         for name, layer, inputs, _ in self._called:
             x, count = some_inputs(layer, stream_part(inputs, batch, n))
             if name not in self.moments:
-                self.moments[name] = Moment(x.shape[1], value_of(self.rank, name), x)
+                rank = self.rank_of(name, x.shape[1], name == self._called[-1][0])
+                self.moments[name] = Moment(x.shape[1], rank, x)
             self.moments[name].add(x, targets if name == readout else None)
             self._rows[name] = count / n
         self._called.clear()
@@ -209,7 +211,7 @@ class StreamWatch:
     def look(self, strategy, layers: Mapping[str, GatedLayer]) -> bool:
         """Ends an iteration. True when it is time to consolidate."""
         self.iteration += 1
-        if self.iteration % _LOOK:
+        if self.iteration % LOOK:
             return False
         found, calm = False, True
         if self.losses is not None:
@@ -273,7 +275,7 @@ class StreamWatch:
                     x,
                     self._rows[name],
                     self.samples,
-                    value_of(self.rank, name),
+                    moment.rank,
                     moment.mean_eigenvalue,
                     remembers_all=name in pulled,
                     fed_by_data=name not in self._learned,

@@ -117,14 +117,17 @@ class RunningSurprise:
     decay = 0.99
 
     def __init__(self) -> None:
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # a loss, and the moments before it
         self._moments: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, loss: Tensor) -> Tensor:
-        """Takes the next loss, 0-dim, and returns its surprise, 0-dim."""
-        mean, variance = self._moments or (loss.clone(), torch.zeros_like(loss))
-        difference = loss - mean
-        self._moments = (
-            mean + (1 - self.decay) * difference,
-            self.decay * (variance + (1 - self.decay) * difference.square()),
-        )
-        return loss_surprise(loss, mean, variance)
+    def observe(self, loss: Tensor) -> None:
+        """Takes the next loss, 0-dim."""
+        mean, variance = self._moments or (loss, torch.zeros_like(loss))
+        difference, share = loss - mean, 1 - self.decay
+        variance_now = torch.addcmul(variance, difference, difference, value=share).mul_(self.decay)
+        self._last, self._moments = (loss, mean, variance), (torch.add(mean, difference, alpha=share), variance_now)
+
+    @property
+    def last(self) -> Tensor:
+        """Surprise of the last loss, 0-dim; 0 before any."""
+        return loss_surprise(*self._last) if self._last is not None else torch.zeros(())

@@ -15,9 +15,11 @@ __all__ = [
     "NORMALISATION",
     "gated_layers",
     "presynaptic",
+    "energy",
     "project",
     "postsynaptic",
     "along",
+    "gradient_along",
     "add_along",
     "gate_gradient",
     "weights_and_bias",
@@ -48,6 +50,14 @@ def presynaptic(layer: GatedLayer, x: Tensor) -> Tensor:
         patches = F.unfold(_by_group(layer, _padded(layer, x)), layer.kernel_size, layer.dilation, 0, layer.stride)
         rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
     return rows if layer.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+
+
+def energy(layer: GatedLayer, x: Tensor) -> Tensor:
+    """``presynaptic(layer, x).square().sum()``, 0-dim; a linear layer's input vectors not being laid out."""
+    rows = presynaptic(layer, x) if isinstance(layer, nn.Conv2d) else x
+    flat = rows.flatten()
+    ones = x.numel() // layer.in_features if isinstance(layer, nn.Linear) and layer.bias is not None else 0
+    return flat.dot(flat) + ones
 
 
 def project(layer: GatedLayer, x: Tensor, vectors: Tensor) -> Tensor:
@@ -83,17 +93,41 @@ def postsynaptic(layer: GatedLayer, delta: Tensor) -> Tensor:
 
 def along(layer: GatedLayer, vectors: Tensor) -> Tensor:
     """A layer's weights along each vector, W V: shape (out, r)."""
-    weight = layer.weight.detach().flatten(1).to(vectors.dtype)
+    bias = None if layer.bias is None else layer.bias.detach()
+    return _along(layer.weight.detach(), bias, vectors)
+
+
+def gradient_along(layer: GatedLayer, vectors: Tensor) -> Tensor:
+    """And its gradient; no gradient is zeros."""
+    weight, bias = layer.weight, layer.bias
+    grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    return _along(grad, None if bias is None else bias.grad, vectors)
+
+
+def _along(weight: Tensor, bias: Tensor | None, vectors: Tensor) -> Tensor:
+    if weight.dim() > 2:
+        weight = weight.flatten(1)
+    weight = weight.to(vectors.dtype)
     product = weight @ vectors[: weight.shape[1]]
-    return product if layer.bias is None else product.addr_(layer.bias.detach().to(vectors.dtype), vectors[-1])
+    return product if bias is None else product.addr_(bias.to(vectors.dtype), vectors[-1])
 
 
 def add_along(layer: GatedLayer, coordinates: Tensor, vectors: Tensor) -> None:
     """Moves a layer's weights by ``coordinates`` (out, r) along the vectors, in place: W + coordinates V^T."""
     inputs = layer.weight[0].numel()
-    layer.weight.detach().add_((coordinates @ vectors[:inputs].T).view_as(layer.weight))
+    _add_product(layer.weight.detach(), coordinates, vectors[:inputs].T)
     if layer.bias is not None:
-        layer.bias.detach().add_(coordinates @ vectors[-1])
+        _add_product(layer.bias.detach(), coordinates, vectors[-1])
+
+
+def _add_product(rows: Tensor, a: Tensor, b: Tensor, beta: float = 1.0, alpha: float = 1.0) -> None:
+    """beta * rows + alpha * a b, in place; rows (out, ...), or a vector (out,), of any type."""
+    if rows.dtype == a.dtype and rows.dim() == 2:
+        rows.addmm_(a, b, beta=beta, alpha=alpha)
+    elif rows.dtype == a.dtype and rows.dim() == 1:
+        rows.addmv_(a, b, beta=beta, alpha=alpha)
+    else:
+        rows.mul_(beta).add_((a @ b).view_as(rows), alpha=alpha)
 
 
 def gate_gradient(layer: GatedLayer, held: Tensor, vectors: Tensor, open_rest: float) -> None:
@@ -104,25 +138,32 @@ def gate_gradient(layer: GatedLayer, held: Tensor, vectors: Tensor, open_rest: f
     grad = layer.weight.grad
     if grad is None:
         return
-    inputs = grad[0].numel()
-    directions = vectors[:inputs].T
-    if grad.dtype == held.dtype and grad.is_contiguous():
-        grad.view(-1, inputs).addmm_(held, directions, beta=open_rest, alpha=-1)
-    else:
-        grad.mul_(open_rest).sub_((held @ directions).view_as(grad))
+    _add_product(grad, held, vectors[: grad[0].numel()].T, beta=open_rest, alpha=-1)
     if layer.bias is not None and layer.bias.grad is not None:
-        layer.bias.grad.mul_(open_rest).sub_(held @ vectors[-1])
+        _add_product(layer.bias.grad, held, vectors[-1], beta=open_rest, alpha=-1)
 
 
-def add_to_gradient(layer: GatedLayer, rows: Tensor) -> None:
-    """Adds (rows, d) to the gradient of the layer's first output units, in place. No gradient is left alone."""
+def add_to_gradient(layer: GatedLayer, rows: Tensor, weight: Tensor) -> None:
+    """Adds weight (0-dim) times (rows, d) to the gradient of the layer's first output units, in place.
+
+    No gradient is left alone.
+    """
     grad = layer.weight.grad
     if grad is None:
         return
-    inputs = grad[0].numel()
-    grad[: len(rows)].add_(rows[:, :inputs].view_as(grad[: len(rows)]))
+    grad = grad[: len(rows)]
+    grad.addcmul_(rows[:, : grad[0].numel()].view_as(grad), weight.to(grad))
     if layer.bias is not None and layer.bias.grad is not None:
-        layer.bias.grad[: len(rows)].add_(rows[:, -1])
+        layer.bias.grad[: len(rows)].addcmul_(rows[:, -1], weight.to(grad))
+
+
+def drift_from(layer: GatedLayer, rows: Tensor) -> Tensor:
+    """How far its first output units' weights are from such (rows, d), in place of these."""
+    weight = layer.weight.detach()[: len(rows)].flatten(1)
+    rows.neg_()[:, : weight.shape[1]].add_(weight)
+    if layer.bias is not None:
+        rows[:, -1].add_(layer.bias.detach()[: len(rows)])
+    return rows
 
 
 def weights_and_bias(layer: GatedLayer) -> Tensor:

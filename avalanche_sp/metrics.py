@@ -283,7 +283,7 @@ class LossSurprise(PluginMetric):
 
     def after_training_iteration(self, strategy) -> None:
         plugin = _plugin_of(strategy)
-        if plugin is not None and plugin.surprise is not None:
+        if plugin is not None and plugin.active:
             self._sum, self._iterations = self._sum + plugin.surprise, self._iterations + 1
 
     def after_training_epoch(self, strategy) -> list[MetricValue]:

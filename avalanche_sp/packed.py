@@ -18,7 +18,7 @@ class PackedRows:
     """Rows rounded to fifteen levels, evenly spaced up to each row's largest magnitude; two numbers a byte.
 
     Attributes:
-        codes: (n, ceil(d / 2)), uint8.
+        codes: (n, ceil(d / 2)), uint8: the first half of each row in the low bits, the second in the high ones.
         scale: (n, 1), the distance of two levels.
         columns: d.
     """
@@ -32,12 +32,12 @@ class PackedRows:
         """Packs rows (n, d); an error is half a level at most."""
         scale = rows.abs().amax(1, keepdim=True) / _LARGEST
         levels = (rows / scale.clamp_min(torch.finfo(rows.dtype).tiny)).round() + _LARGEST + 1
-        pairs = F.pad(levels.to(torch.uint8), (0, rows.shape[1] % 2)).unflatten(1, (-1, 2))
-        return cls(pairs[..., 0] | pairs[..., 1] << 4, scale, rows.shape[1])
+        first, second = F.pad(levels.to(torch.uint8), (0, rows.shape[1] % 2)).chunk(2, dim=1)
+        return cls(first | second << 4, scale, rows.shape[1])
 
     def unpacked(self) -> Tensor:
         """The rows (n, d)."""
-        levels = torch.stack([self.codes & 15, self.codes >> 4], dim=-1).flatten(1)[:, : self.columns]
+        levels = torch.cat([self.codes & 15, self.codes >> 4], dim=1)[:, : self.columns]
         return levels.to(self.scale.dtype).sub_(_LARGEST + 1).mul_(self.scale)
 
     @property

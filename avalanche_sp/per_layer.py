@@ -24,13 +24,13 @@ _ALLOWED = {
 }
 
 
-def per_layer(name: str, values: PerLayer[T], default: T) -> PerLayer[T]:
+def per_layer(name: str, values: PerLayer[T], default: T | None) -> PerLayer[T]:
     """A setting as it was given; a mapping is copied, and its last pattern is for all other layers.
 
     Args:
         name: the setting's, "openness", "pull_back" or "rank".
         values: one value, or values by patterns as :func:`fnmatch.fnmatchcase` has them.
-        default: for layers that no pattern matches.
+        default: for layers that no pattern matches; None leaves it to be said later.
 
     Raises:
         ValueError: a value is out of range, or a pattern is not a string.
@@ -45,7 +45,7 @@ def per_layer(name: str, values: PerLayer[T], default: T) -> PerLayer[T]:
             raise ValueError(f"Invalid {name} pattern: {pattern!r} (allowed: a string, such as {str(pattern)!r})")
         if isinstance(value, (str, Mapping)) or not allowed(value):
             raise ValueError(f"Invalid {name} value for the layers {pattern!r}: {value!r} (allowed: {words})")
-    return {**values, "*": values.get("*", default)}
+    return {**values} if default is None else {**values, "*": values.get("*", default)}
 
 
 def value_of(values: PerLayer[T], layer: str) -> T:

@@ -6,21 +6,23 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from avalanche_sp import boundaries
 from avalanche_sp.activity import LayerActivity
-from avalanche_sp.boundaries import StreamWatch
 from avalanche_sp.detection import ChangeDetector, RunningSurprise, page_hinkley
-from avalanche_sp.drift import LOOK, DriftWatch, steps_along_gradient
+from avalanche_sp.drift import LOOK, DriftWatch
 from avalanche_sp.gates import held_back
 from avalanche_sp.layers import (
     NORMALISATION,
     GatedLayer,
+    energy,
     gate_gradient,
     gated_layers,
+    gradient_along,
     postsynaptic,
-    presynaptic,
     project,
     set_weights,
     weights_and_bias,
@@ -44,6 +46,8 @@ __all__ = ["SelectivePlasticityPlugin"]
 
 # Eigenvectors kept a layer. Each merge cuts to as many again, so more merges, of sketches, take more.
 _RANK = {"experience": 48, "surprise": 64, "continuous": 64}
+# At the readout at least so many of its inputs.
+_READOUT_SHARE = 0.1
 
 
 class SelectivePlasticityPlugin(SupervisedPlugin):
@@ -83,9 +87,10 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs, and four bits a weight.
 
-    It works with any optimizer. Plain SGD's steps follow the gated gradient. Momentum carried over from before a
-    consolidation, step sizes of their own for every weight and weight decay do not: with any other optimizer the
-    plugin also takes back, every few iterations, the share f of what the steps did along the claimed directions.
+    It works with any optimizer. In every step the gradient is gated along the 16 strongest directions, with
+    :math:`f_{rest}` along the others; and every 4 to 8 iterations the share f of what the steps did along any is taken
+    back. So momentum carried over from before a consolidation, step sizes of their own for every weight and weight
+    decay are gated, too.
 
     Gated are all trainable ``nn.Linear`` and ``nn.Conv2d`` layers (a convolution's input vectors are its patches; the
     groups of a grouped one share one eigenspace). Normalisation layers learn with the first experience and then
@@ -94,7 +99,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     ungated.
 
     Beside Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated along the
-    :math:`v_i`; the factor :math:`1 - f_{rest}` is for the memory's gradient, too. Stored samples show what would be
+    :math:`v_i`, where else it is the whole gradient; the factor :math:`1 - f_{rest}` is for the memory's, too. Stored samples show what would be
     forgotten, so the more there are the more they replace, from nothing on. With c of them for each class of each
     experience they stand for :math:`t = c / (c + 50)` of the old loss, as they do in
     ``JointReplayLoss(criterion, shrinkage=50)``, the loss to use with it. With :math:`o = 1 + (c / 12)^2` the openness
@@ -116,7 +121,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             faster and keep less of the old. ``math.inf`` switches the gate off: training is then bit for bit what it
             is without the plugin. So a single layer is left alone, too, and nothing is kept for it.
         pull_back: weight of the pull-back, 0 or more (default 1); 0 leaves the gate alone.
-        rank: eigenvectors kept a layer, 1 or more (default 48, or 64 where the plugin finds out when to consolidate).
+        rank: eigenvectors kept a layer, 1 or more (default 48, or 64 where the plugin finds out when to consolidate;
+            at the last layer a tenth of its inputs, if that is more).
         consolidation_samples: samples of an experience, evenly spread over it, that are run through the network
             at its end, 1 or more (default 5000).
         consolidate: when to. ``"experience"`` (default): at the end of every experience. ``"surprise"``: when the
@@ -172,32 +178,33 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             raise ValueError(f"Invalid detector: consolidate={consolidate!r} detects nothing (allowed: None)")
         self.openness = per_layer("openness", openness, 0.5)
         self.pull_back = per_layer("pull_back", pull_back, 1.0)
-        self.rank = per_layer("rank", _RANK[consolidate] if rank is None else rank, _RANK[consolidate])
+        self.rank = per_layer("rank", {} if rank is None else rank, None)
+        self.active = min(values_of(self.openness)) < float("inf")
+        """False where the gate is switched off."""
         self.consolidation_samples = consolidation_samples
         self.consolidate = consolidate
         self.readout_step = readout_step
         self.layers: dict[str, LayerActivity] = {}
         """Consolidated activity by layer name; empty until the first experience has ended."""
-        self.surprise: Tensor | None = None
-        """Surprise of the last training loss: 0-dim tensor in [0, 1]."""
         self.consolidated_at: list[int] = []
         """Training iterations after which something was consolidated; with "surprise" those that found a change."""
         self.classes_seen = 0
         """Classes of all that was consolidated, each experience's counted anew: its samples are others."""
-        self._stream: StreamWatch | None = None
+        self._stream: boundaries.StreamWatch | None = None
         if consolidate != "experience":
             if consolidate == "surprise" and detector is None:
                 detector = page_hinkley()
-            self._stream = StreamWatch(detector, self.rank, measure_loss=self._pulls_back or readout_step)
+            self._stream = boundaries.StreamWatch(detector, self.rank_of, measure_loss=self._pulls_back or readout_step)
         self._running_surprise = RunningSurprise()
-        self._drift = DriftWatch(self.pull_back)
+        # Weights that a stream may go back to are to be copied when what is claimed has just been taken back.
+        self._drift = DriftWatch(self.pull_back, LOOK if self._stream is None else boundaries.LOOK)
         # For the present epoch.
         self._trust = 0.0  # how much of the old loss the memory stands for
+        self._memory = False  # whether stored samples are trained on, too
         self._protected: dict[str, GatedLayer] = {}  # the layers whose gate isn't switched off
         self._gated: list[tuple[str, GatedLayer, LayerActivity]] = []  # and those that something is consolidated for
         self._norms: list[nn.Module] = []  # the normalisation layers that hold still
         # For the present iteration.
-        self._called: dict[str, GatedLayer] = {}
         self._handles: list = []
         self._held_back: dict[str, Tensor] = {}
         self._batch = (0, 0)  # rows in the batch, rows of the stream; none outside the strategy's backward pass
@@ -205,13 +212,18 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._resting: list[nn.Module] = []  # normalisation layers switched to evaluation for a forward pass
 
     @property
-    def active(self) -> bool:
-        """False where the gate is switched off."""
-        return min(values_of(self.openness)) < float("inf")
+    def surprise(self) -> Tensor:
+        """Surprise of the last training loss: 0-dim tensor in [0, 1], 0 before any."""
+        return self._running_surprise.last
 
     @property
     def _pulls_back(self) -> bool:
         return max(values_of(self.pull_back)) > 0
+
+    def rank_of(self, name: str, inputs: int, is_last: bool) -> int:
+        """Eigenvectors kept for a layer, by its name, the number of its inputs, and whether it is called last."""
+        least = int(_READOUT_SHARE * inputs) if is_last else 0
+        return value_of(per_layer("rank", self.rank, max(_RANK[self.consolidate], least)), name)
 
     def _pulls_beyond(self, name: str) -> bool:
         """Whether a layer is to be pulled along all directions."""
@@ -258,20 +270,17 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._gated = [(n, m, self.layers[n]) for n, m in self._protected.items() if n in self.layers]
         holds_norms = self.layers and not memory
         self._norms = [m for m in strategy.model.modules() if isinstance(m, NORMALISATION)] if holds_norms else []
-        taken_back = 0.0 if steps_along_gradient(strategy.optimizer) else 1 - self._trust
+        self._memory = memory > 0
         times = opening / times_as_closed(strategy.clock.train_exp_epochs, stored)
         for name, _, activity in self._gated:
             activity.close(value_of(self.openness, name) * times)
-        self._drift.begin(self._gated, ratio, 1 / (opening**2 * (1 + ratio * self._trust)), taken_back)
+        self._drift.begin(self._gated, ratio, 1 / (opening**2 * (1 + ratio * self._trust)), 1 - self._trust)
 
     def before_forward(self, strategy, **kwargs):
         self._release()
-        for name, layer, _ in self._gated:
-            self._handles.append(
-                layer.register_forward_hook(
-                    lambda layer, inputs, output, name=name: self._watch(name, layer, inputs, output)
-                )
-            )
+        if self._memory or self._drift.iteration % LOOK == 0:
+            for name, layer, _ in self._gated:
+                self._handles.append(layer.register_forward_hook(partial(self._watch, name)))
         if self._stream is not None and self.active:
             self._handles += self._stream.listen(strategy, self._protected)
         for module in self._norms:
@@ -284,29 +293,30 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     def before_backward(self, strategy, **kwargs):
         # Only the strategy's own backward pass is gated, not one that another plugin makes for its purposes.
         self._batch = len(strategy.mb_x), stream_rows(strategy)
-        for layer in self._called.values():
+        for _, layer, _ in self._gated:
             for parameter in layer.parameters(recurse=False):
                 if parameter.grad is not None:
                     self._accumulated[parameter] = parameter.grad
                     parameter.grad = None
 
     def after_backward(self, strategy, **kwargs):
-        if not strategy.loss.isfinite().all():
+        if not strategy.loss.isfinite():
             clock = strategy.clock
             raise FloatingPointError(
                 f"the loss is {strategy.loss.item()} at iteration {clock.train_exp_iterations} of training experience "
                 f"{clock.train_exp_counter}: nothing was updated. The usual cause is too high a learning rate."
             )
-        for name, held in self._held_back.items():
-            self._gate(name, self._called[name], held)
+        for name, layer, activity in self._gated:
+            if layer.weight.grad is not None:
+                self._gate(name, layer, activity)
         self._release()
         for module in self._norms:
             for parameter in module.parameters(recurse=False):
                 parameter.grad = None  # not zero: a step on zeros still follows momentum and decays weights
         if self.active:
-            self.surprise = self._running_surprise(strategy.loss.detach().squeeze())
+            self._running_surprise.observe(strategy.loss.detach().squeeze())
             if isinstance(strategy.optimizer, SelectivePlasticityOptimizer):
-                strategy.optimizer.observe_surprise(self.surprise)
+                strategy.optimizer.observe_surprise(self._running_surprise.last)
             if self._stream is not None:
                 self._stream.observe(strategy)
 
@@ -330,7 +340,6 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         """Forward hook: notes the layer's input, and waits for the error that comes back to its output."""
         if output.requires_grad:
             x = inputs[0].detach()
-            self._called[name] = layer
             output.register_hook(lambda delta: self._hold_back(name, layer, x, delta))
 
     def _hold_back(self, name: str, layer: GatedLayer, x: Tensor, delta: Tensor) -> None:
@@ -339,17 +348,27 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             return
         activity = self.layers[name]
         x, delta = (self._stream_part(t).to(activity.vectors.dtype) for t in (x, delta))
-        projection = project(layer, x, activity.vectors)
         if self._drift.iteration % LOOK == 0:
-            activity.watch(presynaptic(layer, x), projection)
-        held = held_back(postsynaptic(layer, delta), projection, activity.closed_more).flatten(0, -2)
-        self._held_back[name] = self._held_back[name].add_(held) if name in self._held_back else held
+            activity.watch(energy(layer, x), project(layer, x, activity.vectors))
+        if self._memory:
+            projection = project(layer, x, activity.strongest)
+            held = held_back(postsynaptic(layer, delta), projection, activity.closed_strongest).flatten(0, -2)
+            self._held_back[name] = self._held_back[name].add_(held) if name in self._held_back else held
 
-    def _gate(self, name: str, layer: GatedLayer, held: Tensor) -> None:
+    def _gate(self, name: str, layer: GatedLayer, activity: LayerActivity) -> None:
         """Gates a layer's gradient, and adds the pull-back that is due."""
-        activity = self.layers[name]
-        self._drift.held_less(name, held)
-        gate_gradient(layer, held, activity.vectors, 1 - activity.closed_rest)
+        vectors, pull = activity.strongest, self._drift.pull_due(name)
+        if not self._memory:
+            held = gradient_along(layer, vectors).mul_(activity.closed_strongest)
+        elif name in self._held_back:
+            held = self._held_back[name]
+        else:  # it was not called
+            return
+        if pull is not None:
+            vectors = activity.vectors
+            held = F.pad(held, (vectors.shape[1] - held.shape[1], 0))
+            held[: len(pull)] -= pull  # fewer rows than the layer's where a head has grown
+        gate_gradient(layer, held, vectors, 1 - activity.closed_rest)
         self._drift.pull_beyond(name, layer)
 
     def _stream_part(self, x: Tensor) -> Tensor:
@@ -369,7 +388,6 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         for parameter, grad in self._accumulated.items():
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
         self._accumulated.clear()
-        self._called.clear()
         self._held_back.clear()
         self._batch = (0, 0)
 
@@ -383,6 +401,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         seen, new = self._samples_seen, len(experience)
         loss = recorded.readout_loss(new) if self.readout_step else None
         self.classes_seen += classes_of(experience)
+        last = next(reversed(recorded.inputs), None)
         for name, x in recorded.inputs.items():
             old, layer, residual = self.layers.get(name), layers[name], None
             if name == recorded.readout and loss is not None:
@@ -392,7 +411,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
                 x,
                 recorded.rows[name],
                 new,
-                value_of(self.rank, name),
+                self.rank_of(name, x.shape[1], name == last),
                 remembers_all=self._pulls_beyond(name),
                 fed_by_data=name in recorded.fed_by_data,
                 residual=residual,
@@ -419,7 +438,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         return settle(layer, losses, old, self._drift.curvature, self._trust, damping)
 
     @torch.no_grad()
-    def _consolidate_amid(self, strategy, stream: StreamWatch) -> None:
+    def _consolidate_amid(self, strategy, stream: boundaries.StreamWatch) -> None:
         """Consolidates in the midst of training, and goes on with the gate closed for what was consolidated."""
         seen, new, curvature = self._samples_seen, stream.samples, stream.curvature
         self.classes_seen += len(stream.classes)

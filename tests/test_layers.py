@@ -67,15 +67,15 @@ def test_rows_are_added_to_the_gradient_of_the_first_units(case):
     layer = case[0]
     d = along_inputs(layer)
     rows = torch.randn(3, d, dtype=torch.float64)
-    add_to_gradient(layer, rows)  # no gradient: nothing happens
+    add_to_gradient(layer, rows, torch.tensor(2.0))  # no gradient: nothing happens
     assert layer.weight.grad is None
     for p in layer.parameters():
         p.grad = torch.ones_like(p)
-    add_to_gradient(layer, rows)
+    add_to_gradient(layer, rows, torch.tensor(2.0))
     grads = layer.weight.grad.flatten(1)
     if layer.bias is not None:
         grads = torch.cat([grads, layer.bias.grad.unsqueeze(1)], 1)
-    torch.testing.assert_close(grads[:3] - 1, rows)
+    torch.testing.assert_close(grads[:3] - 1, 2 * rows)
     assert (grads[3:] == 1).all()
 
 

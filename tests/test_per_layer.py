@@ -19,7 +19,7 @@ def continuous_is_every_512_samples(monkeypatch):
     monkeypatch.setattr(boundaries, "_CHUNK", 512)
 
 
-DEFAULTS = {"openness": 0.5, "pull_back": 1.0, "rank": 48}
+DEFAULTS = {"openness": 0.5, "pull_back": 1.0}
 
 
 def trained(benchmark, plugin, optimizer=None, replay=(), model=None):
@@ -59,18 +59,29 @@ def test_the_first_pattern_that_matches_counts_and_others_take_the_default():
         0.5, 0.1, 0.1, 0.5,
     ]  # fmt: skip
     assert [value_of(plugin.pull_back, n) for n in ("features.0", "head")] == [0.0, 0.0]
-    assert [value_of(plugin.rank, n) for n in ("features.0", "Features.0", "head")] == [8, 48, 48]
+    assert [plugin.rank_of(n, 100, False) for n in ("features.0", "Features.0", "head")] == [8, 48, 48]
     empty = SelectivePlasticityPlugin(openness={}, pull_back={}, rank={})
     assert {name: value_of(getattr(empty, name), "any") for name in DEFAULTS} == DEFAULTS
+    assert empty.rank_of("any", 100, False) == 48
 
 
 @pytest.mark.parametrize("consolidate, rank", [("experience", 48), ("surprise", 64), ("continuous", 64)])
 def test_the_default_rank_depends_on_how_often_something_is_merged(consolidate, rank):
     plugin = SelectivePlasticityPlugin(consolidate=consolidate)
-    assert value_of(plugin.rank, "head") == rank
+    assert plugin.rank_of("head", 1000, False) == plugin.rank_of("head", 300, True) == rank
     some = SelectivePlasticityPlugin(consolidate=consolidate, rank={"features.*": 8})
-    assert [value_of(some.rank, n) for n in ("features.0", "head")] == [8, rank]
-    assert value_of(SelectivePlasticityPlugin(consolidate=consolidate, rank=5).rank, "head") == 5
+    assert [some.rank_of(n, 1000, False) for n in ("features.0", "head")] == [8, rank]
+    assert SelectivePlasticityPlugin(consolidate=consolidate, rank=5).rank_of("head", 1000, True) == 5
+
+
+@pytest.mark.parametrize("consolidate", ["experience", "continuous"])
+def test_a_wide_readout_keeps_a_tenth_of_its_directions(split2, consolidate):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 900), nn.ReLU(), nn.Linear(900, 10))
+    plugin = SelectivePlasticityPlugin(consolidate=consolidate)
+    trained(split2, plugin, model=model)
+    low = {"experience": 48, "continuous": 64}[consolidate]
+    assert {n: a.vectors.shape[1] for n, a in plugin.layers.items()} == {"1": low, "3": 90}
 
 
 def test_each_layer_is_gated_as_it_is_told(split2):

@@ -22,7 +22,6 @@ from harness.projections import (  # noqa: E402
     layer_inputs,
     linear_layers,
 )
-from harness.recipes import SP_RANK  # noqa: E402
 from harness.ridge import StreamingRidge, build_random_features, stored_bytes  # noqa: E402
 from harness.run import execute, memory_bytes  # noqa: E402
 from harness.settings import Run  # noqa: E402
@@ -203,7 +202,7 @@ def test_random_features_take_no_more_memory_than_the_plugin_and_its_network(net
         run = Run("permuted-mnist", strategy, 2, 1, 64, 0, 0, 900, network=network, overrides=overrides)
         extra[strategy] = execute(run, str(MNIST), "key")["extra_memory_bytes"]
     size = network_bytes(build_network(network))
-    budget = size + gate_bytes(build_network(network), SP_RANK)
+    budget = size + gate_bytes(build_network(network))
     assert budget == size + extra["sp"]
     width = build_model(run)[1].out_features
     assert stored_bytes(width) <= budget < stored_bytes(width + 1)

@@ -7,6 +7,7 @@ from avalanche.models import IncrementalClassifier, MultiHeadClassifier, MultiTa
 from avalanche.models.packnet import PackNetModel
 from torch import nn
 
+from avalanche_sp import SelectivePlasticityPlugin
 from avalanche_sp.layers import gated_layers, weights_and_bias
 from avalanche_sp.packed import PackedRows
 from harness.settings import NETWORKS
@@ -82,13 +83,13 @@ def network_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
-def gate_bytes(model: nn.Module, rank: int) -> int:
-    """What ``SelectivePlasticityPlugin`` keeps beside a network, in single precision."""
-    total = 0
+def gate_bytes(model: nn.Module) -> int:
+    """What ``SelectivePlasticityPlugin()`` keeps beside a network, in single precision."""
+    total, gate = 0, SelectivePlasticityPlugin()
     layers = list(gated_layers(model).values())
-    for layer in layers:
+    for name, layer in gated_layers(model).items():
         units, inputs = len(layer.weight), layer.weight[0].numel() + (layer.bias is not None)
-        kept = min(rank, inputs)
+        kept = min(gate.rank_of(name, inputs, layer is layers[-1]), inputs)
         total += 4 * (kept * (inputs + units + 2) + 1)
         if kept < inputs:
             total += PackedRows.of(weights_and_bias(layer)).state_bytes

@@ -44,12 +44,13 @@ class Recipe:
         """The recipe with other values for its settings, or for what its optimizer accepts besides.
 
         What the plugin sets layer by layer may be overridden so: "openness:1" is the openness of layer "1". Its
-        "readout_step" may be, too: 0 for none.
+        "rank" and "readout_step" may be, too, the latter 0 for none.
         """
         in_optimizer = [*self.optimizer_settings, *(name for name in accepted if name not in self.optimizer_settings)]
         allowed = ["lr", *self.settings, *in_optimizer]
-        optional = {"readout_step"} if "openness" in self.settings else set()
-        of_layers = {k: v for k, v in overrides.items() if k.partition(":")[0] in PER_LAYER & {*self.settings}}
+        optional = {"rank", "readout_step"} if "openness" in self.settings else set()
+        by_layer = PER_LAYER & {*self.settings, *optional}
+        of_layers = {k: v for k, v in overrides.items() if k.partition(":")[0] in by_layer}
         unknown = sorted(set(overrides) - set(allowed) - set(of_layers) - optional)
         if unknown:
             raise ValueError(
@@ -65,9 +66,8 @@ class Recipe:
         )
 
 
-SP_RANK = 48
 PER_LAYER = {"openness", "pull_back", "rank"}
-_SP = {"openness": 0.5, "pull_back": 1.0, "rank": SP_RANK}  # the plugin's defaults
+_SP = {"openness": 0.5, "pull_back": 1.0}  # the plugin's defaults
 # Learning rates for networks other than perceptrons.
 RATES_BY_NETWORK = {"cnn": {"sp": 0.02, "sp-both": 1.5e-4}}
 _BESIDE_REPLAY = {
@@ -254,8 +254,7 @@ for _tuned in RECIPES.values():
         for _name in ("sp", "sp-both", "sp-replay"):
             for _when in ("surprise", "continuous") if _name in _recipes else ():
                 _plugins = tuple(f"sp-{_when}" if p == "sp" else p for p in _recipes[_name].plugins)
-                _settings = _recipes[_name].settings | {"rank": 64}  # the plugin's default there
-                _recipes[f"{_name}-{_when}"] = replace(_recipes[_name], plugins=_plugins, settings=_settings)
+                _recipes[f"{_name}-{_when}"] = replace(_recipes[_name], plugins=_plugins)
 
 # With a head for each task, where one head's settings are not good enough: docs/experiments.md.
 TASK_INCREMENTAL_RECIPES = {

@@ -26,7 +26,7 @@ from harness.controls import UPGD, ConstantGate, RandomGate
 from harness.legacy import LegacyReplay, LegacySelectivePlasticity
 from harness.networks import PackNetMultiHead, build_network, gate_bytes, network_bytes
 from harness.projections import GradientProjectionMemory, OrthogonalWeightsModification
-from harness.recipes import PER_LAYER, RATES_BY_NETWORK, RECIPES, SP_RANK, TASK_INCREMENTAL_RECIPES, Recipe, nearest
+from harness.recipes import PER_LAYER, RATES_BY_NETWORK, RECIPES, TASK_INCREMENTAL_RECIPES, Recipe, nearest
 from harness.rehearsal import memory_batch
 from harness.ridge import StreamingRidge, build_random_features
 from harness.settings import Run, in_mini_batches, strategies_of
@@ -112,7 +112,10 @@ PLUGINS = {
 
 def _gate(settings: dict[str, float], **kwargs) -> SelectivePlasticityPlugin:
     return SelectivePlasticityPlugin(
-        **{name: _per_layer(settings, name, int if name == "rank" else float) for name in PER_LAYER},
+        **{
+            name: _per_layer(settings, name, int if name == "rank" else float)
+            for name in PER_LAYER & {key.partition(":")[0] for key in settings}
+        },
         readout_step=bool(settings.get("readout_step", True)),
         **kwargs,
     )
@@ -121,6 +124,8 @@ def _gate(settings: dict[str, float], **kwargs) -> SelectivePlasticityPlugin:
 def _per_layer(settings: dict[str, float], name: str, kind: type) -> PerLayer:
     """A setting's value, or where layers have their own ("openness:1"), the values by layer, the others' last."""
     own = {key.partition(":")[2]: kind(v) for key, v in settings.items() if key.startswith(f"{name}:")}
+    if name not in settings:
+        return own
     return {**own, "*": kind(settings[name])} if own else kind(settings[name])
 
 
@@ -169,7 +174,7 @@ def build_model(run: Run) -> nn.Module:
     network = build_network(run.network, run.heads)
     kind = recipe_of(run).model
     if kind == "random features":
-        return build_random_features(network_bytes(network) + gate_bytes(network, SP_RANK))
+        return build_random_features(network_bytes(network) + gate_bytes(network))
     return PackNetMultiHead(network) if kind == "packnet" else network
 
 
