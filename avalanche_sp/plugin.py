@@ -99,9 +99,9 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     ungated.
 
     Beside Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated along the
-    :math:`v_i`, where else it is the whole gradient; the factor :math:`1 - f_{rest}` is for the memory's, too. Stored samples show what would be
-    forgotten, so the more there are the more they replace, from nothing on. With c of them for each class of each
-    experience they stand for :math:`t = c / (c + 50)` of the old loss, as they do in
+    :math:`v_i`, where else it is the whole gradient; the factor :math:`1 - f_{rest}` is for the memory's, too. Stored
+    samples show what would be forgotten, so the more there are the more they replace. With c of them for each class
+    of each experience they stand for :math:`t = c / (c + 50)` of the old loss, as they do in
     ``JointReplayLoss(criterion, shrinkage=50)``, the loss to use with it. With :math:`o = 1 + (c / 12)^2` the openness
     is multiplied by o, the pull-back divided by :math:`o^2 (1 + t N_{old} / N_{new})`, and of what the steps do along
     the claimed directions :math:`1 - t` is taken back. Further epochs close by :math:`e^{5 / (1 + (c/800)^2)}`. The
