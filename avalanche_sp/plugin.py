@@ -87,10 +87,9 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs, and four bits a weight.
 
-    It works with any optimizer. In every step the gradient is gated along the 16 strongest directions, with
-    :math:`f_{rest}` along the others; and every 4 to 8 iterations the share f of what the steps did along any is taken
-    back. So momentum carried over from before a consolidation, step sizes of their own for every weight and weight
-    decay are gated, too.
+    It works with any optimizer. In every step the gradient is gated along the 16 strongest directions, and with
+    :math:`f_{rest}` along the others; every 4 to 8 iterations the share f of what the steps did along any is taken
+    back. So momentum, step sizes of their own for every weight, and weight decay are gated, too.
 
     Gated are all trainable ``nn.Linear`` and ``nn.Conv2d`` layers (a convolution's input vectors are its patches; the
     groups of a grouped one share one eigenspace). Normalisation layers learn with the first experience and then
@@ -110,7 +109,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     The model is touched only while the strategy trains: hooks on its layers from a forward pass to the end of its
     backward pass. Gradients accumulated over several backward passes are gated each by itself. A
-    :class:`~avalanche_sp.SelectivePlasticityOptimizer` is told the surprise of the loss at every iteration.
+    :class:`~avalanche_sp.SelectivePlasticityOptimizer` is told the surprise of each loss.
 
     ``openness``, ``pull_back`` and ``rank`` take one value for all layers, or a mapping from patterns of layer names
     (:func:`fnmatch.fnmatchcase`; names as in ``model.named_modules()``) to values. A layer takes the value of the
@@ -179,8 +178,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self.openness = per_layer("openness", openness, 0.5)
         self.pull_back = per_layer("pull_back", pull_back, 1.0)
         self.rank = per_layer("rank", {} if rank is None else rank, None)
-        self.active = min(values_of(self.openness)) < float("inf")
-        """False where the gate is switched off."""
+        self.active = min(values_of(self.openness)) < float("inf")  # False where the gate is switched off
         self.consolidation_samples = consolidation_samples
         self.consolidate = consolidate
         self.readout_step = readout_step
@@ -222,8 +220,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     def rank_of(self, name: str, inputs: int, is_last: bool) -> int:
         """Eigenvectors kept for a layer, by its name, the number of its inputs, and whether it is called last."""
-        least = int(_READOUT_SHARE * inputs) if is_last else 0
-        return value_of(per_layer("rank", self.rank, max(_RANK[self.consolidate], least)), name)
+        default = max(_RANK[self.consolidate], int(_READOUT_SHARE * inputs) if is_last else 0)
+        return value_of(per_layer("rank", self.rank, default), name)
 
     def _pulls_beyond(self, name: str) -> bool:
         """Whether a layer is to be pulled along all directions."""
@@ -347,7 +345,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         if self._batch == (0, 0):
             return
         activity = self.layers[name]
-        x, delta = (self._stream_part(t).to(activity.vectors.dtype) for t in (x, delta))
+        x, delta = (stream_part(t, *self._batch).to(activity.vectors.dtype) for t in (x, delta))
         if self._drift.iteration % LOOK == 0:
             activity.watch(energy(layer, x), project(layer, x, activity.vectors))
         if self._memory:
@@ -370,9 +368,6 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             held[: len(pull)] -= pull  # fewer rows than the layer's where a head has grown
         gate_gradient(layer, held, vectors, 1 - activity.closed_rest)
         self._drift.pull_beyond(name, layer)
-
-    def _stream_part(self, x: Tensor) -> Tensor:
-        return stream_part(x, *self._batch)
 
     def _end_forward(self) -> None:
         for handle in self._handles:
@@ -422,9 +417,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._drift.forget()
         self._protected, self._gated, self._norms = {}, [], []
 
-    def _settle(
-        self, strategy, name: str, layer: GatedLayer, loss: ReadoutLoss, damping: float = 0.05
-    ) -> Tensor | None:
+    def _settle(self, strategy, name: str, layer: GatedLayer, loss: ReadoutLoss, damping=0.05) -> Tensor | None:
         """Settles the readout on a new loss and the old one, of which stored samples stand for their part."""
         old, losses = self.layers.get(name), [loss]
         seen = old.samples if old is not None else 0

@@ -162,6 +162,8 @@ def space_of(run: Run, layers: tuple[str, ...] = ()) -> dict[str, BaseDistributi
 
     recipe = recipe_of(run)
     names = {*recipe.settings, *recipe.optimizer_settings, *numbers_of(OPTIMIZERS[recipe.optimizer])}
+    if "openness" in names:
+        names.add("rank")  # whose default depends on the layer, so that no recipe states it
     if recipe.optimizer_settings.get("plasticity_k") == 0:  # without its gate, which makes it what it is
         names -= {"plasticity_k", "warmup_steps"}
     space = {"lr": RATES[recipe.optimizer not in NOT_ADAPTIVE], **RANGES}
