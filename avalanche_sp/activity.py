@@ -16,7 +16,7 @@ __all__ = ["LayerActivity", "some_inputs"]
 # Input vectors that one sample adds to the second moment at most: neighbouring patches are much alike.
 _ROWS_A_SAMPLE = 8
 # Along so many vectors the gate closes in every step.
-_STRONGEST = 16
+_STRONGEST = 32
 
 
 @dataclass

@@ -12,9 +12,8 @@ from avalanche_sp.per_layer import PerLayer, value_of
 
 __all__ = ["DriftWatch"]
 
-# Iterations from one look at the weights to the next, at most and at least.
+# Iterations from one look at the weights to the next, at most.
 LOOK = 8
-_SOONEST = 4
 # At most so many old samples for each new one pull at a time: more would outrun the optimizer's step size.
 _MAX_PULL = 20
 # How hard the directions beyond the rank pull, against the others.
@@ -62,7 +61,7 @@ class DriftWatch:
             takes_back: how much of what steps do along claimed directions is taken back, 0 to 1.
         """
         self._gated = gated
-        self._interval = min(max(int(_MAX_PULL / max(ratio, 1)), _SOONEST), self.longest)
+        self._interval = min(max(int(_MAX_PULL / max(ratio, 1)), 1), self.longest)
         self._old_samples = min(ratio, _MAX_PULL) * strength
         self._takes_back = takes_back
         for name, layer, activity in gated:

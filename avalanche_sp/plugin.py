@@ -87,8 +87,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs, and four bits a weight.
 
-    It works with any optimizer. In every step the gradient is gated along the 16 strongest directions, and with
-    :math:`f_{rest}` along the others; every 4 to 8 iterations the share f of what the steps did along any is taken
+    It works with any optimizer. In every step the gradient is gated along the 32 strongest directions, and with
+    :math:`f_{rest}` along the others; every 1 to 8 iterations the share f of what the steps did along any is taken
     back. So momentum, step sizes of their own for every weight, and weight decay are gated, too.
 
     Gated are all trainable ``nn.Linear`` and ``nn.Conv2d`` layers (a convolution's input vectors are its patches; the
