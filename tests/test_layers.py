@@ -4,7 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from avalanche_sp.layers import add_along, add_to_gradient, along, postsynaptic, presynaptic, project
+from avalanche_sp.layers import (
+    add_along,
+    add_to_gradient,
+    along,
+    drift_from,
+    energy,
+    gate_gradient,
+    gradient_along,
+    postsynaptic,
+    presynaptic,
+    project,
+)
 
 LAYERS = {
     "linear": lambda: (nn.Linear(6, 5), (7, 6)),
@@ -43,24 +54,49 @@ def test_errors_times_projection_are_the_gradient_along_the_vectors(case):
     output = layer(x)
     delta = torch.randn_like(output)
     (output * delta).sum().backward()
-    gradient = layer.weight.grad.flatten(1)
-    if layer.bias is not None:
-        gradient = torch.cat([gradient, layer.bias.grad[:, None]], dim=1)
+    gradient = joined(layer, lambda p: p.grad)
     coincidences = postsynaptic(layer, delta).mT @ project(layer, x, vectors)
     torch.testing.assert_close(coincidences.flatten(0, -2), gradient @ vectors)
+
+
+def test_energy_is_that_of_the_input_vectors(case):
+    layer, x, _ = case
+    torch.testing.assert_close(energy(layer, x), presynaptic(layer, x).square().sum())
+
+
+def joined(layer, of=lambda p: p.detach()):
+    """A layer's weights, or what is taken of them, with the bias as a last column."""
+    weight = of(layer.weight).flatten(1)
+    return weight.clone() if layer.bias is None else torch.cat([weight, of(layer.bias)[:, None]], 1)
+
+
+def test_a_gradient_is_gated_along_the_vectors(case):
+    layer, x, vectors = case
+    assert (gradient_along(layer, vectors) == 0).all()  # no gradient
+    layer(x).square().sum().backward()
+    before = joined(layer, lambda p: p.grad)
+    along_vectors = gradient_along(layer, vectors)
+    torch.testing.assert_close(along_vectors, before @ vectors)
+    closed = torch.tensor([0.1, 0.5, 0.9, 1.0], dtype=x.dtype)
+    gate_gradient(layer, along_vectors * closed, vectors, 0.75)
+    gate = 0.75 * torch.eye(len(vectors), dtype=x.dtype) - vectors @ closed.diag() @ vectors.T
+    torch.testing.assert_close(joined(layer, lambda p: p.grad), before @ gate)
+
+
+def test_drift_is_counted_from_the_first_units_weights(case):
+    layer = case[0]
+    rows = torch.randn(3, along_inputs(layer), dtype=torch.float64)
+    torch.testing.assert_close(drift_from(layer, rows.clone()), joined(layer)[:3] - rows)
 
 
 def test_weights_move_along_the_vectors_alone(case):
     layer, x, vectors = case
     before = along(layer, vectors)
-    before_outside = torch.cat(
-        [p.detach().flatten(1) if p.dim() > 1 else p.detach()[:, None] for p in layer.parameters()], 1
-    )
+    weights = joined(layer)
     step = torch.randn_like(before)
     add_along(layer, step, vectors)
     torch.testing.assert_close(along(layer, vectors), before + step)
-    after = torch.cat([p.detach().flatten(1) if p.dim() > 1 else p.detach()[:, None] for p in layer.parameters()], 1)
-    torch.testing.assert_close(after - before_outside, step @ vectors.T)
+    torch.testing.assert_close(joined(layer) - weights, step @ vectors.T)
 
 
 def test_rows_are_added_to_the_gradient_of_the_first_units(case):
@@ -72,9 +108,7 @@ def test_rows_are_added_to_the_gradient_of_the_first_units(case):
     for p in layer.parameters():
         p.grad = torch.ones_like(p)
     add_to_gradient(layer, rows, torch.tensor(2.0))
-    grads = layer.weight.grad.flatten(1)
-    if layer.bias is not None:
-        grads = torch.cat([grads, layer.bias.grad.unsqueeze(1)], 1)
+    grads = joined(layer, lambda p: p.grad)
     torch.testing.assert_close(grads[:3] - 1, 2 * rows)
     assert (grads[3:] == 1).all()
 
