@@ -16,7 +16,7 @@ from avalanche_sp.replay import stream_part, stream_rows
 
 __all__ = ["StreamWatch"]
 
-# Iterations from one look at the stream to the next: one device sync a look.
+# Iterations from one look at the stream to the next: one device sync a look. As often steps are taken back there.
 LOOK = 4
 # Samples that a look adds to the second moments: the last mini-batches', as many as it takes, or all there were.
 _SAMPLES = 16

@@ -16,7 +16,7 @@ __all__ = ["DriftWatch"]
 LOOK = 8
 # At most so many old samples for each new one pull at a time: more would outrun the optimizer's step size.
 _MAX_PULL = 20
-# How hard the directions beyond the rank pull, against the others.
+# How hard the directions beyond the rank pull, against the others, and every how many looks: it takes longer.
 _BEYOND = 0.15
 _EVERY = 2
 
