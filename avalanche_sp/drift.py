@@ -122,6 +122,8 @@ class DriftWatch:
                 self._pulls[name] -= weight * drift
 
     def _likeness(self) -> Tensor | None:
-        """How alike the stream is to what was consolidated, where data feeds a layer: what pulls beyond the rank."""
+        """How alike the stream is to what was consolidated, where data feeds a layer; None if nothing pulls by it."""
+        if all(activity.rough_anchor is None for _, _, activity in self._gated):
+            return None
         alike = [activity.likeness for _, _, activity in self._gated if activity.fed_by_data]
         return torch.stack(alike).mean() ** 1.5 if alike else None

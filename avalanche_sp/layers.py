@@ -54,9 +54,10 @@ def presynaptic(layer: GatedLayer, x: Tensor) -> Tensor:
 
 def energy(layer: GatedLayer, x: Tensor) -> Tensor:
     """``presynaptic(layer, x).square().sum()``, 0-dim; a linear layer's input vectors not being laid out."""
-    rows = presynaptic(layer, x) if isinstance(layer, nn.Conv2d) else x
-    flat = rows.flatten()
-    ones = x.numel() // layer.in_features if isinstance(layer, nn.Linear) and layer.bias is not None else 0
+    if isinstance(layer, nn.Linear):
+        flat, ones = x.flatten(), x.numel() // layer.in_features if layer.bias is not None else 0
+    else:
+        flat, ones = presynaptic(layer, x).flatten(), 0  # there already
     return flat.dot(flat) + ones
 
 

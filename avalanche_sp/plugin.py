@@ -314,7 +314,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         if self.active:
             self._running_surprise.observe(strategy.loss.detach().squeeze())
             if isinstance(strategy.optimizer, SelectivePlasticityOptimizer):
-                strategy.optimizer.observe_surprise(self._running_surprise.last)
+                strategy.optimizer.observe_surprise(self.surprise)
             if self._stream is not None:
                 self._stream.observe(strategy)
 

@@ -86,12 +86,13 @@ def network_bytes(model: nn.Module) -> int:
 def gate_bytes(model: nn.Module) -> int:
     """What ``SelectivePlasticityPlugin()`` keeps beside a network, in single precision."""
     total, gate = 0, SelectivePlasticityPlugin()
-    layers = list(gated_layers(model).values())
-    for name, layer in gated_layers(model).items():
+    layers = gated_layers(model)
+    *_, last = layers.values()
+    for name, layer in layers.items():
         units, inputs = len(layer.weight), layer.weight[0].numel() + (layer.bias is not None)
-        kept = min(gate.rank_of(name, inputs, layer is layers[-1]), inputs)
+        kept = min(gate.rank_of(name, inputs, layer is last), inputs)
         total += 4 * (kept * (inputs + units + 2) + 1)
         if kept < inputs:
             total += PackedRows.of(weights_and_bias(layer)).state_bytes
-    total += 4 * weights_and_bias(layers[-1]).numel()  # the gradient that is left in the readout
+    total += 4 * weights_and_bias(last).numel()  # the gradient that is left in the readout
     return total
