@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from avalanche_sp.activity import LayerActivity, some_inputs
-from avalanche_sp.detection import ChangeDetector, LossWatch
+from avalanche_sp.detection import ChangeDetector, ChangeWatch, InputWatch
 from avalanche_sp.layers import NORMALISATION, GatedLayer, set_weights, weights_and_bias
 from avalanche_sp.readout import ReadoutLoss
 from avalanche_sp.recording import curvature_of, readout_errors
@@ -24,6 +24,9 @@ _SAMPLES = 16
 _CHUNK = 4096
 # Input vectors for which older ones stand in a second moment, at most: the older ones' network is no longer there.
 _MEMORY = 5120
+# The stream has drifted, too slowly for any iteration to be surprising, when its inputs' mean is so far from that of
+# what was learned: squared, in units of their variance.
+_DRIFTED = 0.2
 # Of the readout's step: what it should make of its inputs was noted while these still moved.
 _DAMPING = 0.3
 
@@ -106,11 +109,12 @@ class StreamWatch:
     Every 4 iterations it looks: what were the losses, what are the layers' inputs? The inputs join a running second
     moment of what was learned since the last consolidation; no sample is kept from one iteration to the next.
 
-    With a detector it consolidates when the loss has changed. That is seen some iterations late, when the new task
-    has been learned over the old one for a while. So a look at which a loss is surprising, though not enough to be a
-    change, adds nothing to the second moments; and the weights are copied at every look without such a loss, and with
-    them the optimizer's state. To that copy they go back, and of the steps since then only what the gate lets
-    through, once it is closed for what was learned before the change, is done again.
+    With a detector it consolidates when the loss has risen, or the inputs have left the place where they were. That is
+    seen some iterations late, when the new task has been learned over the old one for a while. So a look at which
+    something is surprising, though not enough to be a change, adds nothing to the second moments; and the weights are
+    copied at every look without, and with them the optimizer's state. To that copy they go back, and of the steps since
+    then only what the gate lets through, once it is closed for what was learned before the change, is done again. And it
+    consolidates when the inputs have drifted away, little by little, from those that were learned.
 
     Without a detector it consolidates every 4096 samples.
 
@@ -127,11 +131,14 @@ class StreamWatch:
         rank_of: Callable[[str, int, bool], int],
         measure_loss: bool,
     ):
-        self.losses = LossWatch(detector) if detector is not None else None
+        self.changes = ChangeWatch(detector) if detector is not None else None
         self.rank_of = rank_of
         self.measure_loss = measure_loss
         self.iteration = 0
-        self._queue: list[Tensor] = []  # the losses since the last look: read together, one device sync a look
+        self._inputs = InputWatch()
+        # The losses since the last look, and how far inputs were from those before: read together, one sync a look.
+        self._losses: list[Tensor] = []
+        self._distances: list[Tensor] = []
         self._called: list[tuple[str, GatedLayer, Tensor, Tensor]] = []  # in this iteration, with input and output
         self._curvature, self._square = torch.zeros(()), torch.zeros(())
         self._learned: set[str] = set()  # layers whose input comes from something that learns
@@ -154,7 +161,7 @@ class StreamWatch:
         """Bytes of what is kept from one iteration to the next."""
         tensors = [t for m in self.moments.values() for t in m.tensors]
         tensors += [*self._weights.values(), *(t for held in self._norms.values() for t in held)]
-        tensors += [copy for _, copy in self._optimizer]
+        tensors += [copy for _, copy in self._optimizer] + [*self._inputs.tensors]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def listen(self, strategy, layers: Mapping[str, GatedLayer]) -> list:
@@ -181,7 +188,10 @@ class StreamWatch:
         self.samples += n
         if n < batch and isinstance(strategy.mb_output, Tensor):
             loss = strategy._criterion(strategy.mb_output[:n], strategy.mb_y[:n])
-        self._queue.append(loss.detach().squeeze())
+        if self.changes is not None:
+            self._losses.append(loss.detach().squeeze())
+            if isinstance(strategy.mb_x, Tensor) and strategy.mb_x.is_floating_point():
+                self._distances.append(self._inputs.observe(strategy.mb_x[:n]))
         readout, targets = self._wanted(strategy, n) if self._called and self.measure_loss else (None, None)
         for name, layer, inputs, _ in self._called:
             x, count = some_inputs(layer, stream_part(inputs, batch, n))
@@ -213,15 +223,31 @@ class StreamWatch:
         self.iteration += 1
         if self.iteration % LOOK:
             return False
-        found, calm = False, True
-        if self.losses is not None:
-            found, calm = self.losses.look(torch.stack(self._queue).tolist())
-        if calm and not found:
+        if self.changes is None:
             self._take(strategy, layers)
+            found = self.samples >= _CHUNK
+        else:
+            found = self._look_for_changes(self.changes, strategy, layers)
         for moment in self.moments.values():
             moment.drop()
-        self._queue.clear()
-        return self.looks > 0 and (found or self.losses is None and self.samples >= _CHUNK)
+        return self.looks > 0 and found
+
+    def _look_for_changes(self, changes: ChangeWatch, strategy, layers: Mapping[str, GatedLayer]) -> bool:
+        """Whether the stream has changed since what was learned; if nothing shows that it has, this is learned, too."""
+        n, device = len(self._losses), self._losses[0].device
+        numbers = [*self._losses, *self._distances, self._inputs.moved]
+        *shown, drift = torch.stack([t.to(device, torch.float32) for t in numbers]).tolist()
+        self._losses, self._distances = [], []
+        found, calm = changes.look(zip(*(shown[i : i + n] for i in range(0, len(shown), n))))
+        if calm and not found:
+            self._take(strategy, layers)
+            self._inputs.keep()
+            found = drift > _DRIFTED
+        self._inputs.drop()
+        if found:
+            changes.restart()
+            self._inputs.restart()
+        return found
 
     def _take(self, strategy, layers: Mapping[str, GatedLayer]) -> None:
         for moment in self.moments.values():
@@ -231,7 +257,7 @@ class StreamWatch:
         if self.measure_loss:
             self.curvature = self.curvature + (self._curvature - self.curvature) / self.looks
             self.square = self.square + (self._square - self.square) / self.looks
-        if self.losses is not None:
+        if self.changes is not None:
             self._weights = {n: weights_and_bias(layer) for n, layer in layers.items()}
             self._norms = {n: [t.clone() for t in held] for n, held in _held_by_norms(strategy.model).items()}
             states = strategy.optimizer.state.values()

@@ -1,9 +1,9 @@
-"""Change detection on the stream's loss: what is surprising enough to be a new task."""
+"""Change detection on the stream's loss and inputs: what is surprising enough to be a new task."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -11,16 +11,17 @@ from torch import Tensor
 
 from avalanche_sp.gates import loss_surprise
 
-__all__ = ["ChangeDetector", "page_hinkley", "LossWatch", "RunningSurprise"]
+__all__ = ["ChangeDetector", "page_hinkley", "ChangeWatch", "InputWatch", "RunningSurprise"]
 
-# Decay of the running mean and variance of the loss, iteration by iteration.
+# Decay of running means and variances, iteration by iteration.
 _DECAY = 0.95
-# A loss so many deviations from the mean moves mean and variance no further than this: a new task's losses would
+# What lies so many deviations from the mean moves mean and variance no further than this: a new task's losses would
 # soon look ordinary otherwise.
 _MOVES = 3.0
 # Nothing is more surprising than this many deviations: one odd batch alone is no change.
 _LIMIT = 5.0
-# Losses at the start, and after a change, that set mean and variance without any limit. The detector is not told them.
+# Iterations at the start, and after a change, that set mean and variance without any limit. The detector is not told
+# them.
 _START = 20
 
 
@@ -32,14 +33,14 @@ class ChangeDetector(Protocol):
         """Whether the last number showed a change."""
 
     def update(self, x: float) -> object:
-        """Takes the next number: an iteration's loss as :class:`LossWatch` standardises it."""
+        """Takes the next number: an iteration's surprise, as :class:`ChangeWatch` standardises it."""
 
 
 def page_hinkley() -> ChangeDetector:
-    """River's Page-Hinkley test, set for what :class:`LossWatch` gives it: losses in deviations, 5 at most.
+    """River's Page-Hinkley test, set for what :class:`ChangeWatch` gives it: deviations, 5 at most for each number.
 
-    It finds a change when losses have been, in sum, 20 deviations above their mean, each of them counting less 1: five
-    very surprising iterations in a row are enough.
+    It finds a change when these have been, in sum, 20 above their mean, each iteration counting less 1: five iterations
+    in a row are enough that are very surprising in one number, or three in two.
 
     Raises:
         ImportError: river is not installed.
@@ -57,15 +58,16 @@ def page_hinkley() -> ChangeDetector:
     return PageHinkley(min_instances=10, delta=1.0, threshold=20.0, mode="up")
 
 
-class LossWatch:
-    r"""Standardises losses by those before them, and asks a detector whether they changed.
+class ChangeWatch:
+    r"""Standardises what an iteration shows by those before it, and asks a detector whether it changed.
 
     .. math::
-        z_t = \operatorname{clip}\big((L_t - \mu_{t-1}) / \sigma_{t-1}, -5, 5\big)
+        z_t = \operatorname{clip}\big((y_t - \mu_{t-1}) / \sigma_{t-1}, -5, 5\big)
 
-    The mean and the deviation are running ones, of decay 0.95, in which no loss counts for more than 3 deviations
-    (winsorised). So the detector's threshold needs no knowledge of the loss, its scale or the size of a batch. They
-    start anew after a change, and after a start the detector is not asked for 20 iterations.
+    for each number y that is shown, such as the loss; the detector is told their sum. The mean and the deviation are
+    running ones, of decay 0.95, in which no number counts for more than 3 deviations (winsorised). So the detector's
+    threshold needs no knowledge of the loss, its scale or the size of a batch. They start anew after a change, and
+    after a start the detector is not asked for 20 iterations.
 
     Args:
         detector: told these.
@@ -73,39 +75,115 @@ class LossWatch:
 
     def __init__(self, detector: ChangeDetector):
         self.detector = detector
-        self._mean = self._variance = 0.0
-        self._count = 0
+        self._series: list[_Series] = []
 
-    def look(self, losses: Iterable[float]) -> tuple[bool, bool]:
-        """Takes the next losses, in order.
+    def restart(self) -> None:
+        """Forgets what the iterations so far showed."""
+        self._series = []
+
+    def look(self, iterations: Iterable[Sequence[float]]) -> tuple[bool, bool]:
+        """Takes the next iterations, in order, each with as many numbers.
 
         Returns:
             Whether the detector found a change; and whether all of them were calm, less than 3 deviations above the
             mean: what a change that is not found yet would not leave.
         """
         found, calm = False, True
-        for loss in losses:
-            z = self._standardised(loss)
-            calm &= z < _MOVES
-            if self._count > _START:
-                self.detector.update(z)
+        for shown in iterations:
+            self._series = self._series or [_Series() for _ in shown]
+            z = [series.standardised(y) for series, y in zip(self._series, shown)]
+            calm &= max(z) < _MOVES
+            if self._series[0].count > _START:
+                self.detector.update(sum(z))
                 if self.detector.drift_detected:
-                    found, self._count, self._variance = True, 0, 0.0
+                    found = True
+                    self.restart()
         return found, calm
 
-    def _standardised(self, loss: float) -> float:
-        self._count += 1
+
+class _Series:
+    """Running mean and deviation of numbers."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean = self._variance = 0.0
+
+    def standardised(self, y: float) -> float:
+        """Takes the next number; returns it in deviations from the mean, both of those before it."""
+        self.count += 1
         deviation = math.sqrt(self._variance)
-        difference = loss - self._mean if self._count > 1 else 0.0
+        difference = y - self._mean if self.count > 1 else 0.0
         z = difference / deviation if deviation > 0 else 0.0
-        if self._count == 1:
-            self._mean = loss
-        elif self._count > _START and deviation > 0:
+        if self.count == 1:
+            self._mean = y
+        elif self.count > _START and deviation > 0:
             difference = max(-_MOVES * deviation, min(_MOVES * deviation, difference))
-        weight = max(1 - _DECAY, 1 / self._count)
+        weight = max(1 - _DECAY, 1 / self.count)
         self._mean += weight * difference
         self._variance = (1 - weight) * (self._variance + weight * difference * difference)
         return max(-_LIMIT, min(_LIMIT, z))
+
+
+class InputWatch:
+    """Where the stream's inputs lie: their running mean, of decay 0.95 a mini-batch, and the mean of all.
+
+    A mini-batch's mean waits until it is kept or dropped. Tensors throughout, no device sync; what is kept is three
+    vectors of a sample's size.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: tuple[Tensor, Tensor, int]  # sums over the mini-batches that wait
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets all inputs so far."""
+        self._size = 0
+        self._kept = 0  # mini-batches
+        self._recent = self._learned = self._energy = torch.zeros(())
+        self.drop()
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self._recent, self._learned, self._waiting[0]
+
+    def observe(self, x: Tensor) -> Tensor:
+        """Takes the next inputs (n, ...); returns how far their mean lies from the running one, squared, 0-dim.
+
+        A value that is not finite counts as 0. Inputs of another size begin anew.
+        """
+        x = x.detach().reshape(len(x), -1).float()
+        if x.shape[1] != self._size:
+            self.restart()
+            self._size = x.shape[1]
+        mean, energy = x.mean(0).nan_to_num(0.0, 0.0, 0.0), (x.square().sum() / len(x)).nan_to_num(0.0, 0.0, 0.0)
+        means, energies, n = self._waiting
+        self._waiting = means + mean, energies + energy, n + 1
+        difference = mean - (self._recent if self._kept else self._waiting[0] / (n + 1))
+        return difference.dot(difference)
+
+    def keep(self) -> None:
+        """Takes in what waits."""
+        means, energies, n = self._waiting
+        if n == 0:
+            return
+        self._kept += n
+        of_all = n / self._kept
+        share = max(1 - _DECAY**n, of_all)  # 1 at first
+        self._recent = self._recent + share * (means / n - self._recent)
+        self._energy = self._energy + share * (energies / n - self._energy)
+        self._learned = self._learned + of_all * (means / n - self._learned)
+        self.drop()
+
+    def drop(self) -> None:
+        self._waiting = torch.zeros(()), torch.zeros(()), 0
+
+    @property
+    def moved(self) -> Tensor:
+        """How far the running mean lies from that of all, squared, in units of the inputs' variance: 0-dim."""
+        limits = torch.finfo(self._energy.dtype)
+        least = limits.eps * self._energy + limits.tiny  # inputs that are all the same don't move by being rounded
+        variance = torch.maximum(self._energy - self._recent.square().sum(), least)
+        return (self._recent - self._learned).square().sum() / variance
 
 
 class RunningSurprise:

@@ -294,7 +294,7 @@ class LossSurprise(PluginMetric):
 
 
 class FoundBoundaries(PluginMetric):
-    """How many boundaries the plugin has found in the stream's loss, at each one found (``consolidate="surprise"``)."""
+    """How many boundaries the plugin has found in the stream, at each one found (``consolidate="surprise"``)."""
 
     def __init__(self):
         super().__init__()

@@ -125,8 +125,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         consolidation_samples: samples of an experience, evenly spread over it, that are run through the network
             at its end, 1 or more (default 5000).
         consolidate: when to. ``"experience"`` (default): at the end of every experience. ``"surprise"``: when the
-            stream's loss shows a change, what was learned before it. ``"continuous"``: every 4096 samples. The last
-            two need no boundaries: experiences may be of any length, as Avalanche's online streams' are
+            stream's loss or inputs show a change, what was learned before. ``"continuous"``: every 4096 samples. The
+            last two need no boundaries: experiences may be of any length, as Avalanche's online streams' are
             (``docs/boundaries.md``).
         detector: what finds a change, an object with ``update(x)`` and ``drift_detected``, such as river's. Default:
             river's Page-Hinkley test, for ``"surprise"``.

@@ -22,7 +22,7 @@ from avalanche_sp import (
     split_mnist,
 )
 from avalanche_sp.activity import LayerActivity
-from avalanche_sp.detection import LossWatch, page_hinkley
+from avalanche_sp.detection import ChangeWatch, InputWatch, page_hinkley
 from avalanche_sp.gates import eligibility
 from avalanche_sp.layers import set_weights, weights_and_bias
 
@@ -73,18 +73,77 @@ class At:
 def test_a_change_is_found_soon_whatever_the_losss_scale(scale):
     torch.manual_seed(0)
     steady = 0.2 + 0.03 * torch.randn(2000)
-    watch = LossWatch(page_hinkley())
-    assert not any(watch.look([x])[0] for x in (scale * steady).tolist())
+    watch = ChangeWatch(page_hinkley())
+    assert not any(watch.look([[x]])[0] for x in (scale * steady).tolist())
     changed = (scale * (1.0 + 0.1 * torch.randn(20))).tolist()
-    found, calm = zip(*(watch.look([x]) for x in changed))
+    found, calm = zip(*(watch.look([[x]]) for x in changed))
     assert 3 < found.index(True) < 10
     assert not any(calm[: found.index(True)])
 
 
 def test_one_odd_batch_and_a_constant_loss_are_no_change():
-    watch = LossWatch(page_hinkley())
+    watch = ChangeWatch(page_hinkley())
     for losses in ([0.5] * 100, [0.5, 0.6] * 50, [100.0], [0.5, 0.6] * 50):
-        assert not watch.look(losses)[0]
+        assert not watch.look([x] for x in losses)[0]
+
+
+def test_a_change_is_found_where_only_one_of_two_numbers_shows_it():
+    torch.manual_seed(0)
+    steady = (0.2 + 0.03 * torch.randn(500, 2)).tolist()
+    for changed in ([1.0, 0.2], [0.2, 1.0]):
+        watch = ChangeWatch(page_hinkley())
+        assert not watch.look(steady)[0]
+        assert watch.look([changed] * 10) == (True, False)
+
+
+@pytest.mark.parametrize("n", [1, 10, 64])
+def test_inputs_that_keep_to_their_place_do_not_move_and_those_that_leave_it_do(n):
+    """Against means over all inputs, computed at once."""
+    torch.manual_seed(0)
+    watch, steady, moving = InputWatch(), torch.randn(400, n, 30), torch.randn(400, n, 30)
+    for i, x in enumerate(steady):
+        distance = watch.observe(x)
+        if i % 4 == 3:
+            watch.keep()
+        assert watch.moved < 0.2
+    assert 0.3 < distance * n / 30 < 3  # what chance makes it, for inputs of variance 1
+    for i, x in enumerate(moving):
+        watch.observe(x + i / 400)
+        watch.keep()
+    mean = torch.cat([steady, moving + torch.arange(400).view(-1, 1, 1) / 400]).mean((0, 1))
+    torch.testing.assert_close(watch.tensors[1], mean)
+    expected = (moving[-20:].mean((0, 1)) + 0.95 - mean).square().sum() / 30
+    torch.testing.assert_close(watch.moved, expected, rtol=0.5, atol=0)
+
+
+def test_inputs_of_another_size_begin_anew():
+    watch = InputWatch()
+    watch.keep()
+    for width in (5, 5, 7, 7, 5):
+        assert watch.observe(torch.ones(4, width)) == 0
+        watch.keep()
+        assert watch.moved == 0
+
+
+def test_inputs_that_were_dropped_were_never_there():
+    torch.manual_seed(0)
+    one, other = InputWatch(), InputWatch()
+    for x in torch.randn(50, 16, 5):
+        for watch in (one, other):
+            watch.observe(x)
+            watch.keep()
+        one.observe(x + 9)
+        one.drop()
+    assert torch.equal(one.moved, other.moved)
+
+
+def test_inputs_that_are_all_alike_or_not_finite_do_not_move():
+    for x in (torch.full((16, 5), 0.1), torch.tensor([[1.0, float("nan")], [2.0, float("inf")]]), torch.zeros(4, 1)):
+        watch = InputWatch()
+        for _ in range(50):
+            assert watch.observe(x) < 1e-6
+            watch.keep()
+        assert watch.moved < 1e-3
 
 
 def test_boundaries_are_found_and_what_was_learned_before_is_kept(stream):
@@ -97,6 +156,52 @@ def test_boundaries_are_found_and_what_was_learned_before_is_kept(stream):
     for task in (0, 1):
         assert accuracy(naive, stream, task) < 0.3
         assert accuracy(found, stream, task) > accuracy(told, stream, task) - 0.05 > 0.6
+
+
+def test_a_task_that_comes_back_is_found_though_its_loss_is_low(stream):
+    """Else what was learned since, of which nothing is consolidated yet, would be lost."""
+    plugin = SelectivePlasticityPlugin(consolidate="surprise")
+    strategy = trained(stream, [plugin], n=2)
+    kept = accuracy(strategy, stream, 1)
+    strategy.train(stream.train_stream[0])
+    assert [at // 100 for at in plugin.consolidated_at] == [1, 2]
+    assert accuracy(strategy, stream, 1) > kept - 0.05
+    assert accuracy(strategy, stream, 0) > 0.9
+    unaware = trained(stream, [SelectivePlasticityPlugin(consolidate="surprise", detector=At())], n=2)
+    unaware.train(stream.train_stream[0])
+    assert accuracy(unaware, stream, 1) < 0.5
+
+
+def test_inputs_that_drift_are_consolidated_though_no_iteration_is_surprising(stream):
+    """Two pixels more change places every iteration; the detector finds nothing."""
+    swaps = torch.randperm(784, generator=torch.Generator().manual_seed(0)).view(-1, 2)
+
+    class Drift(SupervisedPlugin):
+        def before_forward(self, strategy, **kwargs):
+            moved = swaps[: strategy.clock.train_iterations]
+            images = strategy.mb_x.flatten(1).clone()
+            images[:, moved] = images[:, moved.flip(1)]
+            strategy.mbatch[0] = images.view_as(strategy.mb_x)
+
+    found = []
+    for drifts in ([], [Drift()]):
+        plugin = SelectivePlasticityPlugin(consolidate="surprise", detector=At())
+        trained(stream, [*drifts, plugin], n=1, epochs=4)
+        found.append(plugin.consolidated_at)
+    assert found[0] == [] and 1 <= len(found[1]) <= 6
+
+
+def test_inputs_that_are_no_numbers_are_left_alone(stream):
+    """Tokens: their mean means nothing. The loss is watched."""
+    plugin = SelectivePlasticityPlugin(consolidate="surprise")
+
+    class Tokens(SupervisedPlugin):
+        def before_forward(self, strategy, **kwargs):
+            strategy.mbatch[0] = (strategy.mb_x.flatten(1) > 0).long()
+
+    model = nn.Sequential(nn.Embedding(2, 1), nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 10))
+    trained(stream, [Tokens(), plugin], n=2, model=model, optimizer=partial(torch.optim.SGD, lr=0.005))
+    assert [at // 100 for at in plugin.consolidated_at] == [1]
 
 
 def test_without_events_it_remembers_too(stream):
@@ -215,7 +320,7 @@ def test_a_detector_of_ones_own(stream):
     plugin = SelectivePlasticityPlugin(consolidate="surprise", detector=detector)
     trained(stream, [plugin], n=1)
     assert len(detector.seen) == 50  # without the 20 iterations at the start, and after a change
-    assert max(map(abs, detector.seen)) <= 5
+    assert max(map(abs, detector.seen)) <= 10  # 5 for the loss, 5 for the inputs
     assert plugin.consolidated_at == [32, 92]  # at the look after it
 
 
