@@ -11,7 +11,7 @@ from avalanche_sp.activity import LayerActivity, some_inputs
 from avalanche_sp.detection import ChangeDetector, ChangeWatch, InputWatch
 from avalanche_sp.layers import NORMALISATION, GatedLayer, set_weights, weights_and_bias
 from avalanche_sp.readout import ReadoutLoss
-from avalanche_sp.recording import curvature_of, readout_errors
+from avalanche_sp.recording import output_derivatives
 from avalanche_sp.replay import stream_part, stream_rows
 
 __all__ = ["StreamWatch"]
@@ -113,8 +113,8 @@ class StreamWatch:
     seen some iterations late, when the new task has been learned over the old one for a while. So a look at which
     something is surprising, though not enough to be a change, adds nothing to the second moments; and the weights are
     copied at every look without, and with them the optimizer's state. To that copy they go back, and of the steps since
-    then only what the gate lets through, once it is closed for what was learned before the change, is done again. And it
-    consolidates when the inputs have drifted away, little by little, from those that were learned.
+    then only what the gate lets through, once it is closed for what was learned before the change, is done again. It
+    consolidates, too, when the inputs have drifted away, little by little, from those that were learned.
 
     Without a detector it consolidates every 4096 samples.
 
@@ -206,10 +206,10 @@ class StreamWatch:
         """The readout, and what the loss, being quadratic, would have it make of the n samples of the stream."""
         outputs, y = strategy.mb_output, strategy.mb_y[:n]
         outputs = outputs[:n] if isinstance(outputs, Tensor) and n < len(outputs) else outputs
-        self._curvature = curvature_of(strategy._criterion, outputs, y)
         name, layer, _, made = self._called[-1]
         made = made[:n]
-        readout, errors = readout_errors(strategy._criterion, outputs.detach(), y, self._curvature, (name, layer, made))
+        last = name, layer, made
+        self._curvature, readout, errors = output_derivatives(strategy._criterion, outputs, y, last)
         if readout is None:
             return None, None
         self.readout = readout

@@ -16,7 +16,7 @@ from avalanche_sp.gates import loss_curvature
 from avalanche_sp.layers import GatedLayer, along
 from avalanche_sp.readout import ReadoutLoss
 
-__all__ = ["Recorded", "curvature_of", "readout_errors", "record_activity"]
+__all__ = ["Recorded", "output_derivatives", "record_activity"]
 
 
 @dataclass
@@ -44,22 +44,6 @@ class Recorded:
     def readout_loss(self, weight: float) -> ReadoutLoss | None:
         """The loss in the readout's weights, so many samples' worth; None where there is no readout."""
         return replace(self.loss, weight=weight) if self.loss is not None else None
-
-
-def curvature_of(criterion: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor) -> Tensor:
-    """The loss's mean curvature in the outputs (n, C), 0-dim.
-
-    Raises:
-        TypeError: the network's output is not one tensor.
-    """
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            f"Invalid model: its output is a {type(outputs).__name__} (the pull-back and the readout's step measure "
-            "the loss on one output tensor; pull_back=0 and readout_step=False leave the gate alone)"
-        )
-    with torch.enable_grad():
-        outputs = outputs.detach().requires_grad_()
-        return loss_curvature(outputs, criterion(outputs, targets))
 
 
 def record_activity(
@@ -116,8 +100,9 @@ def record_activity(
                     x, y, task_labels = (batch[i].to(strategy.device) for i in (0, 1, -1))
                     outputs = avalanche_forward(model, x, task_labels)
                     if criterion is not None:
-                        curvatures.append(curvature_of(criterion, outputs, y))
-                        errors.append(readout_errors(criterion, outputs, y, curvatures[-1], last))
+                        curvature, name, error = output_derivatives(criterion, outputs, y, last)
+                        curvatures.append(curvature)
+                        errors.append((name, error))
             given = _fed_by_data(model, layers, x[:2], task_labels[:2])
     finally:
         for module, mode in modes.items():
@@ -148,33 +133,44 @@ def record_activity(
     return recorded
 
 
-def readout_errors(
+def output_derivatives(
     criterion: Callable[[Tensor, Tensor], Tensor],
     outputs: Tensor,
     targets: Tensor,
-    curvature: Tensor,
     last: tuple[str, GatedLayer, Tensor] | None,
-) -> tuple[str | None, Tensor]:
-    """The readout's name and the loss's gradient in its output, a row a sample.
+) -> tuple[Tensor, str | None, Tensor]:
+    """The loss's mean curvature in the outputs, 0-dim; the readout's name; its gradient in the readout's output.
 
-    The name is None where the last layer isn't a readout or part of it is frozen, or the loss isn't quadratic in the
-    outputs, or isn't convex.
+    That has a row a sample. The name is None where the last layer isn't a readout or part of it is frozen, or the loss
+    isn't quadratic in the outputs, or isn't convex.
 
     Args:
         criterion: a mean over samples.
         outputs, targets: the network's outputs (n, C), what they should be.
-        curvature: of the loss in the outputs, 0-dim.
         last: the last layer that was called, its name before and its output after it.
+
+    Raises:
+        TypeError: the network's output is not one tensor.
     """
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"Invalid model: its output is a {type(outputs).__name__} (the pull-back and the readout's step measure "
+            "the loss on one output tensor; pull_back=0 and readout_step=False leave the gate alone)"
+        )
+    outputs = outputs.detach()
+    with torch.enable_grad():
+        varied = outputs.detach().requires_grad_()
+        curvature = loss_curvature(varied, criterion(varied, targets))
     if last is None:
-        return None, outputs
+        return curvature, None, outputs
     name, layer, made = last
     if made.shape != outputs.shape or outputs.dim() != 2 or not all(p.requires_grad for p in layer.parameters()):
-        return None, outputs
+        return curvature, None, outputs
     kept = (outputs == made).all(0)  # the others are masked: Avalanche's incremental heads do it
     nothing, error, twice = (_gradient(criterion, scale * outputs, targets) for scale in (0.0, 1.0, 2.0))
     quadratic = (nothing + twice - 2 * error).abs().max() <= 1e-3 * error.abs().max() and (nothing != twice).any()
-    return name if kept.any() and quadratic and curvature > 0 else None, error * kept * len(outputs)
+    is_readout = kept.any() and quadratic and curvature > 0
+    return curvature, name if is_readout else None, error * kept * len(outputs)
 
 
 @torch.enable_grad()

@@ -93,7 +93,9 @@ def rows_of(part: str, records: list[dict]) -> list[dict]:
             "ACC %": mean_and_interval(interval([r["acc"] for r in of_seed.values()])),
             "minus told": mean_and_interval(interval(pairs)) if base is not of_seed and pairs else "-",
         }
-        if strategy.endswith("-surprise"):
+        if part == "drifting":  # it has no boundary to be found
+            row["consolidated"] = f"{median(len(r['consolidated_at']) for r in of_seed.values()):g}"
+        elif strategy.endswith("-surprise"):
             delays, missed, false = zip(*(found(r) for r in of_seed.values()))
             every = [d for run in delays for d in run]
             row["found"] = f"{len(every)}/{len(every) + sum(missed)}"
