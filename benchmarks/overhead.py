@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from avalanche.benchmarks import SplitMNIST
+from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.training import Naive
 from avalanche.training.plugins import SupervisedPlugin
 from tabulate import tabulate
@@ -33,15 +34,16 @@ from harness.run import optimizer_bytes, quiet
 from harness.settings import MNIST, ROOT
 
 BATCH = 128
+ONLINE_BATCH = 10
 Timer = Callable[[], float]  # does the work once, returns seconds
 
 
-def naive(model: nn.Module, plugins=(), criterion=None, optimizer=None) -> Naive:
+def naive(model: nn.Module, plugins=(), criterion=None, optimizer=None, batch=BATCH) -> Naive:
     return Naive(
         model=model,
         optimizer=(optimizer or functools.partial(torch.optim.SGD, lr=0.05))(model.parameters()),
         criterion=criterion or nn.CrossEntropyLoss(),
-        train_mb_size=BATCH,
+        train_mb_size=batch,
         plugins=list(plugins),
         evaluator=None,
     )
@@ -182,6 +184,28 @@ def gated_training(root: str) -> tuple[dict[str, Timer], dict[str, Timer]]:
     return steps, epochs
 
 
+def online_training(root: str) -> dict[str, Timer]:
+    """The first 400 mini-batches of two tasks of five, each an experience: no boundary is told."""
+    tasks = [
+        [part for part, _ in zip(split_online_stream([task], ONLINE_BATCH, seed=0), range(400))]
+        for task in split_mnist(5, dataset_root=root).train_stream[:2]
+    ]
+
+    def trained(*plugins) -> Timer:
+        def run() -> float:
+            sgd = functools.partial(torch.optim.SGD, lr=0.02)
+            strategy = naive(build_network(), [plugin() for plugin in plugins], OneHotMSELoss(), sgd, ONLINE_BATCH)
+            return seconds(lambda: [strategy.train(part) for task in tasks for part in task])
+
+        return run
+
+    timers = {"SGD": trained()}
+    for how in ("surprise", "continuous"):
+        plugin = functools.partial(SelectivePlasticityPlugin, consolidate=how)
+        timers[f'SGD, SelectivePlasticityPlugin(consolidate="{how}")'] = trained(plugin)
+    return timers
+
+
 def measure(timers: dict[str, Timer], rounds: int) -> list[dict]:
     """Median seconds of each, and the median of its ratio to the first, round by round.
 
@@ -226,6 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         "training step": ("100 training steps, 269,322 parameters", training_steps(), {}),
         "plugin step": ("the 230 training steps of an epoch", gated_steps, {}),
         "plugin epoch": ("an epoch of 29,404 images, consolidation included", gated_epochs, {}),
+        "online": ("800 mini-batches of an online stream", online_training(args.dataset_root), {}),
     }
     results = {}
     for part, (what, timers, extra_bytes) in parts.items():
@@ -233,7 +258,8 @@ def main(argv: list[str] | None = None) -> int:
         for row in rows:
             if row["name"] in extra_bytes:
                 row["extra_bytes"] = extra_bytes[row["name"]]
-        results[part] = {"what": what, "batch_size": BATCH, "rounds": args.rounds, "rows": rows}
+        batch = ONLINE_BATCH if part == "online" else BATCH
+        results[part] = {"what": what, "batch_size": batch, "rounds": args.rounds, "rows": rows}
         table = [
             {
                 what: r["name"],
