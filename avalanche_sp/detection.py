@@ -155,7 +155,8 @@ class InputWatch:
         if x.shape[1] != self._size:
             self.restart()
             self._size = x.shape[1]
-        mean, energy = x.mean(0).nan_to_num(0.0, 0.0, 0.0), (x.square().sum() / len(x)).nan_to_num(0.0, 0.0, 0.0)
+        mean = x.mean(0).nan_to_num(0.0, 0.0, 0.0)
+        energy = (torch.linalg.vector_norm(x).square() / len(x)).nan_to_num(0.0, 0.0, 0.0)
         means, energies, n = self._waiting
         self._waiting = means + mean, energies + energy, n + 1
         difference = mean - (self._recent if self._kept else self._waiting[0] / (n + 1))

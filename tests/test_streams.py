@@ -80,4 +80,7 @@ def test_every_part_of_the_table_can_be_run():
             {"run": r.to_json(), "acc": 90.0, "task_ends": [10, 20], "consolidated_at": [14], "seconds": 1.0,
              "accuracy_matrix": torch.full((6, 5), 90.0).tolist(), "claimed_rank": [5, 6]} for r in runs
         ]  # fmt: skip
-        assert len(rows_of(part, records)) == len(runs)
+        rows = rows_of(part, records)
+        assert len(rows) == len(runs)
+        assert all(("found" in row) == (row["strategy"].endswith("-surprise") and part != "drifting") for row in rows)
+        assert all(row.get("consolidated") == ("1" if part == "drifting" else None) for row in rows)
