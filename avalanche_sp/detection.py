@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -37,10 +38,10 @@ class ChangeDetector(Protocol):
 
 
 def page_hinkley() -> ChangeDetector:
-    """River's Page-Hinkley test, set for what :class:`ChangeWatch` gives it: deviations, 5 at most for each number.
+    """River's Page-Hinkley test, set for what :class:`ChangeWatch` gives it: deviations, 5 at most.
 
-    It finds a change when these have been, in sum, 20 above their mean, each iteration counting less 1: five iterations
-    in a row are enough that are very surprising in one number, or three in two.
+    It finds a change when these have been, in sum, 20 above their mean, each of them counting less 1: five very
+    surprising iterations in a row are enough.
 
     Raises:
         ImportError: river is not installed.
@@ -59,22 +60,23 @@ def page_hinkley() -> ChangeDetector:
 
 
 class ChangeWatch:
-    r"""Standardises what an iteration shows by those before it, and asks a detector whether it changed.
+    r"""Standardises what an iteration shows by those before it, and asks detectors whether it changed.
 
     .. math::
         z_t = \operatorname{clip}\big((y_t - \mu_{t-1}) / \sigma_{t-1}, -5, 5\big)
 
-    for each number y that is shown, such as the loss; the detector is told their sum. The mean and the deviation are
-    running ones, of decay 0.95, in which no number counts for more than 3 deviations (winsorised). So the detector's
+    for each number y that is shown, such as the loss; each has a detector of its own. The mean and the deviation are
+    running ones, of decay 0.95, in which no number counts for more than 3 deviations (winsorised). So a detector's
     threshold needs no knowledge of the loss, its scale or the size of a batch. They start anew after a change, and
-    after a start the detector is not asked for 20 iterations.
+    after a start the detectors are not asked for 20 iterations.
 
     Args:
-        detector: told these.
+        detector: told the first number; copies of it, as it is now, the others.
     """
 
     def __init__(self, detector: ChangeDetector):
-        self.detector = detector
+        self.detectors = [detector]
+        self._new = copy.deepcopy(detector)
         self._series: list[_Series] = []
 
     def restart(self) -> None:
@@ -85,17 +87,19 @@ class ChangeWatch:
         """Takes the next iterations, in order, each with as many numbers.
 
         Returns:
-            Whether the detector found a change; and whether all of them were calm, less than 3 deviations above the
+            Whether a detector found a change; and whether all of them were calm, less than 3 deviations above the
             mean: what a change that is not found yet would not leave.
         """
         found, calm = False, True
         for shown in iterations:
             self._series = self._series or [_Series() for _ in shown]
+            self.detectors += [copy.deepcopy(self._new) for _ in shown[len(self.detectors) :]]
             z = [series.standardised(y) for series, y in zip(self._series, shown)]
             calm &= max(z) < _MOVES
             if self._series[0].count > _START:
-                self.detector.update(sum(z))
-                if self.detector.drift_detected:
+                for detector, deviations in zip(self.detectors, z):
+                    detector.update(deviations)
+                if any(detector.drift_detected for detector in self.detectors):
                     found = True
                     self.restart()
         return found, calm
