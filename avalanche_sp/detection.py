@@ -71,13 +71,12 @@ class ChangeWatch:
     after a start the detectors are not asked for 20 iterations.
 
     Args:
-        detector: told the first number; copies of it, as it is now, the others.
+        detector: what is copied for each number, and copied anew after a change. It is itself left alone.
     """
 
     def __init__(self, detector: ChangeDetector):
-        self.detectors = [detector]
-        self._new = copy.deepcopy(detector)
-        self._series: list[_Series] = []
+        self.detector = detector
+        self._series: list[tuple[_Series, ChangeDetector]] = []
 
     def restart(self) -> None:
         """Forgets what the iterations so far showed."""
@@ -87,22 +86,23 @@ class ChangeWatch:
         """Takes the next iterations, in order, each with as many numbers.
 
         Returns:
-            Whether a detector found a change; and whether all of them were calm, less than 3 deviations above the
-            mean: what a change that is not found yet would not leave.
+            Whether a detector found a change, after which it looks at none; and whether all that it looked at were
+            calm, less than 3 deviations above the mean: what a change that is not found yet would not leave.
         """
-        found, calm = False, True
+        calm = True
         for shown in iterations:
-            self._series = self._series or [_Series() for _ in shown]
-            self.detectors += [copy.deepcopy(self._new) for _ in shown[len(self.detectors) :]]
-            z = [series.standardised(y) for series, y in zip(self._series, shown)]
-            calm &= max(z) < _MOVES
-            if self._series[0].count > _START:
-                for detector, deviations in zip(self.detectors, z):
-                    detector.update(deviations)
-                if any(detector.drift_detected for detector in self.detectors):
-                    found = True
-                    self.restart()
-        return found, calm
+            self._series = self._series or [(_Series(), copy.deepcopy(self.detector)) for _ in shown]
+            changed = False
+            for (series, detector), y in zip(self._series, shown):
+                z = series.standardised(y)
+                calm &= z < _MOVES
+                if series.count > _START:
+                    detector.update(z)
+                    changed |= detector.drift_detected
+            if changed:
+                self.restart()
+                return True, calm
+        return False, calm
 
 
 class _Series:
