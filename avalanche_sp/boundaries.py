@@ -208,8 +208,8 @@ class StreamWatch:
         outputs = outputs[:n] if isinstance(outputs, Tensor) and n < len(outputs) else outputs
         name, layer, _, made = self._called[-1]
         made = made[:n]
-        last = name, layer, made
-        self._curvature, readout, errors = output_derivatives(strategy._criterion, outputs, y, last)
+        derivatives = output_derivatives(strategy._criterion, outputs, y, (name, layer, made))
+        self._curvature, readout, errors = derivatives
         if readout is None:
             return None, None
         self.readout = readout

@@ -21,8 +21,7 @@ _DECAY = 0.95
 _MOVES = 3.0
 # Nothing is more surprising than this many deviations: one odd batch alone is no change.
 _LIMIT = 5.0
-# Iterations at the start, and after a change, that set mean and variance without any limit. The detector is not told
-# them.
+# Iterations at the start, and after a change, that set mean and variance without any limit. No detector is told them.
 _START = 20
 
 

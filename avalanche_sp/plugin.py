@@ -128,8 +128,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             stream's loss or inputs show a change, what was learned before. ``"continuous"``: every 4096 samples. The
             last two need no boundaries: experiences may be of any length, as Avalanche's online streams' are
             (``docs/boundaries.md``).
-        detector: what finds a change, an object with ``update(x)`` and ``drift_detected``, such as river's. Default:
-            river's Page-Hinkley test, for ``"surprise"``.
+        detector: what finds a change, an object with ``update(x)`` and ``drift_detected``, such as river's; copies
+            of it are told of loss and inputs. Default: river's Page-Hinkley test, for ``"surprise"``.
         readout_step: whether the readout is settled at a consolidation (default True).
 
     Raises:
