@@ -208,8 +208,7 @@ class StreamWatch:
         outputs = outputs[:n] if isinstance(outputs, Tensor) and n < len(outputs) else outputs
         name, layer, _, made = self._called[-1]
         made = made[:n]
-        derivatives = output_derivatives(strategy._criterion, outputs, y, (name, layer, made))
-        self._curvature, readout, errors = derivatives
+        self._curvature, readout, errors = output_derivatives(strategy._criterion, outputs, y, (name, layer, made))
         if readout is None:
             return None, None
         self.readout = readout

@@ -66,11 +66,11 @@ class ChangeWatch:
 
     for each number y that is shown, such as the loss; each has a detector of its own. The mean and the deviation are
     running ones, of decay 0.95, in which no number counts for more than 3 deviations (winsorised). So a detector's
-    threshold needs no knowledge of the loss, its scale or the size of a batch. They start anew after a change, and
-    after a start the detectors are not asked for 20 iterations.
+    threshold needs no knowledge of the loss, its scale or the size of a batch. After a change they are to be started
+    anew (:meth:`restart`), and after a start the detectors are not asked for 20 iterations.
 
     Args:
-        detector: what is copied for each number, and copied anew after a change. It is itself left alone.
+        detector: what is copied for each number, anew at every start. It is itself left alone.
     """
 
     def __init__(self, detector: ChangeDetector):
@@ -78,7 +78,7 @@ class ChangeWatch:
         self._series: list[tuple[_Series, ChangeDetector]] = []
 
     def restart(self) -> None:
-        """Forgets what the iterations so far showed."""
+        """Starts anew: forgets what the iterations so far showed."""
         self._series = []
 
     def look(self, iterations: Iterable[Sequence[float]]) -> tuple[bool, bool]:
@@ -99,7 +99,6 @@ class ChangeWatch:
                     detector.update(z)
                     changed |= detector.drift_detected
             if changed:
-                self.restart()
                 return True, calm
         return False, calm
 

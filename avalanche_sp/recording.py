@@ -157,7 +157,6 @@ def output_derivatives(
             f"Invalid model: its output is a {type(outputs).__name__} (the pull-back and the readout's step measure "
             "the loss on one output tensor; pull_back=0 and readout_step=False leave the gate alone)"
         )
-    outputs = outputs.detach()
     with torch.enable_grad():
         varied = outputs.detach().requires_grad_()
         curvature = loss_curvature(varied, criterion(varied, targets))
