@@ -2,6 +2,7 @@
 
 from avalanche_sp.classic import permuted_mnist, split_mnist
 from avalanche_sp.consolidation import ConsolidationPlugin
+from avalanche_sp.gaussians import GaussianBuffer
 from avalanche_sp.loggers import MetricsCSVLogger
 from avalanche_sp.losses import JointReplayLoss, OneHotMSELoss
 from avalanche_sp.metrics import (
@@ -29,6 +30,7 @@ __all__ = [
     "Eligibility",
     "FoundBoundaries",
     "GateOpenness",
+    "GaussianBuffer",
     "JointReplayLoss",
     "LossSurprise",
     "MetricsCSVLogger",

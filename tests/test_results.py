@@ -199,7 +199,7 @@ def test_what_a_change_of_the_settings_costs_stands_beside_joint_training():
             record["acc"] -= 7.0
     text = pages.page({name: made})
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    assert rows[0] == ["", "sp", "sp-both", "joint"]
+    assert rows[0] == ["", "sp", "sp-both", "sp-gaussian", "joint"]
     changes = {row[0]: [float(re.search(r"\(([+-].*)\)", cell)[1]) for cell in row[1:]] for row in rows[2:]}
     assert list(changes) == ["learning rate x 3", "learning rate / 3", "batch 10", "batch 256", "10 epochs"]
     assert changes.pop("batch 10") == pytest.approx([-7.0] * 3, abs=1)

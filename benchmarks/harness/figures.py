@@ -24,6 +24,8 @@ _COLOURS = {
     "mas": "#886622",
     "lwf": "#aa8866",
     "rf-ridge": "#666666",
+    "gaussian-replay": "#997700",
+    "sp-gaussian": "#ee3377",
     "sp": "#ee8866",
     "sp-both": "#aa3377",
     "sp-replay": "#cc3311",

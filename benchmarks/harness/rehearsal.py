@@ -11,6 +11,7 @@ from avalanche.training.plugins import AGEMPlugin, GDumbPlugin, GEMPlugin, Repla
 from avalanche.training.storage_policy import ReservoirSamplingBuffer
 from torch import nn
 
+from avalanche_sp import GaussianBuffer
 from avalanche_sp.classic import TensorClassificationDataset, TensorSource
 from avalanche_sp.replay import stream_rows
 from harness.settings import Run, in_mini_batches
@@ -27,6 +28,12 @@ def replay(run: Run) -> ReplayPlugin:
     default, as much of each experience, would be the first samples."""
     policy = Reservoir(run.replay_buffer) if in_mini_batches(run) else None
     return ReplayPlugin(run.replay_buffer, batch_size_mem=memory_batch(run), storage_policy=policy)
+
+
+def drawn_replay(run: Run) -> ReplayPlugin:
+    """Avalanche's replay of samples drawn from Gaussians: none is stored, so a run has no buffer."""
+    policy = GaussianBuffer()
+    return ReplayPlugin(policy.max_size, batch_size_mem=run.batch_size, storage_policy=policy)
 
 
 class Reservoir(ReservoirSamplingBuffer):
@@ -145,6 +152,8 @@ def stored_bytes(method) -> int:
     if isinstance(method, Cumulative):
         return _dataset_bytes(method.dataset)
     policy = getattr(method, "storage_policy", None)
+    if isinstance(policy, GaussianBuffer):
+        return policy.state_bytes
     return 0 if policy is None else _dataset_bytes(policy.buffer)
 
 

@@ -30,6 +30,8 @@ STRATEGIES = (
     "sp-optimizer",
     "sp",
     "sp-both",
+    "gaussian-replay",
+    "sp-gaussian",
     "replay-sgd",
     "replay-adam",
     "replay-joint",

@@ -89,6 +89,7 @@ def learning_without_forgetting(alpha: float, temperature: float) -> LwFPlugin:
 
 PLUGINS = {
     "replay": lambda s, run: rehearsal.replay(run),
+    "gaussians": lambda s, run: rehearsal.drawn_replay(run),
     "legacy": lambda s, run: LegacyReplay(run.replay_buffer, fifo=bool(s["fifo"])),
     "ewc": lambda s, run: EWCPlugin(ewc_lambda=s["strength"]),
     "si": lambda s, run: WorkingSynapticIntelligence(si_lambda=s["strength"]),

@@ -127,7 +127,7 @@ def _protocol(benchmark: str, name: str, *strategies: str, seeds: int = 3) -> St
 BUFFERS = (50, 100, 200, 500, 1000, 2000, 5000)
 OURS = "sp-replay"
 ALONE = "sp-both"  # ours without any stored sample
-_WITHOUT = ("naive-sgd", "ewc", "si", "mas", "lwf", "rf-ridge", "sp", ALONE)
+_WITHOUT = ("naive-sgd", "ewc", "si", "mas", "lwf", "rf-ridge", "sp", ALONE, "gaussian-replay", "sp-gaussian")
 _WITH = ("replay-sgd", "replay-joint", "replay-adaptive", "gdumb", "a-gem", "er-ace", "der++", OURS)
 _SWEEP = (*_rows(*_WITHOUT, *_WITH), Row("gem", buffers=(50, 200)), *_rows("cumulative", "joint"))  # GEM is slow
 
@@ -221,7 +221,7 @@ TASK_LABELS = {
 }
 
 # What changes with the learning rate, the batch and the epochs; joint training shows what of it is theirs alone.
-_RATES = {name: RECIPES["split-mnist"][5][name].lr for name in ("sp", ALONE, "joint")}
+_RATES = {name: RECIPES["split-mnist"][5][name].lr for name in ("sp", ALONE, "sp-gaussian", "joint")}
 ROBUSTNESS = {
     "robustness_split5": Study(
         "Split MNIST, 5 tasks",

@@ -1,0 +1,226 @@
+"""The memory that stores no sample: its Gaussians, what is drawn from them, and how it stands in for replay."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from avalanche.benchmarks.utils import AvalancheDataset
+from avalanche.training.plugins import ReplayPlugin, SupervisedPlugin
+from torch.utils.data import TensorDataset
+
+from avalanche_sp import GaussianBuffer, JointReplayLoss, OneHotMSELoss, SelectivePlasticityPlugin
+from avalanche_sp.classic import TensorClassificationDataset, TensorSource, benchmark_of
+from avalanche_sp.gaussians import Gaussian
+from avalanche_sp.packed import PackedRows
+from avalanche_sp.replay import stream_rows
+
+from conftest import mlp, strategy_of, weights
+
+
+def images_of(experience, label):
+    dataset = experience.dataset
+    x, y, _ = dataset.read_batch(list(range(len(dataset))))
+    return x[y == label].flatten(1)
+
+
+def remembering(benchmark, experiences=None, **kwargs):
+    """A buffer that has been shown a benchmark's experiences."""
+    buffer = GaussianBuffer(**kwargs)
+    for experience in benchmark.train_stream[:experiences]:
+        buffer.post_adapt(None, experience)
+    return buffer
+
+
+def covariance(gaussian):
+    rows = gaussian.components.unpacked()
+    return rows.T @ rows
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"max_size": 0}, r"Invalid max_size value: 0 \(allowed: an integer, 1 or more\)"),
+        ({"gaussians": 0}, r"Invalid gaussians value: 0 \(allowed: an integer, 1 or more\)"),
+        ({"components": -1}, r"Invalid components value: -1 \(allowed: an integer, 0 or more\)"),
+        ({"components": 2.5}, r"Invalid components value: 2.5 \(allowed: an integer, 0 or more\)"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        GaussianBuffer(**kwargs)
+
+
+def test_a_gaussian_is_its_samples_principal_components(split2):
+    x = images_of(split2.train_stream[0], 1)
+    gaussian = Gaussian.of(x, 1, 0, 12)
+    values, vectors = torch.linalg.eigh(torch.cov(x.T, correction=0))
+    rows = (vectors * values.clamp_min(0).sqrt()).T.flip(0)[:12]
+    torch.testing.assert_close(gaussian.mean.float(), x.mean(0), rtol=0, atol=2e-3)
+    expected = PackedRows.of(rows).unpacked()  # four bits a number
+    assert (covariance(gaussian) - expected.T @ expected).norm() / expected.square().sum() < 0.01
+    assert (covariance(gaussian) - rows.T @ rows).norm() / rows.square().sum() < 0.1
+    assert gaussian.variance == pytest.approx(float(values.sum()), rel=1e-4)
+    assert gaussian.explained == pytest.approx(float(values[-12:].sum()), rel=0.05)
+    lengths = gaussian.components.unpacked().norm(dim=1)
+    assert (lengths[:-1] >= 0.9 * lengths[1:]).all()  # strongest first
+    gaussian.cut_to(5)
+    assert (covariance(gaussian) - expected[:5].T @ expected[:5]).norm() / expected.square().sum() < 0.01
+
+
+def test_merged_gaussians_have_the_moments_of_both(split2):
+    x = images_of(split2.train_stream[0], 3)
+    ones, others = x[:40], x[40:]
+    merged = Gaussian.of(ones, 3, 0, 39).merged(Gaussian.of(others, 3, 0, 60), 20)
+    whole = Gaussian.of(x, 3, 0, 20)
+    assert merged.samples == len(x)
+    torch.testing.assert_close(merged.mean, whole.mean, rtol=0, atol=4e-3)
+    assert merged.variance == pytest.approx(whole.variance, rel=1e-3)
+    assert (covariance(merged) - covariance(whole)).norm() / whole.explained < 0.08
+
+
+def test_what_is_drawn_has_the_gaussians_mean_and_directions(split2):
+    x = images_of(split2.train_stream[0], 0)
+    gaussian = Gaussian.of(x, 0, 0, 8)
+    drawn = gaussian.draw(20000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn.mean(0), gaussian.mean.float(), rtol=0, atol=0.05)
+    # Midway, in ratio, between the variance that the components have and all of it.
+    wider = (gaussian.variance / gaussian.explained) ** 0.5
+    expected = wider * covariance(gaussian)
+    assert (torch.cov(drawn.T) - expected).norm() / expected.norm() < 0.05
+    flat = Gaussian.of(x[:1], 0, 0, 8)  # a single sample has no variance
+    torch.testing.assert_close(flat.draw(3, torch.Generator()), x[:1].expand(3, -1), rtol=0, atol=4e-3)
+
+
+def test_memory_is_bounded_however_many_experiences_come(permuted3):
+    three = [remembering(permuted3, n, components=64) for n in (1, 2, 3)]
+    assert [sum(len(g.components.scale) for known in b.classes for g in known) for b in three] == [60, 60, 60]
+    assert [len(b.classes) for b in three] == [10, 20, 30]
+    assert [len(known) for known in three[2].classes] == [1] * 30
+    # 397 bytes a component and two bytes for each number of a mean.
+    assert [b.state_bytes for b in three] == [60 * (392 + 4) + n * 10 * 784 * 2 for n in (1, 2, 3)]
+
+
+def test_gaussians_are_merged_as_classes_come(split5):
+    numbers = [len(remembering(split5, n, components=96).classes[0]) for n in range(1, 6)]
+    assert numbers == [4, 3, 2, 1, 1]
+    buffer = remembering(split5, components=96)
+    assert [g.label for known in buffer.classes for g in known] == list(range(10))
+    assert sum(g.samples for known in buffer.classes for g in known) == 5 * 600
+
+
+def test_its_length_follows_what_the_components_explain(split2):
+    rough, fine = remembering(split2, 1, components=40), remembering(split2, 1, components=800)
+    assert 0.4 * 2000 < len(rough.buffer) < 0.75 * 2000
+    assert 0.9 * 2000 < len(fine.buffer) <= 2000
+    fine.resize(None, 50)
+    assert 30 < len(fine.buffer) <= 50
+    assert set(fine.buffer.targets.uniques) == set(range(5))
+
+
+def test_draws_are_new_in_each_batch_and_the_same_in_each_run(split2):
+    first, again = remembering(split2, 1), remembering(split2, 1)
+    before = torch.get_rng_state()
+    some = [first.buffer.read_batch([0, 1, 500]) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(some[0][0], some[1][0]) and torch.equal(some[0][1], some[1][1])
+    for batch in some:
+        assert torch.equal(again.buffer.read_batch([0, 1, 500])[0], batch[0])
+    later = pickle.loads(pickle.dumps(first))
+    assert torch.equal(first.buffer.read_batch([7])[0], later.buffer.read_batch([7])[0])
+
+
+def test_no_sample_is_kept(split2):
+    """Nothing in it, down to the last tensor, is as large as the images it was shown."""
+    buffer = remembering(split2, 1)
+    experience = split2.train_stream[0].dataset
+    stored = pickle.dumps(buffer)
+    assert len(stored) < len(experience) * 784 * 4 / 5
+    image = experience.read_batch([0])[0].flatten()
+    assert image.numpy().tobytes() not in stored and image.half().numpy().tobytes() not in stored
+
+
+class Seen(SupervisedPlugin):
+    """The replayed part of each mini-batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.replayed, self.labels = [], []
+
+    def before_forward(self, strategy, **kwargs):
+        n = stream_rows(strategy)
+        self.replayed.append(strategy.mb_x[n:].clone())
+        self.labels.append(strategy.mb_y[n:].clone())
+
+
+def trained(benchmark, experiences=2):
+    model, seen = mlp(), Seen()
+    plugins = [
+        SelectivePlasticityPlugin(),
+        ReplayPlugin(200, batch_size_mem=32, storage_policy=GaussianBuffer(200)),
+        seen,
+    ]
+    strategy = strategy_of(model, plugins, criterion=JointReplayLoss(OneHotMSELoss(), shrinkage=50))
+    for experience in benchmark.train_stream[:experiences]:
+        strategy.train(experience)
+    return strategy, seen
+
+
+def test_beside_the_plugin_drawn_samples_are_replayed(split5):
+    strategy, seen = trained(split5, 3)
+    replayed, labels = torch.cat(seen.replayed[38:]), torch.cat(seen.labels[38:])  # in the third experience
+    assert set(labels.tolist()) == {0, 1, 2, 3} and replayed[0].shape == (1, 28, 28)
+    for label in range(4):
+        of_it = images_of(split5.train_stream[label // 2], label).mean(0)
+        assert torch.corrcoef(torch.stack([replayed[labels == label].flatten(1).mean(0), of_it]))[0, 1] > 0.95
+    assert torch.equal(weights(strategy.model), weights(trained(split5, 3)[0].model))
+    accuracy = strategy.eval(split5.test_stream[:3])  # without an evaluator: it runs
+    assert accuracy is not None
+
+
+def test_it_keeps_what_training_without_it_forgets(split2):
+    def kept(plugins):
+        model = mlp()
+        strategy = strategy_of(model, plugins, epochs=4)
+        for experience in split2.train_stream:
+            strategy.train(experience)
+        model.eval()
+        x, y, _ = split2.test_stream[0].dataset.read_batch(list(range(200)))
+        return float((model(x).argmax(1) == y).float().mean())
+
+    assert kept([]) < 0.1
+    assert kept([ReplayPlugin(500, storage_policy=GaussianBuffer(500))]) > 0.6
+
+
+def test_a_task_label_is_drawn_with_its_classes(split2):
+    tasks = [
+        TensorClassificationDataset.from_source(
+            TensorSource(*e.dataset.read_batch(list(range(200)))[:2]), e.current_experience
+        )
+        for e in split2.train_stream
+    ]
+    buffer = remembering(benchmark_of(tasks, tasks))
+    _, labels, task_labels = buffer.buffer.read_batch(list(range(len(buffer.buffer))))
+    assert torch.equal(task_labels, labels // 5)
+
+
+def test_experiences_of_another_kind(split2):
+    class Experience:
+        def __init__(self, dataset):
+            self.dataset = dataset
+
+    x, y, t = split2.train_stream[0].dataset.read_batch(list(range(60)))
+    plain = GaussianBuffer()  # an Avalanche dataset over any other, read sample by sample
+    plain.post_adapt(None, Experience(AvalancheDataset([TensorDataset(x, y, t)])))
+    own = GaussianBuffer()
+    own.post_adapt(None, Experience(TensorClassificationDataset.from_source(TensorSource(x, y))))
+    assert plain.state_bytes == own.state_bytes and len(plain.buffer) == len(own.buffer)
+
+    with pytest.raises(TypeError, match=r"Invalid targets: shape \(60,\), torch.float32 .* class"):
+        GaussianBuffer().post_adapt(None, Experience(AvalancheDataset([TensorDataset(x, y.float(), t)])))
+    before = copy.deepcopy(own.classes)
+    bad = x.clone()
+    bad[3, 0, 5, 5] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        own.post_adapt(None, Experience(AvalancheDataset([TensorDataset(bad, y, t)])))
+    assert len(own.classes) == len(before)
