@@ -157,7 +157,7 @@ class LayerActivity:
         x: Tensor,
         rows: float,
         samples: int,
-        rank: int,
+        rank: float,
         mean_eigenvalue: Tensor | None = None,
         remembers_all: bool = False,
         fed_by_data: bool = False,
@@ -169,7 +169,7 @@ class LayerActivity:
             x: input vectors, shape (n, d), or others of the same leading second moment.
             rows: how many of them a sample gives a weight.
             samples: how many samples they stand for.
-            rank: eigenvectors to keep.
+            rank: eigenvectors to keep, or the share of the energy that they are to have.
             mean_eigenvalue: of the second moment, over all directions. Default: that of ``x``.
             remembers_all: whether the weights along all other directions are to be remembered, too, roughly.
             fed_by_data, residual: as above, now.

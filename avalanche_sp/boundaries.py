@@ -128,7 +128,7 @@ class StreamWatch:
     def __init__(
         self,
         detector: ChangeDetector | None,
-        rank_of: Callable[[str, int, bool], int],
+        rank_of: Callable[[str, int, bool], float],
         measure_loss: bool,
     ):
         self.changes = ChangeWatch(detector) if detector is not None else None
@@ -196,7 +196,7 @@ class StreamWatch:
         for name, layer, inputs, _ in self._called:
             x, count = some_inputs(layer, stream_part(inputs, batch, n))
             if name not in self.moments:
-                rank = self.rank_of(name, x.shape[1], name == self._called[-1][0])
+                rank = int(self.rank_of(name, x.shape[1], name == self._called[-1][0]))
                 self.moments[name] = Moment(x.shape[1], rank, x)
             self.moments[name].add(x, targets if name == readout else None)
             self._rows[name] = count / n

@@ -153,7 +153,7 @@ def likeness(power: Tensor, energy: Tensor, eigenvalues: Tensor, mean_eigenvalue
 
 
 def merge_eigenspace(
-    eigenvalues: Tensor, vectors: Tensor, weight: float, activity: Tensor, rank: int
+    eigenvalues: Tensor, vectors: Tensor, weight: float, activity: Tensor, rank: float
 ) -> tuple[Tensor, Tensor]:
     """Leading eigenpairs of the mean of old and new second moments of presynaptic activity.
 
@@ -166,7 +166,8 @@ def merge_eigenspace(
         eigenvalues, vectors: the old eigenspace, shapes (r,) and (d, r); r may be 0.
         weight: the old one's share, 0 to 1.
         activity: new presynaptic activity X, shape (n, d).
-        rank: number of eigenpairs to keep, at least 1.
+        rank: number of eigenpairs to keep, an integer; or a float below 1: as many as have that share of C's trace, its
+            energy (GPM, Saha et al., ICLR 2021, eq. 9).
 
     Returns:
         Eigenvalues (k,) in rising order and orthonormal vectors (d, k), k = min(rank, d, r + n).
@@ -183,10 +184,15 @@ def merge_eigenspace(
     return values.clamp_min(0), basis.contiguous()
 
 
-def _leading(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _leading(gram: Tensor, rank: float) -> tuple[Tensor, Tensor]:
     """Leading eigenpairs, in double precision: in single, many eigenvalues near 0 (dead units) can stop eigh."""
     values, vectors = torch.linalg.eigh(gram.double())
-    return values[-rank:].to(gram.dtype), vectors[:, -rank:].to(gram.dtype)
+    if rank < 1:
+        energy = values.flip(0).clamp_min(0).cumsum(0)
+        kept = int((energy < rank * energy[-1]).sum()) + 1
+    else:
+        kept = int(rank)
+    return values[-kept:].to(gram.dtype), vectors[:, -kept:].to(gram.dtype)
 
 
 def held_back(delta: Tensor, projection: Tensor, closed: Tensor) -> Tensor:

@@ -20,7 +20,10 @@ _INFINITE = float("inf")
 _ALLOWED = {
     "openness": (lambda v: v > 0, "greater than 0; math.inf is off"),
     "pull_back": (lambda v: 0 <= v < _INFINITE, "0 or more"),
-    "rank": (lambda v: isinstance(v, int) and v >= 1, "an integer, 1 or more"),
+    "rank": (
+        lambda v: v >= 1 if isinstance(v, int) else 0 < v < 1,
+        "an integer, 1 or more; or a share of the energy, greater than 0 and less than 1",
+    ),
 }
 
 

@@ -82,14 +82,13 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     When a later experience ends, the readout, the last linear layer, is settled: it takes one damped Newton step on the
     experience's loss, if that is quadratic in the outputs as squared error is, and the old ones' quadratic, as far as
-    the new loss gains by it (:func:`avalanche_sp.readout.settle`). So a task that had few or small steps is read out as
-    well as the others.
+    the new loss gains by it (:func:`avalanche_sp.readout.settle`). So a task of few or small steps is read out, too.
 
     No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs, and four bits a weight.
 
-    It works with any optimizer. In every step the gradient is gated along the 32 strongest directions, and with
+    It works with any optimizer. Every step's gradient is gated along the 32 strongest directions, and with
     :math:`f_{rest}` along the others; every 1 to 8 iterations the share f of what the steps did along any is taken
-    back. So momentum, step sizes of their own for every weight, and weight decay are gated, too.
+    back. So momentum, adaptive step sizes and weight decay are gated, too.
 
     Gated are all trainable ``nn.Linear`` and ``nn.Conv2d`` layers (a convolution's input vectors are its patches; the
     groups of a grouped one share one eigenspace). Normalisation layers learn with the first experience and then
@@ -107,8 +106,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     readout is settled on the stored samples, too. All found on Split MNIST (``docs/experiments.md``). Normalisation
     layers go on learning.
 
-    The model is touched only while the strategy trains: hooks on its layers from a forward pass to the end of its
-    backward pass. Gradients accumulated over several backward passes are gated each by itself. A
+    The model is touched only while the strategy trains: hooks from a forward pass to the end of its backward pass.
+    Gradients accumulated over several are gated each by itself. A
     :class:`~avalanche_sp.SelectivePlasticityOptimizer` is told the surprise of each loss.
 
     ``openness``, ``pull_back`` and ``rank`` take one value for all layers, or a mapping from patterns of layer names
@@ -121,7 +120,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             is without the plugin. So a single layer is left alone, too, and nothing is kept for it.
         pull_back: weight of the pull-back, 0 or more (default 1); 0 leaves the gate alone.
         rank: eigenvectors kept a layer, 1 or more (default 48, or 64 where the plugin finds out when to consolidate;
-            at the last layer a tenth of its inputs, if that is more).
+            at the last layer a tenth of its inputs, if that is more). A float below 1 keeps as many as have that share
+            of the energy, the second moment's trace; only where an experience's end is told.
         consolidation_samples: samples of an experience, evenly spread over it, that are run through the network
             at its end, 1 or more (default 5000).
         consolidate: when to. ``"experience"`` (default): at the end of every experience. ``"surprise"``: when the
@@ -158,7 +158,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self,
         openness: PerLayer[float] = 0.5,
         pull_back: PerLayer[float] = 1.0,
-        rank: PerLayer[int] | None = None,
+        rank: PerLayer[float] | None = None,
         consolidation_samples: int = 5000,
         consolidate: Literal["experience", "surprise", "continuous"] = "experience",
         detector: ChangeDetector | None = None,
@@ -166,9 +166,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     ):
         super().__init__()
         if not isinstance(consolidation_samples, int) or consolidation_samples < 1:
-            raise ValueError(
-                f"Invalid consolidation_samples value: {consolidation_samples} (allowed: an integer, 1 or more)"
-            )
+            allowed = "allowed: an integer, 1 or more"
+            raise ValueError(f"Invalid consolidation_samples value: {consolidation_samples} ({allowed})")
         if consolidate not in ("experience", "surprise", "continuous"):
             raise ValueError(
                 f"Invalid consolidate value: {consolidate!r} (allowed: 'experience', 'surprise', 'continuous')"
@@ -178,6 +177,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self.openness = per_layer("openness", openness, 0.5)
         self.pull_back = per_layer("pull_back", pull_back, 1.0)
         self.rank = per_layer("rank", {} if rank is None else rank, None)
+        if consolidate != "experience" and (shares := [r for r in values_of(self.rank) if r < 1]):
+            raise ValueError(f"Invalid rank value: {shares[0]} (allowed with consolidate={consolidate!r}: an integer)")
         self.active = min(values_of(self.openness)) < float("inf")  # False where the gate is switched off
         self.consolidation_samples = consolidation_samples
         self.consolidate = consolidate
@@ -218,8 +219,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     def _pulls_back(self) -> bool:
         return max(values_of(self.pull_back)) > 0
 
-    def rank_of(self, name: str, inputs: int, is_last: bool) -> int:
-        """Eigenvectors kept for a layer, by its name, the number of its inputs, and whether it is called last."""
+    def rank_of(self, name: str, inputs: int, is_last: bool) -> float:
+        """Eigenvectors kept for a layer, by name, number of inputs and whether it is called last; or their share."""
         default = max(_RANK[self.consolidate], int(_READOUT_SHARE * inputs) if is_last else 0)
         return value_of(per_layer("rank", self.rank, default), name)
 
@@ -289,7 +290,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self._end_forward()
 
     def before_backward(self, strategy, **kwargs):
-        # Only the strategy's own backward pass is gated, not one that another plugin makes for its purposes.
+        # Only the strategy's own backward pass is gated, not one that another plugin makes.
         self._batch = len(strategy.mb_x), stream_rows(strategy)
         for _, layer, _ in self._gated:
             for parameter in layer.parameters(recurse=False):

@@ -77,6 +77,21 @@ def test_merge_eigenspace_keeps_the_leading_directions():
     assert (values.diff() > 0).all()
 
 
+@pytest.mark.parametrize("n, d", [(40, 6), (5, 30)])
+@pytest.mark.parametrize("share", [0.3, 0.8, 0.99])
+def test_merge_eigenspace_keeps_as_many_as_have_a_share_of_the_energy(n, d, share):
+    x = tensor(n, d) * 0.7 ** torch.arange(d)
+    nothing = torch.zeros(0).double(), torch.zeros(d, 0).double()
+    every, _ = gates.merge_eigenspace(*nothing, 0.0, x, rank=d)
+    values, vectors = gates.merge_eigenspace(*nothing, 0.0, x, rank=share)
+    kept = len(values)
+    assert vectors.shape == (d, kept)
+    torch.testing.assert_close(values, every[-kept:])
+    assert every[-kept:].sum() >= share * every.sum() > every[len(every) - kept + 1 :].sum()
+    silent, _ = gates.merge_eigenspace(*nothing, 0.0, torch.zeros(n, d).double(), rank=share)
+    assert silent.tolist() == [0.0]  # no energy at all
+
+
 def test_likeness_is_one_for_the_same_input_and_zero_for_a_random_one():
     torch.manual_seed(0)
     d, r = 60, 8

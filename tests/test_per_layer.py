@@ -144,7 +144,7 @@ def test_a_pattern_that_is_no_layers_is_named_before_anything_is_trained(split2)
         ({"openness": {"1": float("nan")}}, "Invalid openness value for the layers '1': nan"),
         ({"openness": {"1": "0.2"}}, "Invalid openness value for the layers '1': '0.2'"),
         ({"pull_back": {"*": -1}}, "Invalid pull_back value for the layers '*': -1 (allowed: 0 or more)"),
-        ({"rank": {"1": 8, "3": 2.5}}, "Invalid rank value for the layers '3': 2.5 (allowed: an integer, 1 or more)"),
+        ({"rank": {"1": 8, "3": 2.5}}, "Invalid rank value for the layers '3': 2.5 (allowed: an integer, 1 or more;"),
         ({"rank": {1: 8}}, "Invalid rank pattern: 1 (allowed: a string, such as '1')"),
     ],
 )

@@ -391,11 +391,30 @@ def test_the_optimizer_is_told_the_surprise(split2):
     assert 0 <= surprise <= 1
 
 
+def test_a_layers_rank_may_follow_its_energy(split2):
+    few, many = (SelectivePlasticityPlugin(rank={"1": share, "*": 20}) for share in (0.8, 0.95))
+    for plugin in (few, many):
+        trained(split2, [plugin])
+        activity = plugin.layers["1"]
+        rank = len(activity.eigenvalues)
+        energy = activity.mean_eigenvalue * len(activity.vectors)
+        share = 0.8 if plugin is few else 0.95
+        assert activity.eigenvalues.sum() > share**2 * energy  # of the first, that share was kept, and of both then
+        assert [len(plugin.layers[name].eigenvalues) for name in ("3", "5")] == [20, 20]
+        assert activity.anchor.shape[1] == rank
+    assert len(few.layers["1"].eigenvalues) < len(many.layers["1"].eigenvalues)
+
+
 @pytest.mark.parametrize(
     "kwargs, words",
     [
-        ({"rank": 0}, "Invalid rank value: 0 (allowed: an integer, 1 or more)"),
+        ({"rank": 0}, "Invalid rank value: 0 (allowed: an integer, 1 or more; or a share of the energy, greater than"),
         ({"rank": 2.5}, "Invalid rank value: 2.5"),
+        ({"rank": 1.0}, "Invalid rank value: 1.0"),
+        (
+            {"rank": {"1": 0.9, "*": 20}, "consolidate": "continuous"},
+            "Invalid rank value: 0.9 (allowed with consolidate='continuous': an integer)",
+        ),
         ({"pull_back": -1}, "Invalid pull_back value: -1 (allowed: 0 or more)"),
         ({"openness": 0}, "Invalid openness value: 0 (allowed: greater than 0; math.inf is off)"),
         ({"openness": -0.1}, "Invalid openness value: -0.1"),

@@ -114,7 +114,7 @@ PLUGINS = {
 def _gate(settings: dict[str, float], **kwargs) -> SelectivePlasticityPlugin:
     return SelectivePlasticityPlugin(
         **{
-            name: _per_layer(settings, name, int if name == "rank" else float)
+            name: _per_layer(settings, name, _rank if name == "rank" else float)
             for name in PER_LAYER & {key.partition(":")[0] for key in settings}
         },
         readout_step=bool(settings.get("readout_step", True)),
@@ -122,7 +122,11 @@ def _gate(settings: dict[str, float], **kwargs) -> SelectivePlasticityPlugin:
     )
 
 
-def _per_layer(settings: dict[str, float], name: str, kind: type) -> PerLayer:
+def _rank(value: float) -> int | float:
+    return int(value) if value >= 1 else value
+
+
+def _per_layer(settings: dict[str, float], name: str, kind: Callable[[float], float]) -> PerLayer:
     """A setting's value, or where layers have their own ("openness:1"), the values by layer, the others' last."""
     own = {key.partition(":")[2]: kind(v) for key, v in settings.items() if key.startswith(f"{name}:")}
     if name not in settings:
