@@ -138,6 +138,7 @@ class GaussianBuffer(ExemplarsBuffer):
         self.classes: list[list[Gaussian]] = []
         """The Gaussians of each class of each experience, in the order in which they came."""
         self._shape = torch.Size()
+        self._tensor_labels = False  # whether the experiences' labels are tensors, one by one, or numbers
 
     @property
     def state_bytes(self) -> int:
@@ -147,7 +148,9 @@ class GaussianBuffer(ExemplarsBuffer):
     @torch.no_grad()
     def post_adapt(self, agent, exp) -> None:
         """Sums up an experience's classes."""
-        x, labels, task_labels = _some_samples(exp.dataset)
+        with torch.random.fork_rng([]):  # a dataset's transforms may draw from it, too
+            x, labels, task_labels = _some_samples(exp.dataset)
+            self._tensor_labels = isinstance(exp.dataset[0][1], Tensor)
         self._shape = x.shape[1:]
         kinds = torch.stack([task_labels, labels], dim=1)
         new = kinds.unique(dim=0)
@@ -178,7 +181,7 @@ class GaussianBuffer(ExemplarsBuffer):
                 count = max(int(min(share, 1.0) * self.max_size / len(self.classes) * g.samples / samples), 1)
                 by_task.setdefault(g.task_label, []).append((g, count))
         drawn = [
-            TensorClassificationDataset.from_source(_Drawn(pairs, self._shape), task_label)
+            TensorClassificationDataset.from_source(_Drawn(pairs, self._shape, self._tensor_labels), task_label)
             for task_label, pairs in by_task.items()
         ]
         self.buffer = drawn[0] if len(drawn) == 1 else concat_datasets(drawn)
@@ -187,11 +190,12 @@ class GaussianBuffer(ExemplarsBuffer):
 class _Drawn(TensorSource):
     """Samples that are drawn when they are read, others each time: from Gaussians, so many of each."""
 
-    def __init__(self, counted: Sequence[tuple[Gaussian, int]], shape: torch.Size):
+    def __init__(self, counted: Sequence[tuple[Gaussian, int]], shape: torch.Size, tensor_labels: bool):
         which = torch.repeat_interleave(torch.arange(len(counted)), torch.tensor([n for _, n in counted]))
         labels = torch.tensor([g.label for g, _ in counted])[which]
         super().__init__(torch.empty(0, *shape), labels, rows=torch.arange(len(labels)))
         self.gaussians, self.which = [g for g, _ in counted], which
+        self.tensor_labels = tensor_labels
         self.reads = 0  # the seed of what is drawn next: the global random state is left alone
 
     def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,15 +208,16 @@ class _Drawn(TensorSource):
             x[rows] = self.gaussians[number].draw(len(rows), generator).to(x)
         return x.view(len(x), *self.images.shape[1:]), self.labels.index_select(0, indices)
 
+    def __getitem__(self, index: int):
+        x, y = super().__getitem__(index)
+        return x, torch.tensor(y) if self.tensor_labels else y
+
 
 def _some_samples(dataset) -> tuple[Tensor, Tensor, Tensor]:
     """Samples of an Avalanche dataset, evenly spread over it, their labels and task labels."""
     chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), _LOOKED_AT)).long()
     loader = DataLoader(
-        dataset.subset(chosen.tolist()),
-        batch_size=512,
-        collate_fn=getattr(dataset, "collate_fn", None),
-        generator=torch.Generator(),  # its own: a loader draws from the global one even without shuffling
+        dataset.subset(chosen.tolist()), batch_size=512, collate_fn=getattr(dataset, "collate_fn", None)
     )
     batches = [(batch[0], batch[1], batch[-1]) for batch in loader]
     x, labels, task_labels = (torch.cat(column) for column in zip(*batches))

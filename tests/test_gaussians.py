@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from avalanche.benchmarks.utils import AvalancheDataset
+from avalanche.benchmarks.utils.classification_dataset import _make_taskaware_classification_dataset
 from avalanche.training.plugins import ReplayPlugin, SupervisedPlugin
 from torch.utils.data import TensorDataset
 
@@ -202,6 +203,25 @@ def test_a_task_label_is_drawn_with_its_classes(split2):
     buffer = remembering(benchmark_of(tasks, tasks))
     _, labels, task_labels = buffer.buffer.read_batch(list(range(len(buffer.buffer))))
     assert torch.equal(task_labels, labels // 5)
+
+
+def test_beside_avalanches_own_datasets_which_are_read_sample_by_sample(split2):
+    tasks = []
+    for experience in split2.train_stream:
+        x, y, _ = experience.dataset.read_batch(list(range(200)))
+        data = TensorDataset(x, y)  # whose labels are tensors
+        data.targets = y.tolist()
+        tasks.append(_make_taskaware_classification_dataset(data, task_labels=0))
+    seen = Seen()
+    replay = ReplayPlugin(200, batch_size_mem=16, storage_policy=GaussianBuffer(200))
+    model = mlp()
+    strategy = strategy_of(model, [SelectivePlasticityPlugin(), replay, seen], batch=16)
+    for experience in benchmark_of(tasks, tasks).train_stream:
+        strategy.train(experience)
+    replayed, labels = torch.cat(seen.replayed[13:]), torch.cat(seen.labels[13:])
+    assert len(replayed) > 190 and replayed[0].shape == (1, 28, 28) and set(labels.tolist()) == set(range(5))
+    assert len(replayed.unique(dim=0)) == len(replayed)
+    assert weights(model).isfinite().all()
 
 
 def test_experiences_of_another_kind(split2):

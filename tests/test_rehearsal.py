@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
+from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin, SupervisedPlugin
 from torch import nn
 
-from avalanche_sp import AccuracyMatrix
+from avalanche_sp import AccuracyMatrix, GaussianBuffer, SelectivePlasticityPlugin
 
 from conftest import MNIST, ROOT, mlp, weights
 
@@ -69,6 +69,16 @@ def test_it_learns_keeps_more_than_naive_training_and_repeats_bit_for_bit(name, 
     assert torch.equal(weights(strategy.model), weights(again.model))
     other, _, _ = trained(name, split2, seed=1, **settings)
     assert not torch.equal(weights(strategy.model), weights(other.model))
+
+
+@pytest.mark.parametrize("name", ["gaussian-replay", "sp-gaussian"])
+def test_samples_drawn_from_gaussians_take_what_the_gaussians_take(name, split2, naive):
+    strategy, accuracy, extra = trained(name, split2)
+    (policy,) = (p.storage_policy for p in strategy.plugins if isinstance(p, ReplayPlugin))
+    assert isinstance(policy, GaussianBuffer)
+    gates = sum(p.state_bytes for p in strategy.plugins if isinstance(p, SelectivePlasticityPlugin))
+    assert extra - gates == policy.state_bytes < 200_000
+    assert accuracy[1, 0] > naive[1, 0] + 20
 
 
 class Batches(SupervisedPlugin):
