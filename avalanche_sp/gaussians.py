@@ -1,4 +1,4 @@
-"""A memory that stores no sample: what each class looks like, as Gaussians that samples are drawn from."""
+"""A memory that need not store samples: what each class looks like, as Gaussians that samples are drawn from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from avalanche.benchmarks.utils.utils import concat_datasets
-from avalanche.training.storage_policy import ExemplarsBuffer
+from avalanche.training.storage_policy import ExemplarsBuffer, ExperienceBalancedBuffer
 from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -88,7 +88,7 @@ class Gaussian:
 
 
 class GaussianBuffer(ExemplarsBuffer):
-    """Storage policy for Avalanche's ``ReplayPlugin`` that stores no sample: each class is a mixture of Gaussians.
+    """Storage policy for Avalanche's ``ReplayPlugin`` that need not store samples: a class is a mixture of Gaussians.
 
     When an experience ends, the samples of each of its classes are clustered, and each cluster is summed up by its mean
     and leading principal components. What is replayed is drawn from them, anew in every mini-batch: pseudo-rehearsal.
@@ -103,11 +103,13 @@ class GaussianBuffer(ExemplarsBuffer):
     hold many samples of a class: a class that comes again, in another experience, is summed up anew.
 
     Args:
-        max_size: as many samples as it counts for at most, 1 or more (default 2000); to be the ``mem_size`` of the
-            ``ReplayPlugin``, too.
+        max_size: as many samples as what is drawn counts for at most, 1 or more (default 2000); to be the ``mem_size``
+            of the ``ReplayPlugin``, too.
         gaussians: for each class of each experience, 1 or more (default 4). Fewer where that would leave any with fewer
             than 8 components, but one.
         components: of all Gaussians together, 0 or more (default 320).
+        stored: samples that are stored besides, as ``ReplayPlugin`` does by default: as many of each experience; 0 or
+            more (default 0). They are replayed in proportion, mixed with what is drawn.
 
     Raises:
         ValueError: at construction for an argument out of range.
@@ -122,14 +124,14 @@ class GaussianBuffer(ExemplarsBuffer):
     Example::
 
         plugins=[SelectivePlasticityPlugin(), ReplayPlugin(2000, storage_policy=GaussianBuffer(2000))]
+
+    With 200 stored samples: ``GaussianBuffer(2000, stored=200)``.
     """
 
-    def __init__(self, max_size: int = 2000, gaussians: int = 4, components: int = 320):
-        for name, value, least in (
-            ("max_size", max_size, 1),
-            ("gaussians", gaussians, 1),
-            ("components", components, 0),
-        ):
+    def __init__(self, max_size: int = 2000, gaussians: int = 4, components: int = 320, stored: int = 0):
+        arguments = {"max_size": max_size, "gaussians": gaussians, "components": components, "stored": stored}
+        for name, value in arguments.items():
+            least = 1 if name in ("max_size", "gaussians") else 0
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"Invalid {name} value: {value} (allowed: an integer, {least} or more)")
         super().__init__(max_size)
@@ -137,6 +139,8 @@ class GaussianBuffer(ExemplarsBuffer):
         self.components = components
         self.classes: list[list[Gaussian]] = []
         """The Gaussians of each class of each experience, in the order in which they came."""
+        self.stored = ExperienceBalancedBuffer(stored, adaptive_size=True) if stored else None
+        """The storage policy of the stored samples; None if there are none."""
         self._shape = torch.Size()
         self._tensor_labels = False  # whether the experiences' labels are tensors, one by one, or numbers
 
@@ -161,10 +165,12 @@ class GaussianBuffer(ExemplarsBuffer):
             of_it = x[(kinds == kind).all(1)].flatten(1).float()
             task_label, label = kind.tolist()
             self.classes.append([Gaussian.of(c, label, task_label, each // number) for c in _clusters(of_it, number)])
+        if self.stored is not None:
+            self.stored.post_adapt(agent, exp)
         self._rebuild()
 
     def resize(self, strategy, new_size: int) -> None:
-        """Lets it count for so many samples at most."""
+        """Lets what is drawn count for so many samples at most."""
         self.max_size = new_size
         self._rebuild()
 
@@ -184,6 +190,8 @@ class GaussianBuffer(ExemplarsBuffer):
             TensorClassificationDataset.from_source(_Drawn(pairs, self._shape, self._tensor_labels), task_label)
             for task_label, pairs in by_task.items()
         ]
+        if self.stored is not None:
+            drawn.append(self.stored.buffer)
         self.buffer = drawn[0] if len(drawn) == 1 else concat_datasets(drawn)
 
 

@@ -44,6 +44,7 @@ def covariance(gaussian):
         ({"max_size": 0}, r"Invalid max_size value: 0 \(allowed: an integer, 1 or more\)"),
         ({"gaussians": 0}, r"Invalid gaussians value: 0 \(allowed: an integer, 1 or more\)"),
         ({"components": -1}, r"Invalid components value: -1 \(allowed: an integer, 0 or more\)"),
+        ({"stored": -1}, r"Invalid stored value: -1 \(allowed: an integer, 0 or more\)"),
         ({"components": 2.5}, r"Invalid components value: 2.5 \(allowed: an integer, 0 or more\)"),
     ],
 )
@@ -139,6 +140,21 @@ def test_no_sample_is_kept(split2):
     assert len(stored) < len(experience) * 784 * 4 / 5
     image = experience.read_batch([0])[0].flatten()
     assert image.numpy().tobytes() not in stored and image.half().numpy().tobytes() not in stored
+
+
+def test_stored_samples_stand_beside_what_is_drawn(split5):
+    torch.manual_seed(0)
+    buffer = remembering(split5, 3, stored=60)
+    drawn = remembering(split5, 3)
+    assert len(buffer.buffer) == len(drawn.buffer) + 60
+    x, y, _ = buffer.buffer.read_batch(list(range(len(buffer.buffer))))
+    assert y[-60:].unique().tolist() == list(range(6))
+    everything = torch.cat([images_of(split5.train_stream[label // 2], label) for label in range(6)])
+    nearest = torch.cdist(x.flatten(1), everything).min(1).values
+    assert nearest[-60:].max() < 0.2 < nearest[:-60].min()
+    for experience in range(3):  # as many of each
+        assert int((y[-60:] // 2 == experience).sum()) == 20
+    assert buffer.state_bytes == drawn.state_bytes  # the Gaussians' alone
 
 
 class Seen(SupervisedPlugin):

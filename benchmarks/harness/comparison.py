@@ -8,7 +8,7 @@ import numpy as np
 
 from harness.settings import settings_of
 from harness.statistics import bootstrap, holm, rank_biserial, wilcoxon
-from harness.studies import ALONE, OURS, Study
+from harness.studies import ALONE, BEST_WITHOUT, OURS, Study
 
 ALPHA = 0.05
 
@@ -90,7 +90,7 @@ def against_others(cells: list[Cell], name: str = OURS) -> dict[int, list[Differ
     """By buffer: ours minus every other row with as many stored samples, and minus the best ones without any."""
     found = {}
     for ours in (c for c in cells if c.label == name):
-        others = [c for c in cells if c.label in (ALONE, "rf-ridge") or c.buffer == ours.buffer]
+        others = [c for c in cells if c.label in BEST_WITHOUT or c.buffer == ours.buffer]
         found[ours.buffer] = differences(ours, [c for c in others if c is not ours])
     return {buffer: rows for buffer, rows in found.items() if rows}
 

@@ -26,6 +26,8 @@ _COLOURS = {
     "rf-ridge": "#666666",
     "gaussian-replay": "#997700",
     "sp-gaussian": "#ee3377",
+    "replay-gaussian": "#bb8800",
+    "sp-replay-gaussian": "#ee99aa",
     "sp": "#ee8866",
     "sp-both": "#aa3377",
     "sp-replay": "#cc3311",

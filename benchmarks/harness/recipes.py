@@ -189,6 +189,9 @@ for _tuned in RECIPES.values():
         _recipes["sp-gaussian"] = replace(
             _recipes["sp-replay"], lr=_recipes["sp-both"].lr, plugins=("gaussians", *_BOTH["plugins"])
         )
+        # With stored samples, too: there the runs have a buffer.
+        _recipes["replay-gaussian"] = replace(_recipes["gaussian-replay"], lr={200: 1e-3, 2000: 2e-3})
+        _recipes["sp-replay-gaussian"] = replace(_recipes["sp-gaussian"], lr=_recipes["sp-replay"].lr)
 # Other methods without replay. The ridge regression is solved for: no step of SGD moves it.
 _RIDGE = Recipe("SGD", 0.0, "squared error", ("ridge",), {"ridge": 1.0}, model="random features")
 RECIPES["split-mnist"][2] |= {

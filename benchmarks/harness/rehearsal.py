@@ -31,8 +31,8 @@ def replay(run: Run) -> ReplayPlugin:
 
 
 def drawn_replay(run: Run) -> ReplayPlugin:
-    """Avalanche's replay of samples drawn from Gaussians: none is stored, so a run has no buffer."""
-    policy = GaussianBuffer()
+    """Avalanche's replay of samples drawn from Gaussians, and of stored ones where the run has a buffer."""
+    policy = GaussianBuffer(stored=run.replay_buffer)
     return ReplayPlugin(policy.max_size, batch_size_mem=run.batch_size, storage_policy=policy)
 
 
@@ -153,7 +153,7 @@ def stored_bytes(method) -> int:
         return _dataset_bytes(method.dataset)
     policy = getattr(method, "storage_policy", None)
     if isinstance(policy, GaussianBuffer):
-        return policy.state_bytes
+        return policy.state_bytes + (_dataset_bytes(policy.stored.buffer) if policy.stored is not None else 0)
     return 0 if policy is None else _dataset_bytes(policy.buffer)
 
 

@@ -42,6 +42,7 @@ STRATEGIES = (
 _NO_REPLAY = ("lwf", "owm", "gpm")
 _REPLAY = (
     "a-gem", "gem", "gdumb", "er-ace", "der++", "replay-distilled", "replay-gated", "replay-adaptive", "sp-replay-sgd",
+    "replay-gaussian", "sp-replay-gaussian",
 )  # fmt: skip
 # The plugin where it isn't told when a task ends.
 UNTOLD = tuple(f"{name}-{when}" for name in ("sp", "sp-both", "sp-replay") for when in ("surprise", "continuous"))

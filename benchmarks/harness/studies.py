@@ -127,8 +127,12 @@ def _protocol(benchmark: str, name: str, *strategies: str, seeds: int = 3) -> St
 BUFFERS = (50, 100, 200, 500, 1000, 2000, 5000)
 OURS = "sp-replay"
 ALONE = "sp-both"  # ours without any stored sample
+BEST_WITHOUT = ("rf-ridge", ALONE, "gaussian-replay", "sp-gaussian")
 _WITHOUT = ("naive-sgd", "ewc", "si", "mas", "lwf", "rf-ridge", "sp", ALONE, "gaussian-replay", "sp-gaussian")
-_WITH = ("replay-sgd", "replay-joint", "replay-adaptive", "gdumb", "a-gem", "er-ace", "der++", OURS)
+_WITH = (
+    *("replay-sgd", "replay-joint", "replay-adaptive", "gdumb", "a-gem", "er-ace", "der++", OURS),
+    *("replay-gaussian", "sp-replay-gaussian"),
+)
 _SWEEP = (*_rows(*_WITHOUT, *_WITH), Row("gem", buffers=(50, 200)), *_rows("cumulative", "joint"))  # GEM is slow
 
 # By the name of their folder in docs/results.
