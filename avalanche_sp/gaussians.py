@@ -30,7 +30,7 @@ class Gaussian:
     Attributes:
         label, task_label: which class, of which task.
         samples: how many stand behind it.
-        mean: (d,), in half precision.
+        mean: (d,), in half precision, where that can hold it.
         components: the principal directions, strongest first, each as long as the samples' standard deviation along
             it: (k, d), in four bits.
         variance: of the samples, summed over all directions.
@@ -48,7 +48,7 @@ class Gaussian:
         """That of samples (n, d)."""
         mean = x.mean(0)
         rows = _principal((x - mean) / len(x) ** 0.5, components)
-        return cls(label, task_label, len(x), mean.half(), PackedRows.of(rows), float(x.var(0, correction=0).sum()))
+        return cls(label, task_label, len(x), _short(mean), PackedRows.of(rows), float(x.var(0, correction=0).sum()))
 
     def merged(self, other: Gaussian, components: int) -> Gaussian:
         """The Gaussian with the moments of both."""
@@ -60,7 +60,7 @@ class Gaussian:
             self.label,
             self.task_label,
             samples,
-            (share * self.mean.float() + (1 - share) * other.mean.float()).half(),
+            _short(share * self.mean.float() + (1 - share) * other.mean.float()),
             PackedRows.of(_principal(torch.cat([*within, between.unsqueeze(0)]), components)),
             share * self.variance + (1 - share) * other.variance + float(between.square().sum()),
         )
@@ -265,6 +265,11 @@ def _distance(a: Gaussian, b: Gaussian) -> float:
     """What merging adds to the variance within: J. Ward, Journal of the American Statistical Association 1963."""
     apart = float((a.mean.float() - b.mean.float()).square().sum())
     return a.samples * b.samples / (a.samples + b.samples) * apart
+
+
+def _short(mean: Tensor) -> Tensor:
+    """A vector in half precision; as it is where its largest number is beyond that, or near its smallest."""
+    return mean.half() if 1e-2 < mean.abs().max() < 6e4 else mean
 
 
 def _principal(rows: Tensor, components: int) -> Tensor:

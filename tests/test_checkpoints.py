@@ -18,6 +18,7 @@ from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin, Supervise
 
 from avalanche_sp import (
     ConsolidationPlugin,
+    GaussianBuffer,
     JointReplayLoss,
     MetricsCSVLogger,
     OneHotMSELoss,
@@ -29,7 +30,7 @@ from avalanche_sp import (
 from conftest import ROOT, mlp, sliced, weights
 
 
-def everything(folder, strategy_class=Naive, epochs=1):
+def everything(folder, strategy_class=Naive, epochs=1, policy=None):
     """Both gates, replay, and an evaluator with every kind of logger, their files in ``folder``."""
     folder.mkdir(exist_ok=True)
     model = mlp()
@@ -53,7 +54,7 @@ def everything(folder, strategy_class=Naive, epochs=1):
         train_epochs=epochs,
         eval_mb_size=500,
         plugins=[
-            ReplayPlugin(mem_size=50),
+            ReplayPlugin(mem_size=50, storage_policy=policy),
             SelectivePlasticityPlugin(openness={"1": 0.1}, rank={"1": 12, "*": 10}),
             ConsolidationPlugin(),
         ],
@@ -105,6 +106,22 @@ def test_a_strategy_with_everything_resumes_bit_for_bit_after_any_experience(spl
         before, after = len(logged), rows(tmp_path / "whole")  # the loggers go on with their own files
         assert len(after) > before and after[before:] == logged[before - len(after) :]
         logged = after
+
+
+def test_what_is_drawn_after_a_checkpoint_is_what_would_have_been(split5, tmp_path):
+    def drawing(name):
+        return everything(tmp_path / name, policy=GaussianBuffer(50, stored=10))
+
+    whole = drawing("whole")
+    for experience in split5.train_stream[:2]:
+        whole.train(experience)
+    save_checkpoint(whole, tmp_path / "saved.pkl")
+    resumed, first = maybe_load_checkpoint(drawing("other"), tmp_path / "saved.pkl")
+    assert first == 2
+    for strategy in (whole, resumed):
+        torch.manual_seed(2)
+        strategy.train(split5.train_stream[2])
+    assert_equal(weights(resumed.model), weights(whole.model))
 
 
 def test_the_documents_loop_goes_on_where_it_stopped(split2, tmp_path, monkeypatch):

@@ -94,6 +94,18 @@ def test_what_is_drawn_has_the_gaussians_mean_and_directions(split2):
     torch.testing.assert_close(flat.draw(3, torch.Generator()), x[:1].expand(3, -1), rtol=0, atol=4e-3)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_inputs_may_have_any_scale(split2, scale):
+    x = images_of(split2.train_stream[0], 4)
+    plain, scaled = Gaussian.of(x, 4, 0, 8), Gaussian.of(x * scale, 4, 0, 8)
+    torch.testing.assert_close(scaled.mean / scale, plain.mean.float(), rtol=0, atol=2e-3, check_dtype=False)
+    torch.testing.assert_close(covariance(scaled) / scale**2, covariance(plain), rtol=0, atol=1e-3)
+    assert scaled.draw(5, torch.Generator()).isfinite().all()
+    halves = (Gaussian.of(part * scale, 4, 0, 8) for part in (x[:50], x[50:]))
+    merged = next(halves).merged(next(halves), 8)
+    torch.testing.assert_close(merged.mean / scale, x.mean(0), rtol=0, atol=1e-3)
+
+
 def test_memory_is_bounded_however_many_experiences_come(permuted3):
     three = [remembering(permuted3, n, components=64) for n in (1, 2, 3)]
     assert [sum(len(g.components.scale) for known in b.classes for g in known) for b in three] == [60, 60, 60]
