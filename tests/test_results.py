@@ -116,6 +116,23 @@ def test_sentences_say_no_more_than_the_tests(monkeypatch):
     assert "## Published figures" not in text  # there are none
 
 
+def test_ours_with_gaussians_has_sentences_of_its_own(monkeypatch):
+    names = ("sp-both", "sp-gaussian", "sp-replay", "replay-gaussian", "sp-replay-gaussian")
+    study = dataclasses.replace(STUDY, rows=tuple(map(Row, names)))
+    gains = {"sp-gaussian": 2.0, "sp-replay": 1.0, "replay-gaussian": 3.0, "sp-replay-gaussian": {50: 5.0, 200: 4.0}}
+    made = records(gains, study=study)
+    monkeypatch.setattr(pages, "BY_BUFFER", {"a_study": study})
+    text = pages.page({"a_study": made})
+    assert "`sp-replay` is above every other row at none of them, and below at least one with 50 and 200." in text
+    assert "`sp-replay-gaussian` is above every other row with 50 and 200 stored samples, and below none" in text
+    assert "`sp-replay-gaussian` (`sp-gaussian` where there is none) changes by -" in text
+    found = steps(cells_of(study, made), "sp-replay-gaussian")
+    assert [(row.other.label, row.other.buffer, row.verdict) for row in found] == [
+        ("sp-gaussian", 0, "above"),
+        ("sp-replay-gaussian", 50, "below"),
+    ]
+
+
 def test_a_head_for_each_task_has_a_section_of_its_own():
     study = EVERY["task_incremental_split5"]
     assert all(run.task_incremental for run in study.runs(1))

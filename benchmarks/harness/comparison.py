@@ -8,7 +8,7 @@ import numpy as np
 
 from harness.settings import settings_of
 from harness.statistics import bootstrap, holm, rank_biserial, wilcoxon
-from harness.studies import ALONE, BEST_WITHOUT, OURS, Study
+from harness.studies import BEST_WITHOUT, OURS, WITH_AND_WITHOUT, Study
 
 ALPHA = 0.05
 
@@ -95,9 +95,9 @@ def against_others(cells: list[Cell], name: str = OURS) -> dict[int, list[Differ
     return {buffer: rows for buffer, rows in found.items() if rows}
 
 
-def steps(cells: list[Cell]) -> list[Difference]:
+def steps(cells: list[Cell], name: str = OURS) -> list[Difference]:
     """Ours with each buffer minus ours with the next smaller one, beginning without any."""
-    ours = sorted((c for c in cells if c.label in (ALONE, OURS)), key=lambda c: c.buffer)
+    ours = sorted((c for c in cells if c.label in (name, WITH_AND_WITHOUT[name])), key=lambda c: c.buffer)
     found = [differences(larger, [smaller]) for smaller, larger in zip(ours, ours[1:])]
     rows = [row for rows in found for row in rows]
     ps = holm([row.p for row in rows])

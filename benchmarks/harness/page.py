@@ -20,6 +20,7 @@ from harness.studies import (
     PUBLISHED,
     ROBUSTNESS,
     TASK_LABELS,
+    WITH_AND_WITHOUT,
     Study,
 )
 
@@ -29,11 +30,12 @@ FIGURES = {"buffers": "results/buffers.png", "training": "results/buffers_split5
 INTRODUCTION = f"""# Selective plasticity beside stored samples
 
 `{OURS}` is `SelectivePlasticityPlugin` and `SelectivePlasticityOptimizer` beside Avalanche's `ReplayPlugin`, with one
-set of defaults for every buffer; `{ALONE}` is the same without a buffer. The comparisons have as many stored samples,
-batches of as many of them, and, in each seed, the same network, initial weights, order of data and steps of the
-stream. `gdumb` alone trains on its buffer instead, as often as it was tuned to; `cumulative` and `joint` have all
-data. Each strategy was tuned on validation images with seeds that are not reported
-([experiments.md](experiments.md)).
+set of defaults for every buffer; `{ALONE}` is the same without a buffer. `sp-gaussian` and `sp-replay-gaussian` replay
+samples drawn from `GaussianBuffer`, too; `gaussian-replay` and `replay-gaussian` are these two without any gate: their
+controls. What is drawn counts as no stored sample. The comparisons have as many stored samples, batches of as many of
+them, and, in each seed, the same network, initial weights, order of data and steps of the stream. `gdumb` alone trains
+on its buffer instead, as often as it was tuned to; `cumulative` and `joint` have all data. Each strategy was tuned on
+validation images with seeds that are not reported ([experiments.md](experiments.md)).
 
 A figure is the mean of test accuracy over all tasks, after the last one, with its 95% bootstrap interval. Differences
 are paired by seed. "Above" and "below" mean p < {ALPHA} in Wilcoxon's signed-rank test, with Holm's correction over
@@ -77,7 +79,10 @@ def _by_buffer(name: str, study: Study, cells: list[Cell]) -> list[str]:
     texts = [_heading(study, cells)]
     if name == next(iter(BY_BUFFER)):
         texts.insert(0, f"![Accuracy against the number of stored samples]({FIGURES['buffers']})\n")
-    return [*texts, _grid(cells), *_verdicts(cells), _growth(cells)]
+    texts.append(_grid(cells))
+    for ours in WITH_AND_WITHOUT:
+        texts += [*_verdicts(cells, ours), _growth(cells, ours)]
+    return texts
 
 
 def _epochs(name: str, study: Study, cells: list[Cell]) -> list[str]:
@@ -250,9 +255,9 @@ def _column(buffer: int) -> str:
     return str(buffer) if buffer else "no buffer"
 
 
-def _verdicts(cells: list[Cell]) -> list[str]:
+def _verdicts(cells: list[Cell], name: str = OURS) -> list[str]:
     """Ours against the best of the others at each buffer, and against each of them in words."""
-    found = against_others(cells)
+    found = against_others(cells, name)
     if not found:
         return []
     table = []
@@ -262,17 +267,17 @@ def _verdicts(cells: list[Cell]) -> list[str]:
             {
                 "buffer": buffer,
                 "best of the others": f"{best.other.label} {best.other.mean():.1f}",
-                f"{OURS} minus it": f"{best.mean:+.1f} [{best.low:+.1f}, {best.high:+.1f}]",
+                f"{name} minus it": f"{best.mean:+.1f} [{best.low:+.1f}, {best.high:+.1f}]",
                 "p (Holm)": f"{best.p:.3f}",
                 "effect": f"{best.effect:+.2f}",
                 "verdict": best.verdict,
             }
         )
-    each = [f"- With {buffer} stored samples `{OURS}` is {_listed(rows)}." for buffer, rows in found.items()]
-    return [_table(table), _summary(found), *each, ""]
+    each = [f"- With {buffer} stored samples `{name}` is {_listed(rows)}." for buffer, rows in found.items()]
+    return [_table(table), _summary(found, name), *each, ""]
 
 
-def _summary(found: dict[int, list[Difference]]) -> str:
+def _summary(found: dict[int, list[Difference]], name: str) -> str:
     most = max(row.seeds for rows in found.values() for row in rows)
     if wilcoxon([1.0] * most) >= ALPHA:
         return f"With {most} seeds no difference can be significant.\n"
@@ -282,7 +287,7 @@ def _summary(found: dict[int, list[Difference]]) -> str:
         f"above every other row {f'with {_and(above)} stored samples' if above else 'at none of them'}",
         f"below at least one with {_and(below)}" if below else "below none with any",
     ]
-    return f"`{OURS}` is {texts[0]}, and {texts[1]}.\n"
+    return f"`{name}` is {texts[0]}, and {texts[1]}.\n"
 
 
 def _listed(rows: list[Difference]) -> str:
@@ -295,9 +300,9 @@ def _listed(rows: list[Difference]) -> str:
     return "; ".join(parts)
 
 
-def _growth(cells: list[Cell]) -> str:
+def _growth(cells: list[Cell], name: str) -> str:
     """Whether more memory ever hurts."""
-    found = steps(cells)
+    found = steps(cells, name)
     if not found:
         return ""
     falls = [
@@ -307,7 +312,7 @@ def _growth(cells: list[Cell]) -> str:
     ]
     what = f"it falls significantly {_and(falls)}" if falls else "it never falls significantly"
     smallest = min(found, key=lambda row: row.mean)
-    line = f"`{OURS}` (`{ALONE}` where there is none)"
+    line = f"`{name}` (`{WITH_AND_WITHOUT[name]}` where there is none)"
     return f"From each buffer to the next, {line} changes by {smallest.mean:+.1f} points at the least; {what}.\n"
 
 

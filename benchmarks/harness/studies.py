@@ -127,6 +127,8 @@ def _protocol(benchmark: str, name: str, *strategies: str, seeds: int = 3) -> St
 BUFFERS = (50, 100, 200, 500, 1000, 2000, 5000)
 OURS = "sp-replay"
 ALONE = "sp-both"  # ours without any stored sample
+# Ours with stored samples, and the same without any; the second with samples drawn from Gaussians, too.
+WITH_AND_WITHOUT = {OURS: ALONE, "sp-replay-gaussian": "sp-gaussian"}
 BEST_WITHOUT = ("rf-ridge", ALONE, "gaussian-replay", "sp-gaussian")
 _WITHOUT = ("naive-sgd", "ewc", "si", "mas", "lwf", "rf-ridge", "sp", ALONE, "gaussian-replay", "sp-gaussian")
 _WITH = (
