@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from avalanche.benchmarks.utils.utils import concat_datasets
 from avalanche.training.storage_policy import ExemplarsBuffer, ExperienceBalancedBuffer
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans  # avalanche-lib requires it, too
 from torch import Tensor
 from torch.utils.data import DataLoader
 
