@@ -10,10 +10,10 @@ from avalanche.benchmarks.utils.utils import concat_datasets
 from avalanche.training.storage_policy import ExemplarsBuffer, ExperienceBalancedBuffer
 from sklearn.cluster import KMeans  # avalanche-lib requires it, too
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from avalanche_sp.classic import TensorClassificationDataset, TensorSource
 from avalanche_sp.packed import PackedRows
+from avalanche_sp.recording import evenly_spread
 
 __all__ = ["Gaussian", "GaussianBuffer"]
 
@@ -223,12 +223,7 @@ class _Drawn(TensorSource):
 
 def _some_samples(dataset) -> tuple[Tensor, Tensor, Tensor]:
     """Samples of an Avalanche dataset, evenly spread over it, their labels and task labels."""
-    chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), _LOOKED_AT)).long()
-    loader = DataLoader(
-        dataset.subset(chosen.tolist()), batch_size=512, collate_fn=getattr(dataset, "collate_fn", None)
-    )
-    batches = [(batch[0], batch[1], batch[-1]) for batch in loader]
-    x, labels, task_labels = (torch.cat(column) for column in zip(*batches))
+    x, labels, task_labels = (torch.cat(column) for column in zip(*evenly_spread(dataset, _LOOKED_AT)))
     if labels.dim() != 1 or labels.is_floating_point():
         raise TypeError(
             f"Invalid targets: shape {tuple(labels.shape)}, {labels.dtype} (GaussianBuffer sums up classes, and needs "

@@ -16,7 +16,7 @@ from avalanche_sp.gates import loss_curvature
 from avalanche_sp.layers import GatedLayer, along
 from avalanche_sp.readout import ReadoutLoss
 
-__all__ = ["Recorded", "output_derivatives", "record_activity"]
+__all__ = ["Recorded", "evenly_spread", "output_derivatives", "record_activity"]
 
 
 @dataclass
@@ -83,21 +83,14 @@ def record_activity(
 
         return hook
 
-    chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), samples)).long()
-    loader = DataLoader(
-        dataset.subset(chosen.tolist()),
-        batch_size=512,
-        collate_fn=getattr(dataset, "collate_fn", None),
-        generator=torch.Generator(),  # its own: a loader draws from the global one even without shuffling
-    )
     modes = {module: module.training for module in model.modules()}
     devices = [strategy.device] if strategy.device.type == "cuda" else []
     try:
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(devices):
             with _after_each(layers, recorder):
-                for batch in loader:
-                    x, y, task_labels = (batch[i].to(strategy.device) for i in (0, 1, -1))
+                for batch in evenly_spread(dataset, samples):
+                    x, y, task_labels = (column.to(strategy.device) for column in batch)
                     outputs = avalanche_forward(model, x, task_labels)
                     if criterion is not None:
                         curvature, name, error = output_derivatives(criterion, outputs, y, last)
@@ -109,7 +102,7 @@ def record_activity(
             module.training = mode
     recorded = Recorded(
         inputs={name: torch.cat(parts) for name, parts in activity.items()},
-        rows={name: count / len(chosen) for name, count in vectors_seen.items()},
+        rows={name: count / min(len(dataset), samples) for name, count in vectors_seen.items()},
         curvature=torch.stack(curvatures).mean() if curvatures else torch.zeros(()),
         fed_by_data=given,
     )
@@ -131,6 +124,19 @@ def record_activity(
             error.T @ x / len(x), x.T @ x / len(x), curvature, wanted.square().sum() / len(x), weight=1
         )
     return recorded
+
+
+def evenly_spread(dataset, samples: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """So many samples of an Avalanche dataset at most, in batches: inputs, targets and task labels."""
+    chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), samples)).long()
+    loader = DataLoader(
+        dataset.subset(chosen.tolist()),
+        batch_size=512,
+        collate_fn=getattr(dataset, "collate_fn", None),
+        generator=torch.Generator(),  # its own: a loader draws from the global one even without shuffling
+    )
+    for batch in loader:
+        yield batch[0], batch[1], batch[-1]
 
 
 def output_derivatives(

@@ -182,10 +182,12 @@ for _recipes in RECIPES["split-mnist"].values():
 RECIPES["permuted-mnist"][10]["sp-replay"] = Recipe("SelectivePlasticity", 3e-3, **_BOTH_BESIDE_REPLAY)
 RECIPES["permuted-mnist"][10]["replay-adaptive"] = Recipe("SelectivePlasticity", 2e-3, **_NEITHER_BESIDE_REPLAY)
 # The same, samples being drawn from Gaussians instead of stored.
+_DRAWN_RATES: dict = {2: 2e-3, 5: 1e-3, 10: {10000: 2e-3, 60000: 1e-3}}  # by number of tasks
 for _tuned in RECIPES.values():
     for _tasks, _recipes in _tuned.items():
-        _rates: dict = {2: 2e-3, 5: 1e-3, 10: {10000: 2e-3, 60000: 1e-3}}
-        _recipes["gaussian-replay"] = replace(_recipes["replay-adaptive"], lr=_rates[_tasks], plugins=("gaussians",))
+        _recipes["gaussian-replay"] = replace(
+            _recipes["replay-adaptive"], lr=_DRAWN_RATES[_tasks], plugins=("gaussians",)
+        )
         _recipes["sp-gaussian"] = replace(
             _recipes["sp-replay"], lr=_recipes["sp-both"].lr, plugins=("gaussians", *_BOTH["plugins"])
         )

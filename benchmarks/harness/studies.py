@@ -132,9 +132,9 @@ WITH_AND_WITHOUT = {OURS: ALONE, "sp-replay-gaussian": "sp-gaussian"}
 BEST_WITHOUT = ("rf-ridge", ALONE, "gaussian-replay", "sp-gaussian")
 _WITHOUT = ("naive-sgd", "ewc", "si", "mas", "lwf", "rf-ridge", "sp", ALONE, "gaussian-replay", "sp-gaussian")
 _WITH = (
-    *("replay-sgd", "replay-joint", "replay-adaptive", "gdumb", "a-gem", "er-ace", "der++", OURS),
-    *("replay-gaussian", "sp-replay-gaussian"),
-)
+    "replay-sgd", "replay-joint", "replay-adaptive", "gdumb", "a-gem", "er-ace", "der++", OURS,
+    "replay-gaussian", "sp-replay-gaussian",
+)  # fmt: skip
 _SWEEP = (*_rows(*_WITHOUT, *_WITH), Row("gem", buffers=(50, 200)), *_rows("cumulative", "joint"))  # GEM is slow
 
 # By the name of their folder in docs/results.
