@@ -12,8 +12,8 @@ class Protocol:
 
     Attributes:
         arguments: values of the scripts' arguments, where the command line doesn't say otherwise.
-        settings: of strategies that have published ones, each a number, or a number by buffer. The others train with
-            their recipes, which were tuned with batches of 64.
+        settings: of strategies that have published ones, or whose recipe doesn't suit it, each a number, or a number by
+            buffer. The others train with their recipes, which were tuned with one epoch and batches of 64.
         published: accuracy in percent by strategy and buffer (0: none).
         source: of both.
         note: how the conditions differ.
@@ -44,6 +44,7 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
         # Half of each batch is replayed: 64 new samples and 64 stored ones.
         "original": Protocol(
             {"tasks": 2, "epochs": 5, "batch_size": 64, "network": "256-256", "replay_buffer": [2000]},
+            {"replay-gaussian": {"lr": 1e-3}},
             source="the method's first publication: docs/original.md",
         ),
         "mammoth": Protocol(

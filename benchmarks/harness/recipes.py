@@ -194,6 +194,8 @@ for _tuned in RECIPES.values():
         # With stored samples, too: there the runs have a buffer.
         _recipes["replay-gaussian"] = replace(_recipes["gaussian-replay"], lr={200: 1e-3, 2000: 2e-3})
         _recipes["sp-replay-gaussian"] = replace(_recipes["sp-gaussian"], lr=_recipes["sp-replay"].lr)
+_gaussian = RECIPES["permuted-mnist"][10]["replay-gaussian"]
+RECIPES["permuted-mnist"][10]["replay-gaussian"] = replace(_gaussian, lr={200: 2e-3, 2000: 1e-3})
 # Other methods without replay. The ridge regression is solved for: no step of SGD moves it.
 _RIDGE = Recipe("SGD", 0.0, "squared error", ("ridge",), {"ridge": 1.0}, model="random features")
 RECIPES["split-mnist"][2] |= {

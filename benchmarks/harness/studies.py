@@ -265,7 +265,8 @@ ORIGINAL = {
     ),
     "protocol_original": _protocol(
         "split-mnist", "original",
-        "replay-sgd", "replay-adam", "replay-joint", "replay-adaptive", "er-ace", "der++", ALONE, OURS, "joint",
+        "replay-sgd", "replay-adam", "replay-joint", "replay-adaptive", "er-ace", "der++", ALONE, OURS,
+        "replay-gaussian", "sp-replay-gaussian", "joint",
         seeds=10,
     )  # fmt: skip
 }
