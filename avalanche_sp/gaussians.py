@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from avalanche.benchmarks.utils.utils import concat_datasets
 from avalanche.training.storage_policy import ExemplarsBuffer, ExperienceBalancedBuffer
 from sklearn.cluster import KMeans  # avalanche-lib requires it, too
@@ -69,13 +70,6 @@ class Gaussian:
         """Forgets all but its leading components."""
         kept = self.components
         self.components = PackedRows(kept.codes[:components].clone(), kept.scale[:components].clone(), kept.columns)
-
-    def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """So many samples (n, d), along the components; of a variance midway, in ratio, from theirs to all of it."""
-        rows = self.components.unpacked()
-        wider = (self.variance / rows.square().sum().clamp_min(torch.finfo(rows.dtype).tiny)) ** 0.25
-        noise = torch.randn(n, len(rows), generator=generator).to(rows)
-        return torch.addmm(self.mean.to(rows), noise * wider, rows)
 
     @property
     def explained(self) -> float:
@@ -209,16 +203,40 @@ class _Drawn(TensorSource):
     def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.reads)
         self.reads += 1
-        which = self.which.index_select(0, indices)
-        x = self.images.new_empty(len(indices), self.images.shape[1:].numel())
-        for number in which.unique().tolist():
-            rows = (which == number).nonzero().squeeze(1)
-            x[rows] = self.gaussians[number].draw(len(rows), generator).to(x)
-        return x.view(len(x), *self.images.shape[1:]), self.labels.index_select(0, indices)
+        read, which = self.which.index_select(0, indices).unique(return_inverse=True)
+        x = draw([self.gaussians[number] for number in read.tolist()], which, generator)
+        return x.to(self.images).view(len(x), *self.images.shape[1:]), self.labels.index_select(0, indices)
 
     def __getitem__(self, index: int):
         x, y = super().__getitem__(index)
         return x, torch.tensor(y) if self.tensor_labels else y
+
+
+def draw(gaussians: Sequence[Gaussian], which: Tensor, generator: torch.Generator) -> Tensor:
+    """Samples of Gaussians, along their components; of a variance midway, in ratio, from theirs to all of it.
+
+    Args:
+        gaussians: at least one.
+        which: of which of them each sample is to be, shape (n,).
+        generator: of random numbers.
+
+    Returns:
+        Shape (n, d).
+    """
+    packed = [g.components for g in gaussians]
+    codes, scale = torch.cat([p.codes for p in packed]), torch.cat([p.scale for p in packed])
+    rows = PackedRows(codes, scale, packed[0].columns).unpacked()  # of all Gaussians, one after another
+    which = which.to(rows.device)
+    counts = torch.tensor([len(p.scale) for p in packed], device=rows.device)
+    variance = rows.new_tensor([g.variance for g in gaussians])
+    explained = torch.zeros_like(variance).index_add_(0, torch.repeat_interleave(counts), rows.square().sum(1))
+    wider = (variance / explained.clamp_min(torch.finfo(rows.dtype).tiny)) ** 0.25
+    each = counts[which]  # a sample is the sum of so many rows, weighed at random
+    begins, first = each.cumsum(0) - each, (counts.cumsum(0) - counts)[which]
+    places = torch.arange(int(each.sum()), device=rows.device) + torch.repeat_interleave(first - begins, each)
+    noise = torch.randn(len(places), generator=generator).to(rows) * torch.repeat_interleave(wider[which], each)
+    x = F.embedding_bag(places, rows, begins, mode="sum", per_sample_weights=noise)
+    return x.add_(torch.stack([g.mean for g in gaussians])[which])
 
 
 def _some_samples(dataset) -> tuple[Tensor, Tensor, Tensor]:

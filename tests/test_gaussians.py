@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from avalanche_sp import GaussianBuffer, JointReplayLoss, OneHotMSELoss, SelectivePlasticityPlugin
 from avalanche_sp.classic import TensorClassificationDataset, TensorSource, benchmark_of
-from avalanche_sp.gaussians import Gaussian
+from avalanche_sp.gaussians import Gaussian, draw
 from avalanche_sp.packed import PackedRows
 from avalanche_sp.replay import stream_rows
 
@@ -84,14 +84,30 @@ def test_merged_gaussians_have_the_moments_of_both(split2):
 def test_what_is_drawn_has_the_gaussians_mean_and_directions(split2):
     x = images_of(split2.train_stream[0], 0)
     gaussian = Gaussian.of(x, 0, 0, 8)
-    drawn = gaussian.draw(20000, torch.Generator().manual_seed(0))
+    drawn = draw([gaussian], torch.zeros(20000, dtype=torch.long), torch.Generator().manual_seed(0))
     torch.testing.assert_close(drawn.mean(0), gaussian.mean.float(), rtol=0, atol=0.05)
     # Midway, in ratio, between the variance that the components have and all of it.
     wider = (gaussian.variance / gaussian.explained) ** 0.5
     expected = wider * covariance(gaussian)
     assert (torch.cov(drawn.T) - expected).norm() / expected.norm() < 0.05
     flat = Gaussian.of(x[:1], 0, 0, 8)  # a single sample has no variance
-    torch.testing.assert_close(flat.draw(3, torch.Generator()), x[:1].expand(3, -1), rtol=0, atol=4e-3)
+    again = draw([flat], torch.zeros(3, dtype=torch.long), torch.Generator())
+    torch.testing.assert_close(again, x[:1].expand(3, -1), rtol=0, atol=4e-3)
+
+
+def test_samples_of_several_gaussians_are_drawn_together(split2):
+    """As many components as each has; the slow way sums them up one by one."""
+    x = images_of(split2.train_stream[0], 2)
+    gaussians = [Gaussian.of(part, 2, 0, k) for part, k in ((x[:60], 7), (x[60:70], 0), (x[70:90] * 1e5, 3))]
+    which = torch.tensor([2, 0, 1, 0, 2, 2])
+    drawn = draw(gaussians, which, torch.Generator().manual_seed(5))
+    noise = iter(torch.randn(3 + 7 + 0 + 7 + 3 + 3, generator=torch.Generator().manual_seed(5)))
+    for row, number in zip(drawn, which.tolist()):
+        gaussian = gaussians[number]
+        expected = gaussian.mean.float().clone()
+        for component in gaussian.components.unpacked():
+            expected += next(noise) * (gaussian.variance / gaussian.explained) ** 0.25 * component
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
@@ -100,7 +116,7 @@ def test_inputs_may_have_any_scale(split2, scale):
     plain, scaled = Gaussian.of(x, 4, 0, 8), Gaussian.of(x * scale, 4, 0, 8)
     torch.testing.assert_close(scaled.mean / scale, plain.mean.float(), rtol=0, atol=2e-3, check_dtype=False)
     torch.testing.assert_close(covariance(scaled) / scale**2, covariance(plain), rtol=0, atol=1e-3)
-    assert scaled.draw(5, torch.Generator()).isfinite().all()
+    assert draw([scaled], torch.zeros(5, dtype=torch.long), torch.Generator()).isfinite().all()
     halves = (Gaussian.of(part * scale, 4, 0, 8) for part in (x[:50], x[50:]))
     merged = next(halves).merged(next(halves), 8)
     torch.testing.assert_close(merged.mean / scale, x.mean(0), rtol=0, atol=1e-3)
