@@ -58,9 +58,10 @@ def train(study: Study, results: Path, args: argparse.Namespace) -> int:
 
 
 def write(output: Path) -> list[Path]:
-    """Writes the page and all that it shows; returns the paths of the figures and of the page."""
+    """Writes the page and all that it shows, and the README's first table; returns the paths of what is to be seen."""
     from harness.comparison import cells_of  # here, as scipy and matplotlib are slow to load
     from harness.figures import acc_by_buffer, accuracy_over_training
+    from harness.overview import overview
     from harness.page import page
     from harness.report import summarize, title, write_tables
 
@@ -81,6 +82,9 @@ def write(output: Path) -> list[Path]:
         if watched := [record for record in records if record.get("curve")]:
             path = output / "results" / name / "training.png"
             paths.append(accuracy_over_training(watched, title(watched), path))
+    if table := overview(output / "results"):
+        paths.append(output / "results" / "overview.md")
+        write_whole(paths[-1], table)
     write_whole(output / "results.md", page(results))
     return [*paths, output / "results.md"]
 

@@ -13,6 +13,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from harness.jobs import read_results  # noqa: E402
+from harness.overview import overview  # noqa: E402
 from harness.report import summarize, table, title  # noqa: E402
 from tables import DOCUMENTS, updated  # noqa: E402
 
@@ -37,6 +38,16 @@ def test_a_committed_table_is_that_of_the_committed_results(results):
     assert title(records) in text and table(summarize(records)) in text
 
 
+def test_the_overview_is_that_of_the_committed_results():
+    results = ROOT / "docs" / "results"
+    text = (results / "overview.md").read_text()
+    assert text == overview(results)
+    for strategy in ("sp-both", "naive-sgd"):
+        row = next(line for line in text.splitlines() if f"`{strategy}`" in line)
+        for folder in ("compare", "split5", "classes10"):
+            assert f" {acc(folder, strategy)} ± " in row
+
+
 def test_all_that_is_public_is_in_the_reference():
     reference = (ROOT / "docs" / "reference.md").read_text()
     classic = set(avalanche_sp.classic.__all__)  # whose modules are there as a whole
@@ -52,8 +63,9 @@ def acc(folder, strategy):
 
 def test_the_readmes_prose_quotes_the_results():
     text = README.read_text()
-    opening, after = text.split("<!-- table")[0], text.split("**Five tasks of two classes**")[1].split("\n\n")[0]
-    for strategy in ("sp", "sp-both", "naive-sgd", "ewc", "rf-ridge"):
+    opening = re.sub(r"<!-- table.*?<!-- end of table -->", "", text.split("\n## ")[0], flags=re.DOTALL)
+    after = text.split("**Five tasks of two classes**")[1].split("\n\n")[0]
+    for strategy in ("sp", "sp-both", "sp-gaussian", "naive-sgd", "ewc", "rf-ridge"):
         assert acc("compare", strategy) in opening
     for strategy in ("sp", "sp-both", "si", "mas", "lwf", "gpm", "owm", "replay-joint", "sp-replay", "joint"):
         assert re.search(rf"`{strategy}`( has)?\s+{acc('split5', strategy)}", after), strategy

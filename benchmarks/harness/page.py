@@ -173,7 +173,8 @@ def _original(name: str, study: Study, cells: list[Cell]) -> list[str]:
         | {f"task {t} %": f"{value:.1f}" for t, value in zip("AB", _last(c))}
         for c in cells
     ]
-    texts = [_ORIGINAL.get(name, ""), _heading(study, cells), _table(rows), *_verdicts(cells)]
+    texts = [_ORIGINAL.get(name, ""), _heading(study, cells), _table(rows)]
+    texts += [text for ours in WITH_AND_WITHOUT for text in _verdicts(cells, ours)]
     gate, control = ([c for c in cells if c.label == label] for label in ("legacy-sp-replay", "legacy-control"))
     for d in differences(gate[0], control) if gate else []:
         texts.append(
