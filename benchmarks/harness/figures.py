@@ -13,7 +13,7 @@ import numpy as np
 from harness.comparison import Cell
 from harness.settings import BOUNDS, position
 from harness.statistics import bootstrap
-from harness.studies import ALONE, OURS
+from harness.studies import ALONE, OURS, WITH_AND_WITHOUT
 
 # Blues and greens for what replays (P. Tol, Colour schemes, 2021), red for selective plasticity, greys for the rest.
 _COLOURS = {
@@ -25,9 +25,9 @@ _COLOURS = {
     "lwf": "#aa8866",
     "rf-ridge": "#666666",
     "gaussian-replay": "#997700",
-    "sp-gaussian": "#ee3377",
-    "replay-gaussian": "#bb8800",
-    "sp-replay-gaussian": "#ee99aa",
+    "sp-gaussian": "#ff7799",
+    "replay-gaussian": "#774411",
+    "sp-replay-gaussian": "#ee3377",
     "sp": "#ee8866",
     "sp-both": "#aa3377",
     "sp-replay": "#cc3311",
@@ -48,7 +48,9 @@ _COLOURS = {
 }
 # For those that only a colour would tell apart where they are drawn in one panel.
 _MARKERS = {"sp-replay": "o", "replay-joint": "s", "der++": "^", "er-ace": "v", "replay-sgd": "D", "gdumb": "P"}
-_MARKERS |= {"replay-adaptive": "X"}
+_MARKERS |= {"replay-adaptive": "X", "sp-replay-gaussian": "h", "replay-gaussian": "d"}
+# What a strategy that stores samples is without any.
+_WITHOUT = {**WITH_AND_WITHOUT, "replay-gaussian": "gaussian-replay"}
 
 
 def colour(strategy: str) -> str:
@@ -86,12 +88,14 @@ def acc_by_buffer(panels: list[tuple[str, list[Cell]]], path: Path) -> Path:
     for ax, (title, cells) in zip(axes.flat, panels):
         buffers = sorted({c.buffer for c in cells if c.buffer})
         nothing = buffers[0] / 2
-        for name in dict.fromkeys(c.label for c in cells if c.buffer):
-            line = [c for c in cells if c.label == name or (name == OURS and c.label == ALONE)]
+        lines = list(dict.fromkeys(c.label for c in cells if c.buffer))
+        begins = {_WITHOUT[name] for name in lines if name in _WITHOUT}
+        for name in lines:
+            line = [c for c in cells if c.label in (name, _WITHOUT.get(name))]
             line.sort(key=lambda c: c.buffer)
             x = [c.buffer or nothing for c in line]
             low, high = zip(*(bootstrap(list(c.values().values())) for c in line))
-            width = 2.4 if name == OURS else 1.3
+            width = 2.4 if name in WITH_AND_WITHOUT else 1.3
             marker = _MARKERS.get(name, ".")
             ax.plot(x, [c.mean() for c in line], marker + "-", color=colour(name), lw=width, ms=5, label=name)
             ax.fill_between(x, low, high, color=colour(name), alpha=0.2, lw=0)
@@ -101,7 +105,7 @@ def acc_by_buffer(panels: list[tuple[str, list[Cell]]], path: Path) -> Path:
             if c.strategy in BOUNDS:
                 style = "--" if c.strategy == "joint" else ":"
                 ax.axhline(c.mean(), color=colour(c.strategy), ls=style, lw=1, label=c.label)
-            elif c.label != ALONE and c.mean() >= bottom:
+            elif c.label not in begins and c.mean() >= bottom:
                 ax.plot([nothing], [c.mean()], "x", color=colour(c.label), label=c.label)
         ax.set_ylim(bottom, 100)
         ax.set_xscale("log")
