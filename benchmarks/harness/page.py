@@ -98,8 +98,9 @@ def _robustness(name: str, study: Study, cells: list[Cell]) -> list[str]:
         row[c.strategy] = c.shown() + ("" if c is base or base is None else f" ({c.mean() - base.mean():+.1f})")
     return [
         "One change at a time, everything else as it was tuned, and without any stored sample; in brackets the change "
-        "of ACC. `joint` has all data at once: what it loses is not forgotten but never learned. A figure or a seed "
-        "that is missing is of runs that diverged.\n",
+        "of ACC. With random classes each seed draws which of them come together, and when. `joint` has all data at "
+        "once: what it loses is not forgotten but never learned. A figure or a seed that is missing is of runs that "
+        "diverged.\n",
         _heading(study, cells),
         _table(rows.values()),
     ]

@@ -34,7 +34,7 @@ from harness.networks import build_network, network_bytes
 from harness.rehearsal import stored_bytes
 from harness.settings import Run
 from harness.strategies import build_model, build_strategy, recipe_of
-from harness.streams import drifting, parts, rearranged
+from harness.streams import class_order, drifting, parts, rearranged
 
 CURVE_POINTS = 10  # measurements of the accuracy curve in an experience
 FIRST_STEPS = (1, 2, 5, 10, 20)  # and at these iterations of every later one, where old tasks fall deepest
@@ -170,6 +170,7 @@ def build_benchmark(run: Run, dataset_root: str) -> CLScenario:
     if run.benchmark == "split-mnist":
         benchmark = split_mnist(
             run.n_tasks,
+            class_order=class_order(run),
             seed=run.seed,
             return_task_id=run.task_incremental,
             class_ids_from_zero_in_each_exp=run.task_incremental,
@@ -180,7 +181,7 @@ def build_benchmark(run: Run, dataset_root: str) -> CLScenario:
         if run.validation and size is not None:
             size = min(60000, round(size * 6 / 5))  # what is held out comes on top
         benchmark = permuted_mnist(run.n_tasks, train_size=size, seed=run.seed, dataset_root=dataset_root)
-    if not run.validation and run.stream == "tasks":
+    if not run.validation and run.stream in ("tasks", "random classes"):
         return benchmark
     train, test = ([e.dataset for e in stream] for stream in (benchmark.train_stream, benchmark.test_stream))
     if run.validation:

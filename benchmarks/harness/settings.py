@@ -47,8 +47,9 @@ _REPLAY = (
 # The plugin where it isn't told when a task ends.
 UNTOLD = tuple(f"{name}-{when}" for name in ("sp", "sp-both", "sp-replay") for when in ("surprise", "continuous"))
 # How the tasks come: one after another; the same in experiences of one batch, for strategies that are told nothing;
-# mixed with their neighbours; each turning slowly into the next; or the first once more at the end.
-STREAMS = ("tasks", "online", "blurred", "drifting", "returning")
+# mixed with their neighbours; each turning slowly into the next; the first once more at the end; or of classes drawn at
+# random, by seed (Split MNIST's are in order otherwise).
+STREAMS = ("tasks", "online", "blurred", "drifting", "returning", "random classes")
 BOUNDS = ("cumulative", "joint")
 # Where every task has a head of its own, which is chosen by the task's label.
 TASK_INCREMENTAL = (

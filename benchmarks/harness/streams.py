@@ -18,6 +18,13 @@ BLURRED = 20  # of each task's samples, one in so many is exchanged with each ne
 BLOCK = 100  # images of a drifting stream that share their permutation
 
 
+def class_order(run: Run) -> list[int] | None:
+    """In which Split MNIST's classes come; None for 0 to 9."""
+    if run.stream != "random classes":
+        return None
+    return torch.randperm(10, generator=torch.Generator().manual_seed(run.seed)).tolist()
+
+
 def rearranged(run: Run, train: list, test: list) -> tuple[list, list]:
     """The run's experiences, for training and for tests, from those of its tasks."""
     if run.stream == "blurred":

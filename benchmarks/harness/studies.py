@@ -20,6 +20,7 @@ class Row:
         label: what reports call it; its name, if there is nothing else to say.
         buffers: stored samples that it is trained with, where these aren't all of the study's.
         epochs, batch_size: where they aren't the study's.
+        stream: how the tasks come, as in a run.
     """
 
     strategy: str
@@ -28,6 +29,7 @@ class Row:
     buffers: tuple[int, ...] | None = None
     epochs: int | None = None
     batch_size: int | None = None
+    stream: str = "tasks"
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Study:
             network=self.network,
             overrides=overrides_of(self.benchmark, self.protocol, row.strategy, buffer, row.overrides),
             task_incremental=self.task_incremental,
+            stream=row.stream,
         )
 
 
@@ -226,7 +229,8 @@ TASK_LABELS = {
     )
 }
 
-# What changes with the learning rate, the batch and the epochs; joint training shows what of it is theirs alone.
+# What changes with the learning rate, the batch, the epochs and the tasks' classes; joint training shows what of it is
+# theirs alone.
 _RATES = {name: RECIPES["split-mnist"][5][name].lr for name in ("sp", ALONE, "sp-gaussian", "joint")}
 ROBUSTNESS = {
     "robustness_split5": Study(
@@ -242,6 +246,7 @@ ROBUSTNESS = {
                 ("batch 10", lambda rate: {"batch_size": 10}),
                 ("batch 256", lambda rate: {"batch_size": 256}),
                 ("10 epochs", lambda rate: {"epochs": 10}),
+                ("random classes", lambda rate: {"stream": "random classes"}),
             )
             for name, rate in _RATES.items()
         ),
