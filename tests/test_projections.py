@@ -66,6 +66,16 @@ def test_gpm_steps_are_orthogonal_to_its_basis(split2, bias):
         assert (gradient @ bases[name]).norm() <= 1e-5 * (1 + gradient.norm())
 
 
+def test_gpm_keeps_more_of_the_layers_after_the_first_where_it_is_told_to(split2):
+    def kept(*epsilons):
+        gpm = GradientProjectionMemory(*epsilons)
+        strategy_of(mlp(), [gpm]).train(split2.train_stream[0])
+        return {name: basis.shape[1] for name, basis in gpm.kept.items()}
+
+    same, apart = kept(0.9), kept(0.9, 0.99)
+    assert apart["1"] == same["1"] and apart["3"] > same["3"] and apart["5"] > same["5"]
+
+
 def test_gpm_holds_a_layers_answers_to_old_inputs(split2):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
@@ -124,6 +134,8 @@ def test_owm_multiplies_a_layers_joint_gradient_by_its_projector(split2):
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 1.0, float("nan")])
 def test_gpm_names_a_bad_epsilon(value):
+    with pytest.raises(ValueError, match=r"Invalid epsilon_hidden value: .* \(allowed: between 0 and 1\)"):
+        GradientProjectionMemory(0.9, value)
     with pytest.raises(ValueError, match=r"Invalid epsilon value: .* \(allowed: between 0 and 1\)"):
         GradientProjectionMemory(value)
 

@@ -81,7 +81,12 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
         ),
         "gpm": Protocol(
             {"tasks": 10, "epochs": 5, "batch_size": 10, "network": "100-100", "replay_buffer": [1000]},
-            {"replay-sgd": {"lr": 0.01}, "gpm": {"lr": 0.01}, "owm": {"lr": 0.01}},
+            {
+                "replay-sgd": {"lr": 0.01},
+                "gpm": {"lr": 0.01, "epsilon": 0.95, "epsilon_hidden": 0.99},
+                "owm": {"lr": 0.01},
+                "sp-both": {"lr": 5e-4},
+            },
             {("gpm", 0): 93.9, ("owm", 0): 90.7, ("ewc", 0): 90.0, ("replay-sgd", 1000): 87.2, ("a-gem", 1000): 83.6}
             | {("joint", 0): 96.7},
             "G. Saha, I. Garg, K. Roy, Gradient projection memory, ICLR 2021",

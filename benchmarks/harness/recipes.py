@@ -49,6 +49,7 @@ class Recipe:
         in_optimizer = [*self.optimizer_settings, *(name for name in accepted if name not in self.optimizer_settings)]
         allowed = ["lr", *self.settings, *in_optimizer]
         optional = {"rank", "readout_step"} if "openness" in self.settings else set()
+        optional |= {"epsilon_hidden"} if "epsilon" in self.settings else set()
         by_layer = PER_LAYER & {*self.settings, *optional}
         of_layers = {k: v for k, v in overrides.items() if k.partition(":")[0] in by_layer}
         unknown = sorted(set(overrides) - set(allowed) - set(of_layers) - optional)

@@ -101,7 +101,7 @@ PLUGINS = {
     "distillation": lambda s, run: rehearsal.MemoryDistillation(s["weight"]),
     "constant gate": lambda s, run: rehearsal.ConstantGate(s["gate"]),
     "owm": lambda s, run: OrthogonalWeightsModification(s["alpha"]),
-    "gpm": lambda s, run: GradientProjectionMemory(s["epsilon"]),
+    "gpm": lambda s, run: GradientProjectionMemory(s["epsilon"], s.get("epsilon_hidden")),
     "ridge": lambda s, run: StreamingRidge(s["ridge"]),
     "packnet": lambda s, run: PackNetPlugin(int(s["post_prune_epochs"]), s["prune_proportion"]),
     "consolidation": lambda s, run: ConsolidationPlugin(),
