@@ -98,8 +98,8 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
             {("naive-adam", 0): 78.5, ("ewc", 0): 94.3, ("si", 0): 95.3, ("lwf", 0): 72.6, ("joint", 0): 97.6},
             _VAN_DE_VEN,
             "Pixels are between 0 and 1 there and normalised here, where none is zero and each task moves all of the "
-            "first layer: after two epochs a task `naive-adam` ends at 81.2 with pixels as they are here and at 91.5 with "
-            "pixels as they are there (validation images, one seed). Its loss is squared error here.",
+            "first layer: after two epochs a task `naive-adam` ends at 81.2 with pixels as they are here and at 91.5 "
+            "with pixels as they are there (validation images, one seed). Its loss is squared error here.",
         ),
     },
 }
