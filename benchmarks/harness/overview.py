@@ -53,7 +53,7 @@ def overview(results: Path) -> str:
         return ""
     table = [
         {"stored samples": stored, "method": what, "strategy": f"`{strategy}`"}
-        | {column: cells.get((strategy, STORED if stored.isdigit() else 0), "-") for column, cells in columns.items()}
+        | {column: cells.get(strategy, "-") for column, cells in columns.items()}
         for stored, rows in ROWS.items()
         for strategy, what in rows.items()
     ]
@@ -65,11 +65,12 @@ def overview(results: Path) -> str:
     )
 
 
-def _accuracies(results: Path, folders: tuple[str, ...]) -> dict[tuple[str, int], str]:
-    """Accuracies by strategy and stored samples."""
-    cells: dict[tuple[str, int], str] = {}
+def _accuracies(results: Path, folders: tuple[str, ...]) -> dict[str, str]:
+    """Accuracies by strategy: without stored samples, or with STORED of them where it is one that stores some."""
+    cells: dict[str, str] = {}
     for folder in folders:
         file = results / folder / "summary.json"
         for row in json.loads(file.read_text()) if file.exists() else ():
-            cells.setdefault((row["strategy"], row["replay_buffer"]), mean_and_interval(row["acc"]))
+            if row["replay_buffer"] in (0, STORED):
+                cells.setdefault(row["strategy"], mean_and_interval(row["acc"]))
     return cells

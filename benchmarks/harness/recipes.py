@@ -184,6 +184,8 @@ RECIPES["permuted-mnist"][10]["sp-replay"] = Recipe("SelectivePlasticity", 3e-3,
 RECIPES["permuted-mnist"][10]["replay-adaptive"] = Recipe("SelectivePlasticity", 2e-3, **_NEITHER_BESIDE_REPLAY)
 # The same, samples being drawn from Gaussians instead of stored.
 _DRAWN_RATES: dict = {2: 2e-3, 5: 1e-3, 10: {10000: 2e-3, 60000: 1e-3}}  # by number of tasks
+# With stored samples, too, by their number.
+_MIXED_RATES: dict = {2: {200: 1e-3, 2000: 2e-3}, 5: {200: 1e-3, 2000: 2e-3}, 10: {200: 2e-3, 2000: 1e-3}}
 for _tuned in RECIPES.values():
     for _tasks, _recipes in _tuned.items():
         _recipes["gaussian-replay"] = replace(
@@ -193,10 +195,8 @@ for _tuned in RECIPES.values():
             _recipes["sp-replay"], lr=_recipes["sp-both"].lr, plugins=("gaussians", *_BOTH["plugins"])
         )
         # With stored samples, too: there the runs have a buffer.
-        _recipes["replay-gaussian"] = replace(_recipes["gaussian-replay"], lr={200: 1e-3, 2000: 2e-3})
+        _recipes["replay-gaussian"] = replace(_recipes["gaussian-replay"], lr=_MIXED_RATES[_tasks])
         _recipes["sp-replay-gaussian"] = replace(_recipes["sp-gaussian"], lr=_recipes["sp-replay"].lr)
-_gaussian = RECIPES["permuted-mnist"][10]["replay-gaussian"]
-RECIPES["permuted-mnist"][10]["replay-gaussian"] = replace(_gaussian, lr={200: 2e-3, 2000: 1e-3})
 # Other methods without replay. The ridge regression is solved for: no step of SGD moves it.
 _RIDGE = Recipe("SGD", 0.0, "squared error", ("ridge",), {"ridge": 1.0}, model="random features")
 RECIPES["split-mnist"][2] |= {
