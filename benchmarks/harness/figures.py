@@ -49,8 +49,8 @@ _COLOURS = {
 # For those that only a colour would tell apart where they are drawn in one panel.
 _MARKERS = {"sp-replay": "o", "replay-joint": "s", "der++": "^", "er-ace": "v", "replay-sgd": "D", "gdumb": "P"}
 _MARKERS |= {"replay-adaptive": "X", "sp-replay-gaussian": "h", "replay-gaussian": "d"}
-# What a strategy that stores samples is without any.
-_WITHOUT = {**WITH_AND_WITHOUT, "replay-gaussian": "gaussian-replay"}
+# What a strategy that stores samples is without any: where its line begins.
+_BEGINS_AS = {**WITH_AND_WITHOUT, "replay-gaussian": "gaussian-replay"}
 
 
 def colour(strategy: str) -> str:
@@ -89,9 +89,9 @@ def acc_by_buffer(panels: list[tuple[str, list[Cell]]], path: Path) -> Path:
         buffers = sorted({c.buffer for c in cells if c.buffer})
         nothing = buffers[0] / 2
         lines = list(dict.fromkeys(c.label for c in cells if c.buffer))
-        begins = {_WITHOUT[name] for name in lines if name in _WITHOUT}
+        begins = {_BEGINS_AS[name] for name in lines if name in _BEGINS_AS}
         for name in lines:
-            line = [c for c in cells if c.label in (name, _WITHOUT.get(name))]
+            line = [c for c in cells if c.label in (name, _BEGINS_AS.get(name))]
             line.sort(key=lambda c: c.buffer)
             x = [c.buffer or nothing for c in line]
             low, high = zip(*(bootstrap(list(c.values().values())) for c in line))

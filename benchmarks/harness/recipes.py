@@ -126,7 +126,7 @@ RECIPES["permuted-mnist"] = {
         ),
         "sp-optimizer": Recipe("SelectivePlasticity", 3e-4, "squared error"),
         "sp": Recipe("SGD", 0.1, "squared error", plugins=("sp",), settings=_SP),
-        "replay-sgd": Recipe("SGD", 0.2, plugins=("replay",)),
+        "replay-sgd": Recipe("SGD", {50: 0.1, 200: 0.2, 2000: 0.2, 5000: 0.3}, plugins=("replay",)),
         "replay-adam": Recipe("Adam", {200: 3e-4, 2000: 1e-3}, plugins=("replay",)),
         "replay-joint": Recipe("SGD", 0.15, "squared error", ("replay",), joint_weight=True),
         "sp-replay-sgd": Recipe("SGD", 0.1, **_BESIDE_REPLAY),
@@ -181,7 +181,9 @@ for _recipes in RECIPES["split-mnist"].values():
         "SelectivePlasticity", {50: 3e-5, 200: 1e-4, 500: 3e-4, 1000: 1e-3, 2000: 2e-3}, **_NEITHER_BESIDE_REPLAY
     )
 RECIPES["permuted-mnist"][10]["sp-replay"] = Recipe("SelectivePlasticity", 3e-3, **_BOTH_BESIDE_REPLAY)
-RECIPES["permuted-mnist"][10]["replay-adaptive"] = Recipe("SelectivePlasticity", 2e-3, **_NEITHER_BESIDE_REPLAY)
+RECIPES["permuted-mnist"][10]["replay-adaptive"] = Recipe(
+    "SelectivePlasticity", {50: 1e-3, 200: 2e-3}, **_NEITHER_BESIDE_REPLAY
+)
 # The same, samples being drawn from Gaussians instead of stored.
 _DRAWN_RATES: dict = {2: 2e-3, 5: 1e-3, 10: {10000: 2e-3, 60000: 1e-3}}  # by number of tasks
 # With stored samples, too, by their number.
@@ -245,10 +247,10 @@ RECIPES["split-mnist"][2] |= {
 }
 RECIPES["permuted-mnist"][10] |= {
     "a-gem": Recipe("SGD", 0.05, plugins=("a-gem",)),
-    "gem": Recipe("SGD", 0.05, plugins=("gem",), settings={"memory_strength": 0.5}),
-    "gdumb": Recipe("SGD", 0.2, plugins=("gdumb",), settings={"passes": 30.0}),
-    "er-ace": Recipe("SGD", 0.2, template="er-ace"),
-    "der++": Recipe("SGD", 0.1, settings={"alpha": 0.3, "beta": 1.0}, template="der++"),
+    "gem": Recipe("SGD", 0.1, plugins=("gem",), settings={"memory_strength": 0.0}),
+    "gdumb": Recipe("SGD", 0.3, plugins=("gdumb",), settings={"passes": {50: 10.0, 200: 30.0}}),
+    "er-ace": Recipe("SGD", {50: 0.1, 200: 0.2}, template="er-ace"),
+    "der++": Recipe("SGD", 0.1, settings={"alpha": {2000: 0.3, 5000: 0.1}, "beta": 1.0}, template="der++"),
     "cumulative": Recipe("Adam", 1e-3, template="cumulative"),
 }
 for _strategy in ("replay-distilled", "replay-gated"):

@@ -149,7 +149,7 @@ BY_BUFFER = {
         "permuted-mnist",
         10,
         _SWEEP,
-        (200, 500, 2000),
+        BUFFERS,
         train_per_task=10000,
     ),
 }
