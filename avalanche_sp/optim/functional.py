@@ -1,4 +1,4 @@
-"""The elementwise gate's step on lists of tensors, as in torch.optim's functional forms."""
+"""The elementwise gate: its equations, and the step on lists of tensors, as in torch.optim's functional forms."""
 
 from __future__ import annotations
 
@@ -9,11 +9,71 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from avalanche_sp.gates import coincidence, eligibility, resistance, trace_floor
 
-__all__ = ["selective_plasticity", "compiled_selective_plasticity", "is_plain", "warmup"]
+__all__ = [
+    "eligibility",
+    "trace_floor",
+    "coincidence",
+    "resistance",
+    "selective_plasticity",
+    "compiled_selective_plasticity",
+    "is_plain",
+    "warmup",
+]
 
 _BLOCK = 262144  # elements: with 4 bytes each, what an operation writes is still in the cache for the next
+
+
+def eligibility(trace: Tensor) -> Tensor:
+    """How much each synapse has taken part in learning, relative to its tensor's mean.
+
+        e = a / mean(a)
+
+    The trace a is an average of squared gradients, the diagonal of the empirical Fisher information; dividing by its
+    mean makes it free of the loss's scale. The eligibility trace: Gerstner et al., Eligibility traces and plasticity
+    on behavioral time scales, Frontiers in Neural Circuits 2018.
+
+    Args:
+        trace: not negative, any shape.
+
+    Returns:
+        Tensor of the same shape, mean 1 (all zeros where there has been no gradient at all).
+    """
+    return trace / trace.mean().clamp_min(trace_floor(trace.dtype))
+
+
+def trace_floor(dtype: torch.dtype) -> float:
+    """Mean trace below which there has been no gradient to speak of: far enough from 0 to divide by."""
+    limits = torch.finfo(dtype)
+    return max(1e-32, limits.tiny * limits.eps)
+
+
+def coincidence(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
+    """Agreement of the present gradient with the running one, element by element.
+
+        c = g m / v
+
+    Positive where both point the same way. Free of scale, as numerator and denominator are both squared
+    gradients. Zero where v is zero.
+    """
+    return (grad * exp_avg).div_(exp_avg_sq.clamp_min(torch.finfo(grad.dtype).tiny))
+
+
+def resistance(eligibility: Tensor, plasticity_k: float | Tensor) -> Tensor:
+    """What the elementwise gate divides an optimizer's update by.
+
+        r = 1 + k e,   gate = 1 / r in (0, 1]
+
+    A synapse's step shrinks in proportion to its importance, as in Bayesian gradient descent, where a weight's step is
+    proportional to its posterior variance (Zeno et al., Task-agnostic continual learning using online variational
+    Bayes, Neural Computation 2021), and as with a natural gradient whose metric is the diagonal Fisher information of
+    what was learned before (NCL, Kao et al., NeurIPS 2021).
+
+    Args:
+        eligibility: e, not negative, any shape.
+        plasticity_k: sharpness k of the gate, 0 or more; 0 leaves it open. A float or a 0-dim tensor.
+    """
+    return (eligibility * plasticity_k).add_(1)
 
 
 def selective_plasticity(

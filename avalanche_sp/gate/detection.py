@@ -10,19 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from avalanche_sp.gates import loss_surprise
+from avalanche_sp.gate.functional import loss_surprise
+from avalanche_sp.gate.settings import Settings
 
 __all__ = ["ChangeDetector", "page_hinkley", "ChangeWatch", "InputWatch", "RunningSurprise"]
-
-# Decay of running means and variances, iteration by iteration.
-_DECAY = 0.95
-# What lies so many deviations from the mean moves mean and variance no further than this: a new task's losses would
-# soon look ordinary otherwise.
-_MOVES = 3.0
-# Nothing is more surprising than this many deviations: one odd batch alone is no change.
-_LIMIT = 5.0
-# Iterations at the start, and after a change, that set mean and variance without any limit. No detector is told them.
-_START = 20
 
 
 class ChangeDetector(Protocol):
@@ -36,11 +27,11 @@ class ChangeDetector(Protocol):
         """Takes the next number: an iteration's surprise, as :class:`ChangeWatch` standardises it."""
 
 
-def page_hinkley() -> ChangeDetector:
-    """River's Page-Hinkley test, set for what :class:`ChangeWatch` gives it: deviations, 5 at most.
+def page_hinkley(settings: Settings) -> ChangeDetector:
+    """River's Page-Hinkley test on the deviations that :class:`ChangeWatch` computes.
 
-    It finds a change when these have been, in sum, 20 above their mean, each of them counting less 1: five very
-    surprising iterations in a row are enough.
+    It finds a change when the deviations, each less ``detection_delta``, add up to ``detection_threshold`` above their
+    mean. With the defaults five very surprising iterations in a row are enough.
 
     Raises:
         ImportError: river is not installed.
@@ -55,7 +46,9 @@ def page_hinkley() -> ChangeDetector:
             "consolidate='surprise' needs river to find changes: pip install 'avalanche-sp[detection]', or pass a "
             "detector of your own (an object with update(x) and drift_detected)"
         ) from error
-    return PageHinkley(min_instances=10, delta=1.0, threshold=20.0, mode="up")
+    return PageHinkley(
+        min_instances=10, delta=settings.detection_delta, threshold=settings.detection_threshold, mode="up"
+    )
 
 
 class ChangeWatch:
@@ -70,11 +63,12 @@ class ChangeWatch:
     anew (:meth:`restart`), and after a start the detectors are not asked for 20 iterations.
 
     Args:
-        detector: what is copied for each number, anew at every start. It is itself left alone.
+        detector: a copy of it is made for each number, at every start. It is itself left alone.
+        settings: the constants.
     """
 
-    def __init__(self, detector: ChangeDetector):
-        self.detector = detector
+    def __init__(self, detector: ChangeDetector, settings: Settings):
+        self.detector, self.settings = detector, settings
         self._series: list[tuple[_Series, ChangeDetector]] = []
 
     def restart(self) -> None:
@@ -90,12 +84,12 @@ class ChangeWatch:
         """
         calm = True
         for shown in iterations:
-            self._series = self._series or [(_Series(), copy.deepcopy(self.detector)) for _ in shown]
+            self._series = self._series or [(_Series(self.settings), copy.deepcopy(self.detector)) for _ in shown]
             changed = False
             for (series, detector), y in zip(self._series, shown):
                 z = series.standardised(y)
-                calm &= z < _MOVES
-                if series.count > _START:
+                calm &= z < self.settings.detection_clip
+                if series.count > self.settings.detection_start:
                     detector.update(z)
                     changed |= detector.drift_detected
             if changed:
@@ -106,24 +100,26 @@ class ChangeWatch:
 class _Series:
     """Running mean and deviation of numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self.count = 0
         self._mean = self._variance = 0.0
 
     def standardised(self, y: float) -> float:
         """Takes the next number; returns it in deviations from the mean, both of those before it."""
         self.count += 1
+        clip, limit = self._settings.detection_clip, self._settings.detection_limit
         deviation = math.sqrt(self._variance)
         difference = y - self._mean if self.count > 1 else 0.0
         z = difference / deviation if deviation > 0 else 0.0
         if self.count == 1:
             self._mean = y
-        elif self.count > _START and deviation > 0:
-            difference = max(-_MOVES * deviation, min(_MOVES * deviation, difference))
-        weight = max(1 - _DECAY, 1 / self.count)
+        elif self.count > self._settings.detection_start and deviation > 0:
+            difference = max(-clip * deviation, min(clip * deviation, difference))
+        weight = max(1 - self._settings.detection_decay, 1 / self.count)
         self._mean += weight * difference
         self._variance = (1 - weight) * (self._variance + weight * difference * difference)
-        return max(-_LIMIT, min(_LIMIT, z))
+        return max(-limit, min(limit, z))
 
 
 class InputWatch:
@@ -133,7 +129,8 @@ class InputWatch:
     vectors of a sample's size.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
         self._waiting: tuple[Tensor, Tensor, int]  # sums over the mini-batches that wait
         self.restart()
 
@@ -171,7 +168,7 @@ class InputWatch:
             return
         self._kept += n
         of_all = n / self._kept
-        share = max(1 - _DECAY**n, of_all)  # 1 at first
+        share = max(1 - self.decay**n, of_all)  # 1 at first
         self._recent = self._recent + share * (means / n - self._recent)
         self._energy = self._energy + share * (energies / n - self._energy)
         self._learned = self._learned + of_all * (means / n - self._learned)
@@ -190,14 +187,17 @@ class InputWatch:
 
 
 class RunningSurprise:
-    """Surprise of each loss, in [0, 1], against a running mean and variance of those before it, of decay 0.99.
+    """Surprise of each loss, in [0, 1], against a running mean and variance of the losses before it.
 
     For the optimizer's gate, step by step: tensors throughout, no device sync.
+
+    Args:
+        decay: of mean and variance, a step.
+        full: deviations that are full surprise.
     """
 
-    decay = 0.99
-
-    def __init__(self) -> None:
+    def __init__(self, decay: float, full: float) -> None:
+        self.decay, self.full = decay, full
         self._last: tuple[Tensor, Tensor, Tensor] | None = None  # a loss, and the moments before it
         self._moments: tuple[Tensor, Tensor] | None = None
 
@@ -211,4 +211,4 @@ class RunningSurprise:
     @property
     def last(self) -> Tensor:
         """Surprise of the last loss, 0-dim; 0 before any."""
-        return loss_surprise(*self._last) if self._last is not None else torch.zeros(())
+        return loss_surprise(*self._last, self.full) if self._last is not None else torch.zeros(())

@@ -16,7 +16,7 @@ from avalanche.benchmarks.utils import AvalancheDataset
 from torch import Tensor
 from torchvision.datasets import MNIST
 
-from avalanche_sp.classic.tensor_dataset import TensorClassificationDataset, TensorSource
+from avalanche_sp.data.tensor_dataset import TensorClassificationDataset, TensorSource
 
 __all__ = ["benchmark_of", "split_mnist", "permuted_mnist"]
 

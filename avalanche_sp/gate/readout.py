@@ -1,4 +1,4 @@
-"""The readout, settled: the network's last layer at the best that its inputs, old and new, allow."""
+"""The readout's Newton step: the last layer moves to the minimum of the old and the new loss."""
 
 from __future__ import annotations
 
@@ -8,31 +8,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from avalanche_sp.activity import LayerActivity
-from avalanche_sp.gates import newton_step
-from avalanche_sp.layers import GatedLayer, along, set_weights, weights_and_bias
+from avalanche_sp.gate.functional import newton_step
+from avalanche_sp.gate.layers import GatedLayer, along, set_weights, weights_and_bias
+from avalanche_sp.gate.memory import LayerMemory
+from avalanche_sp.gate.settings import Settings
 
-__all__ = ["ReadoutLoss", "settle"]
-
-# How hard the old loss's quadratic holds, against its own: the network that makes its inputs has moved since.
-_OLD_WEIGHT = 2
-# The step is taken whole where it would lower the samples' losses by this share of what silent outputs would cost, and
-# in proportion where by less. What it gains there is known; what the quadratic promises isn't.
-_WHOLE = 0.05
+__all__ = ["ReadoutLoss", "solve_readout"]
 
 
 @dataclass
 class ReadoutLoss:
-    """A loss in the readout's weights, quadratic in its outputs, as samples show it.
+    """A loss in the readout's weights, quadratic in its outputs, measured on samples.
 
     Attributes:
+        layer: the readout's name.
         gradient: of its mean over samples in the weights, and bias if there is one: shape (out, d).
         moment: the mean second moment of the readout's input vectors, shape (d, d).
         curvature: of the loss in the outputs, 0-dim.
-        wanted: the mean squared norm of the outputs that it would have, 0-dim.
-        weight: how many samples it stands for.
+        wanted: the mean squared norm of the outputs at its minimum, 0-dim.
+        weight: number of samples that it stands for.
     """
 
+    layer: str
     gradient: Tensor
     moment: Tensor
     curvature: Tensor
@@ -41,42 +38,45 @@ class ReadoutLoss:
 
 
 @torch.no_grad()
-def settle(
+def solve_readout(
     layer: GatedLayer,
     losses: Sequence[ReadoutLoss],
-    old: LayerActivity | None,
+    old: LayerMemory | None,
     old_curvature: Tensor,
+    settings: Settings,
     trust: float = 0.0,
-    damping: float = 0.05,
+    damping: float | None = None,
 ) -> Tensor:
-    r"""Takes one damped Newton step on all losses and the quadratic that stands for the old one, in place.
+    r"""Takes one damped Newton step on all losses and the quadratic of the old loss, in place.
 
-    The quadratic is that of the pull-back, with the gradient that was left where it was made:
+    The quadratic is that of the penalty, with the gradient that remained at consolidation:
 
     .. math::
         \sum_i N_i L_i(W) + (1 - t) N_{old} \Big(\langle R, W - W^* \rangle
         + \tfrac{2 \kappa}{2} \operatorname{tr}\big((W - W^*) C (W - W^*)^\top\big)\Big)
 
-    It goes s of the way, as far as the samples need it: q is what the whole step would take away of their losses, to
-    first order and halved, as Newton steps gain, in units of what outputs of zero would cost, and
+    The step is scaled by s. Let q be the decrease of the samples' losses by the whole step, to first order and halved,
+    in units of the loss of zero outputs. Then
 
     .. math::
         s = t + (1 - t) \min(1, q / 0.05)
 
-    Whole, it is the limit of gate and pull-back for a layer that nothing follows: for squared error, undamped and with
-    inputs that don't move, recursive least squares (``docs/theory.md``, 4e).
+    The whole step is the limit of gate and penalty for the last layer: for squared error, without damping and with
+    inputs that do not move, it is recursive least squares (``docs/theory.md``, 4e).
 
     Args:
         layer: the network's last, a linear one.
-        losses: the present experience's first; stored samples', for t of the old ones.
-        old: what was consolidated; None takes no step.
-        old_curvature: the loss's then, 0-dim.
-        trust: t, how much of the old loss stored samples stand for, 0 to 1.
-        damping: of the step, in units of the Hessian's mean eigenvalue.
+        losses: the present experience's first, then those of stored samples, for t of the old loss.
+        old: the layer's memory; None takes no step.
+        old_curvature: of the loss at consolidation, 0-dim.
+        settings: the constants.
+        trust: t, the share of the old loss that stored samples stand for, 0 to 1.
+        damping: of the step, in units of the Hessian's mean eigenvalue. Default: ``settings.readout_damping``.
 
     Returns:
-        R, the mean gradient that is left, of old and new loss: shape (out, d).
+        R, the mean gradient of old and new loss that remains: shape (out, d).
     """
+    damping = settings.readout_damping if damping is None else damping
     kind = losses[0].gradient.dtype
     shown = torch.stack([loss.weight * loss.gradient.double() for loss in losses]).sum(0)
     hessian = torch.stack([loss.weight * loss.curvature * loss.moment.double() for loss in losses]).sum(0)
@@ -84,7 +84,7 @@ def settle(
     if old is None:
         return (shown / total).to(kind)
     kept = (1 - trust) * old.samples
-    vectors, weight = old.vectors.double(), _OLD_WEIGHT * old_curvature * kept
+    vectors, weight = old.vectors.double(), settings.readout_old * old_curvature * kept
     n = len(old.anchor)  # fewer output units than now where a head has grown
     drift = (along(layer, old.vectors)[:n] - old.anchor).double()
     gradient = shown.clone()
@@ -96,6 +96,6 @@ def settle(
     step = newton_step(gradient, hessian, damping)
     silent = torch.stack([loss.weight * loss.curvature * loss.wanted for loss in losses]).sum()
     gain = -(shown * step).sum() / silent.clamp_min(torch.finfo(kind).tiny)
-    step *= trust + (1 - trust) * (gain / _WHOLE).clamp(0, 1)
+    step *= trust + (1 - trust) * (gain / settings.readout_whole).clamp(0, 1)
     set_weights(layer, weights_and_bias(layer) + step.to(kind))
     return ((gradient + step @ hessian) / (total + kept)).to(kind)

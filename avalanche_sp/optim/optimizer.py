@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from avalanche_sp.functional import compiled_selective_plasticity, is_plain, selective_plasticity, warmup
-from avalanche_sp.gates import eligibility, resistance
+from avalanche_sp.optim.functional import (
+    compiled_selective_plasticity,
+    eligibility,
+    is_plain,
+    resistance,
+    selective_plasticity,
+    warmup,
+)
 
 __all__ = ["SelectivePlasticityOptimizer"]
 

@@ -12,9 +12,9 @@ from avalanche.training.storage_policy import ExemplarsBuffer, ExperienceBalance
 from sklearn.cluster import KMeans  # avalanche-lib requires it, too
 from torch import Tensor
 
-from avalanche_sp.classic import TensorClassificationDataset, TensorSource
-from avalanche_sp.packed import PackedRows
-from avalanche_sp.recording import evenly_spread
+from avalanche_sp.data import TensorClassificationDataset, TensorSource
+from avalanche_sp.gate.packed import PackedRows
+from avalanche_sp.training.replay import SpreadBatches
 
 __all__ = ["Gaussian", "GaussianBuffer"]
 
@@ -241,7 +241,8 @@ def draw(gaussians: Sequence[Gaussian], which: Tensor, generator: torch.Generato
 
 def _some_samples(dataset) -> tuple[Tensor, Tensor, Tensor]:
     """Samples of an Avalanche dataset, evenly spread over it, their labels and task labels."""
-    x, labels, task_labels = (torch.cat(column) for column in zip(*evenly_spread(dataset, _LOOKED_AT)))
+    batches = [(x, labels, tasks) for (x, tasks), labels in SpreadBatches(dataset, _LOOKED_AT)]
+    x, labels, task_labels = (torch.cat(column) for column in zip(*batches))
     if labels.dim() != 1 or labels.is_floating_point():
         raise TypeError(
             f"Invalid targets: shape {tuple(labels.shape)}, {labels.dtype} (GaussianBuffer sums up classes, and needs "

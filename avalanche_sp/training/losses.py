@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
-from avalanche_sp.replay import classes_of, memory_size, stream_rows, trust_in
+from avalanche_sp.training.plugin import SelectivePlasticityPlugin
+from avalanche_sp.training.replay import memory_size, stream_rows
 
 __all__ = ["OneHotMSELoss", "JointReplayLoss"]
 
@@ -38,57 +39,42 @@ class OneHotMSELoss(nn.Module):
 class JointReplayLoss(SupervisedPlugin):
     """Weighs replayed samples as the joint training of all experiences would.
 
-        L = (L_stream + w L_memory) / (1 + w),   w = N_old / N_new * c / (c + s)
+        L = (L_stream + w L_memory) / (1 + w),   w = N_old / N_new * t
 
-    N_new is the number of samples of the present experience and N_old of all earlier ones: the memory stands for
-    everything it was drawn from. ``ReplayPlugin`` alone weighs each row of the batch alike. Use it as the
-    strategy's ``criterion``; the strategy then calls it as a plugin too.
+    N_new is the number of samples of the present experience and N_old of all earlier ones: the stored samples stand for
+    all earlier ones. ``ReplayPlugin`` alone weighs each row of the batch alike. Use it as the strategy's ``criterion``;
+    the strategy then calls it as a plugin too.
 
-    Where something else stands for the old data too, a small memory should count for less: c is the number of stored
-    samples for each class of each experience, and s the ``shrinkage``.
-
-    On a stream that doesn't say where a task ends, what is old is known to a plugin that finds it out. Following it,
-    N_old / N_new is the number of its consolidations, as what comes next is as long as what came before, for all we
-    know; it is 1 until the first.
+    t is 1 for replay alone. A :class:`~avalanche_sp.SelectivePlasticityPlugin` in the strategy stands for a part of the
+    old loss, so it is asked for the share t of the stored samples; and, if it finds the boundaries, for N_old / N_new.
 
     Args:
         criterion: loss of (outputs, targets), averaged over the batch.
-        shrinkage: stored samples a class at which the memory has half of its joint weight, 0 or more (default 0: all
-            of it, as replay alone wants it). 50 beside
-            :class:`~avalanche_sp.SelectivePlasticityPlugin` (``docs/experiments.md``).
-        follow: a :class:`~avalanche_sp.SelectivePlasticityPlugin` with ``consolidate="surprise"`` or
-            ``"continuous"``, for online streams (``docs/boundaries.md``). Default: an experience is what Avalanche
-            says.
+        trust: t, 0 to 1. Default: as above.
 
     Raises:
-        ValueError: shrinkage is out of range, or the plugin to follow is told where an experience ends.
+        ValueError: trust is out of range.
     """
 
-    def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor], shrinkage: float = 0.0, follow=None):
+    def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor], trust: float | None = None):
         super().__init__()
-        if not 0 <= shrinkage < float("inf"):
-            raise ValueError(f"Invalid shrinkage value: {shrinkage} (allowed: 0 or more)")
-        if follow is not None and follow.consolidate == "experience":
-            raise ValueError(
-                "Invalid follow: a plugin with consolidate='experience' finds no boundary (allowed: None, or one "
-                "with 'surprise' or 'continuous')"
-            )
+        if trust is not None and not 0 <= trust <= 1:
+            raise ValueError(f"Invalid trust value: {trust} (allowed: 0 to 1, or None)")
         self.criterion = criterion
-        self.shrinkage = shrinkage
-        self.follow = follow
+        self.trust = trust
         self.samples_seen = 0
-        self.classes_seen = 0  # each experience's count anew: its samples are others
         self._stream_rows: int | None = None  # None: all rows weigh alike (evaluation, or no memory yet)
         self._memory_weight = 0.0
 
     def before_training_iteration(self, strategy, **kwargs):
-        memory = memory_size(strategy)
-        ratio, classes = self.samples_seen / len(strategy.experience.dataset), self.classes_seen
-        if self.follow is not None:
-            ratio, classes = max(len(self.follow.consolidated_at), 1), max(self.follow.classes_seen, 1)
-        if memory and ratio:
+        gate = next((p.gate for p in strategy.plugins if isinstance(p, SelectivePlasticityPlugin)), None)
+        ratio = self.samples_seen / len(strategy.experience.dataset)
+        trust = self.trust
+        if gate is not None and gate.active:
+            ratio, trust = gate.ratio, gate.trust if trust is None else trust
+        if ratio and memory_size(strategy):
             self._stream_rows = stream_rows(strategy)
-            self._memory_weight = ratio * trust_in(memory / classes, self.shrinkage)
+            self._memory_weight = ratio * (1.0 if trust is None else trust)
 
     def before_update(self, strategy, **kwargs):
         self._stream_rows = None  # a look at some samples may come before the iteration ends
@@ -98,7 +84,6 @@ class JointReplayLoss(SupervisedPlugin):
 
     def after_training_exp(self, strategy, **kwargs):
         self.samples_seen += len(strategy.experience.dataset)
-        self.classes_seen += classes_of(strategy.experience.dataset)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         n = self._stream_rows

@@ -8,7 +8,7 @@ from typing import TypeAlias, TypeVar
 
 from torch import nn
 
-from avalanche_sp.layers import GatedLayer, gated_layers
+from avalanche_sp.gate.layers import GatedLayer, gated_layers
 
 __all__ = ["PerLayer", "per_layer", "value_of", "values_of", "check_patterns", "protected_layers"]
 

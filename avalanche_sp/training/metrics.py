@@ -15,9 +15,9 @@ from avalanche.evaluation.metrics import Accuracy
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from avalanche_sp.activity import LayerActivity
-from avalanche_sp.optimizer import SelectivePlasticityOptimizer
-from avalanche_sp.plugin import SelectivePlasticityPlugin
+from avalanche_sp.gate import PlasticityGate
+from avalanche_sp.optim import SelectivePlasticityOptimizer
+from avalanche_sp.training.plugin import SelectivePlasticityPlugin
 
 __all__ = [
     "AccuracyMatrix",
@@ -190,49 +190,49 @@ class _LayerMetric(PluginMetric):
         ]
 
 
-class _ActivityMetric(_LayerMetric):
-    """What the strategy's SelectivePlasticityPlugin knows of each gated layer."""
+class _GateMetric(_LayerMetric):
+    """A value of each gated layer, read from the strategy's SelectivePlasticityPlugin."""
 
-    def __init__(self, of: Callable[[LayerActivity], float]):
+    def __init__(self, of: Callable[[PlasticityGate], dict[str, float]]):
         super().__init__()
         self._of = of
 
     def _read(self, strategy) -> dict[str, float]:
         plugin = _plugin_of(strategy)
-        return {} if plugin is None else {name: self._of(activity) for name, activity in plugin.layers.items()}
+        return {} if plugin is None else self._of(plugin.gate)
 
 
-class GateOpenness(_ActivityMetric):
+class GateOpenness(_GateMetric):
     """Share of the stream's presynaptic energy that the gate let through, per layer, epoch by epoch.
 
     ``sum |x_gated|^2 / sum |x|^2``
     """
 
     def __init__(self):
-        super().__init__(lambda activity: activity.openness)
+        super().__init__(lambda gate: {name: s.openness for name, s in gate.statistics.items()})
 
     def after_training_epoch(self, strategy) -> list[MetricValue]:
         return self._emit(strategy)
 
 
-class PresynapticSurprise(_ActivityMetric):
+class PresynapticSurprise(_GateMetric):
     """Share of the stream's presynaptic energy outside all that was consolidated, per layer, epoch by epoch.
 
     ``1 - sum |V^T x|^2 / sum |x|^2``
     """
 
     def __init__(self):
-        super().__init__(lambda activity: activity.surprise)
+        super().__init__(lambda gate: {name: s.surprise for name, s in gate.statistics.items()})
 
     def after_training_epoch(self, strategy) -> list[MetricValue]:
         return self._emit(strategy)
 
 
-class ClaimedRank(_ActivityMetric):
+class ClaimedRank(_GateMetric):
     """Number of input directions that consolidation has at least half closed, per layer, after each experience."""
 
     def __init__(self):
-        super().__init__(lambda activity: activity.claimed_rank)
+        super().__init__(lambda gate: {name: float(rank) for name, rank in gate.claimed_rank.items()})
 
     def after_training_exp(self, strategy) -> list[MetricValue]:
         return self._emit(strategy)
@@ -283,7 +283,7 @@ class LossSurprise(PluginMetric):
 
     def after_training_iteration(self, strategy) -> None:
         plugin = _plugin_of(strategy)
-        if plugin is not None and plugin.active:
+        if plugin is not None and plugin.gate.active:
             self._sum, self._iterations = self._sum + plugin.surprise, self._iterations + 1
 
     def after_training_epoch(self, strategy) -> list[MetricValue]:
@@ -312,7 +312,7 @@ class FoundBoundaries(PluginMetric):
 
     def after_training_iteration(self, strategy) -> list[MetricValue]:
         plugin = _plugin_of(strategy)
-        if plugin is None or plugin.consolidate != "surprise" or len(plugin.consolidated_at) == self._found:
+        if plugin is None or plugin.gate.boundaries != "surprise" or len(plugin.consolidated_at) == self._found:
             return []
         self._found = len(plugin.consolidated_at)
         name = get_metric_name(str(self), strategy)

@@ -1,11 +1,8 @@
-"""Gate mathematics: pure functions on tensors.
+"""Mathematics of the coincidence gate: pure functions on tensors.
 
-A layer computes z = W x + b. With delta = dL/dz (postsynaptic) and x (presynaptic), dW = delta x^T. A gate
-decides how much of a change gets through. Two are here:
-
-* the **elementwise gate** weighs each synapse by its eligibility, from the buffers that Adam keeps anyway;
-* the **coincidence gate** closes the presynaptic side for input patterns that consolidated experience claims,
-  so that a synapse changes only where new input and error coincide outside what is already known.
+A layer computes z = W x + b. With delta = dL/dz (postsynaptic) and x (presynaptic), dW = delta x^T. The coincidence
+gate closes the presynaptic side along the input directions of earlier experiences. So a synapse changes only if new
+input and error coincide outside these directions.
 """
 
 from __future__ import annotations
@@ -14,84 +11,29 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "eligibility",
-    "trace_floor",
-    "coincidence",
-    "resistance",
     "loss_surprise",
     "claim",
     "remainder",
     "likeness",
     "merge_eigenspace",
     "held_back",
-    "pull_back",
+    "penalty_gradient",
     "newton_step",
     "loss_curvature",
 ]
 
 
-def eligibility(trace: Tensor) -> Tensor:
-    """How much each synapse has taken part in learning, relative to its tensor's mean.
+def loss_surprise(loss: Tensor, mean: Tensor, variance: Tensor, full: float) -> Tensor:
+    """Surprise of a loss in [0, 1]: its z-score against the running loss, in units of full surprise.
 
-        e = a / mean(a)
-
-    The trace a is an average of squared gradients, the diagonal of the empirical Fisher information; dividing by its
-    mean makes it free of the loss's scale. The eligibility trace: Gerstner et al., Eligibility traces and plasticity
-    on behavioral time scales, Frontiers in Neural Circuits 2018.
-
-    Args:
-        trace: not negative, any shape.
-
-    Returns:
-        Tensor of the same shape, mean 1 (all zeros where there has been no gradient at all).
-    """
-    return trace / trace.mean().clamp_min(trace_floor(trace.dtype))
-
-
-def trace_floor(dtype: torch.dtype) -> float:
-    """Mean trace below which there has been no gradient to speak of: far enough from 0 to divide by."""
-    limits = torch.finfo(dtype)
-    return max(1e-32, limits.tiny * limits.eps)
-
-
-def coincidence(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
-    """Agreement of the present gradient with the running one, element by element.
-
-        c = g m / v
-
-    Positive where both point the same way. Free of scale, as numerator and denominator are both squared
-    gradients. Zero where v is zero.
-    """
-    return (grad * exp_avg).div_(exp_avg_sq.clamp_min(torch.finfo(grad.dtype).tiny))
-
-
-def resistance(eligibility: Tensor, plasticity_k: float | Tensor) -> Tensor:
-    """What the elementwise gate divides an optimizer's update by.
-
-        r = 1 + k e,   gate = 1 / r in (0, 1]
-
-    A synapse's step shrinks in proportion to its importance, as in Bayesian gradient descent, where a weight's step is
-    proportional to its posterior variance (Zeno et al., Task-agnostic continual learning using online variational
-    Bayes, Neural Computation 2021), and as with a natural gradient whose metric is the diagonal Fisher information of
-    what was learned before (NCL, Kao et al., NeurIPS 2021).
-
-    Args:
-        eligibility: e, not negative, any shape.
-        plasticity_k: sharpness k of the gate, 0 or more; 0 leaves it open. A float or a 0-dim tensor.
-    """
-    return (eligibility * plasticity_k).add_(1)
-
-
-def loss_surprise(loss: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """Surprise of a loss in [0, 1]: its z-score against the running loss, 1 from three deviations up.
-
-        s = clip((L - mean) / (3 sqrt(variance)), 0, 1)
+        s = clip((L - mean) / (full sqrt(variance)), 0, 1)
 
     Args:
         loss, mean, variance: scalars (0-dim tensors). Zero variance gives no surprise.
+        full: deviations that are full surprise, greater than 0.
     """
     deviation = variance.sqrt()
-    z = (loss - mean) / (3 * deviation).clamp_min(torch.finfo(loss.dtype).tiny)
+    z = (loss - mean) / (full * deviation).clamp_min(torch.finfo(loss.dtype).tiny)
     return torch.where(deviation > 0, z.clamp(0, 1), torch.zeros_like(z))
 
 
@@ -211,7 +153,7 @@ def held_back(delta: Tensor, projection: Tensor, closed: Tensor) -> Tensor:
     return (delta.mT @ projection).mul_(closed)
 
 
-def pull_back(drift: Tensor, eigenvalues: Tensor, closed: Tensor, weight: float | Tensor) -> Tensor:
+def penalty_gradient(drift: Tensor, eigenvalues: Tensor, closed: Tensor, weight: float | Tensor) -> Tensor:
     """Gradient of the old loss's quadratic surrogate, itself gated, in the coordinates of the eigenvectors V.
 
         S = (w / 2) tr(D C D^T)      so      dS/dW gated = [w D V diag(lambda (1 - f))] V^T

@@ -1,0 +1,67 @@
+"""Consolidation: what a gate remembers after one more experience. Nowhere else is a layer's memory merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from avalanche_sp.gate.layers import GatedLayer, along, weights_and_bias
+from avalanche_sp.gate.memory import LayerMemory, Memory
+from avalanche_sp.gate.observe import Observation
+from avalanche_sp.gate.packed import PackedRows
+from avalanche_sp.gate.readout import ReadoutLoss, solve_readout
+from avalanche_sp.gate.settings import Settings
+
+__all__ = ["consolidate"]
+
+
+@torch.no_grad()
+def consolidate(
+    memory: Memory,
+    observation: Observation,
+    layers: Mapping[str, GatedLayer],
+    rank_of: Callable[[str, int, bool], float],
+    remembers_weights: Collection[str],
+    settings: Settings,
+    stored: Sequence[ReadoutLoss] | None = (),
+    trust: float = 0.0,
+    damping: float | None = None,
+) -> Memory:
+    """Merges an observation into the memory, and takes the readout's Newton step before, in place.
+
+    Args:
+        layers: the network's gated layers by name; their weights become the anchors.
+        rank_of: eigenvectors to keep, by layer name, number of inputs, and whether the layer is called last.
+        remembers_weights: the layers whose weights are remembered along all directions, at four bits each.
+        stored: losses of stored samples in the readout's weights; None takes no step of the readout.
+        trust: the share of the old loss that stored samples stand for, 0 to 1.
+        damping: of the readout's step.
+    """
+    merged, last = dict(memory.layers), next(reversed(observation.layers), None)
+    for name, seen in observation.layers.items():
+        layer, old, residual = layers[name], memory.layers.get(name), None
+        readout = observation.readout
+        if readout is not None and readout.layer == name and stored is not None:
+            losses = [readout, *stored]
+            residual = solve_readout(layer, losses, old, memory.curvature, settings, trust, damping)
+        inputs = seen.inputs.shape[1]
+        new = (old or LayerMemory.empty(inputs, seen.inputs)).merged(
+            seen.inputs, observation.samples, seen.rows, rank_of(name, inputs, name == last), seen.mean_eigenvalue
+        )
+        keeps_weights = name in remembers_weights and new.vectors.shape[1] < inputs
+        merged[name] = replace(
+            new,
+            anchor=along(layer, new.vectors),
+            rough_anchor=PackedRows.of(weights_and_bias(layer)) if keeps_weights else None,
+            residual=residual,
+            fed_by_data=seen.fed_by_data,
+        )
+    old_samples, samples = memory.samples, observation.samples
+    return Memory(
+        merged,
+        (old_samples * memory.curvature + samples * observation.curvature) / (old_samples + samples),
+        memory.classes + observation.classes,
+        memory.consolidations + 1,
+    )

@@ -1,0 +1,589 @@
+"""PlasticityGate: the coincidence gate for any PyTorch training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from avalanche_sp.gate.consolidate import consolidate
+from avalanche_sp.gate.detection import ChangeDetector, RunningSurprise, page_hinkley
+from avalanche_sp.gate.layer_gate import LayerGate, StreamStatistics
+from avalanche_sp.gate.layers import (
+    NORMALISATION,
+    GatedLayer,
+    energy,
+    gated_layers,
+    project,
+    set_weights,
+    weights_and_bias,
+)
+from avalanche_sp.gate.memory import Memory
+from avalanche_sp.gate.observe import Criterion, Forward, Observation, Samples, observe
+from avalanche_sp.gate.penalty import Drift, Gated
+from avalanche_sp.gate.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
+from avalanche_sp.gate.readout import ReadoutLoss
+from avalanche_sp.gate.rows import StreamRows
+from avalanche_sp.gate.settings import Settings
+from avalanche_sp.gate.stream import StreamWatch
+from avalanche_sp.gate.trust import StoredSamples
+
+__all__ = ["PlasticityGate"]
+
+
+def _model_of_inputs(model: nn.Module, inputs: Any) -> Any:
+    return model(inputs)
+
+
+class PlasticityGate:
+    r"""Keeps what a network has learned while any PyTorch loop trains it on something new.
+
+    The gate hooks the optimizer's step: it gates the gradient before the step, and takes back the gated part of the
+    updates after. The loop stays as it was. Call :meth:`consolidate` when an experience (a task, a set of new classes)
+    has been learned::
+
+        gate = PlasticityGate(model, optimizer)
+        for task in tasks:
+            for x, y in task:
+                optimizer.zero_grad()
+                criterion(model(x), y).backward()
+                optimizer.step()
+            gate.consolidate(task, criterion)
+
+    **Gate.** A consolidation stores for each layer the leading eigenpairs :math:`\lambda_i, v_i` of the second moment
+    :math:`E[x x^\top]` of its input vectors, over all experiences so far, and :math:`\rho`, the mean of the other
+    eigenvalues. From then on the layer's gradient :math:`\delta x^\top` is
+
+    .. math::
+        \Delta W = \delta\, x_{gated}^\top, \qquad
+        x_{gated} = \sum_i (1 - f_i)\, v_i v_i^\top x + (1 - f_{rest}) (I - V V^\top) x, \qquad
+        f_i = \frac{L \lambda_i}{L \lambda_i + \alpha \bar\lambda}, \quad
+        f_{rest} = \frac{L \rho}{L \rho + \alpha \bar\lambda}
+
+    with L the number of input vectors that a sample gives the layer: one, or a convolution's output positions, or a
+    sequence's tokens. Every step's gradient is gated along the leading vectors, and with :math:`f_{rest}` along the
+    others; every few steps the share f of the updates along each vector is taken back. So momentum, adaptive step
+    sizes and weight decay are gated also, with any optimizer.
+
+    **Penalty.** Towards the weights :math:`W^*` at consolidation, with the gradient of the quadratic
+
+    .. math::
+        \tfrac{\kappa}{2} \frac{N_{old}}{N_{new}} L \operatorname{tr}\big((W - W^*) C (W - W^*)^\top\big),
+        \qquad C = V \operatorname{diag}(\lambda) V^\top
+
+    where :math:`\kappa` is the loss's measured curvature in the network's outputs. Along all other directions
+    :math:`C = 0.15\, a^{1.5} \rho\, (I - V V^\top)`, with a the likeness of the stream and the memory
+    (:func:`~avalanche_sp.gate.functional.likeness`), at the layers that data feed.
+
+    **Readout.** At a consolidation the last linear layer takes one damped Newton step on the experience's loss and the
+    quadratic of the old loss, if the loss is quadratic in the outputs (:func:`avalanche_sp.gate.readout.solve_readout`).
+
+    No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs, and four bits a weight.
+    Gated are all trainable ``nn.Linear`` and ``nn.Conv2d`` layers (a convolution's input vectors are its patches; the
+    groups of a grouped one share one eigenspace). Normalisation layers learn with the first experience and are frozen
+    afterwards, unless stored samples are trained on. Other layers' weights train ungated.
+
+    **What hooks carry.** Gradient accumulation, ``torch.amp.GradScaler``, gradient clipping, closures, and loops of
+    other libraries, as long as the optimizer is a ``torch.optim.Optimizer`` and its ``step`` is called. What they do
+    not carry: the size of the coming experience, the epoch and the number of stored samples (:meth:`begin`), the rows
+    of stored samples (:meth:`replayed`), and the loss of a stream without told boundaries (:meth:`observe`).
+
+    Args:
+        model, optimizer: what is trained; or None for both, until :meth:`attach`.
+        openness: :math:`\alpha` > 0, in units of the mean eigenvalue (default 0.5). Larger values learn the new
+            faster and keep less of the old. ``math.inf`` switches the gate off: training is then bit for bit what it
+            is without the gate. For a single layer it leaves the layer alone.
+        pull_back: weight of the penalty, 0 or more (default 1).
+        rank: eigenvectors kept a layer, 1 or more (default 48, or 64 if the gate finds the boundaries; at the last
+            layer a tenth of its inputs, if that is more). A float below 1 keeps as many as have that share of the
+            energy, the second moment's trace; only if boundaries are told.
+        consolidation_samples: samples of an experience that are run through the network at its end, evenly spread over
+            it, 1 or more (default 5000).
+        consolidate: ``"experience"`` (default): :meth:`consolidate` is called at the end of every experience.
+            ``"surprise"``: at a change of the stream's loss or inputs. ``"continuous"``: every 4096 samples. The last
+            two need :meth:`observe` in every step.
+        detector: finds changes; an object with ``update(x)`` and ``drift_detected``, such as river's. Default:
+            river's Page-Hinkley test, for ``"surprise"``.
+        readout_step: whether the readout takes its step (default True).
+        settings: all other constants.
+        forward: computes the outputs from model and inputs at a consolidation. Default: ``model(inputs)``.
+
+    ``openness``, ``pull_back`` and ``rank`` take one value for all layers, or a mapping from patterns of layer names
+    (:func:`fnmatch.fnmatchcase`; names as in ``model.named_modules()``) to values. A layer takes the value of the
+    first pattern that matches it, and the default if none does.
+
+    Raises:
+        ValueError: an argument is out of range; the model has no layer to gate; a pattern matches none of its layers.
+        ImportError: for ``"surprise"`` without a detector if river is not installed.
+        TypeError: the optimizer is no ``torch.optim.Optimizer``.
+
+    References:
+        G. Zeng et al.: Continual learning of context-dependent processing in neural networks (OWM), Nature Machine
+        Intelligence 2019. G. Saha, I. Garg, K. Roy: Gradient projection memory (GPM), ICLR 2021. S. Wang et al.:
+        Training networks in null space of feature covariance (Adam-NSCL), CVPR 2021. G. Saha, K. Roy: Continual
+        learning with scaled gradient projection (SGP), AAAI 2023. T.-C. Kao et al.: Natural continual learning
+        (NCL), NeurIPS 2021.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        openness: PerLayer[float] = 0.5,
+        pull_back: PerLayer[float] = 1.0,
+        rank: PerLayer[float] | None = None,
+        consolidation_samples: int = 5000,
+        consolidate: Literal["experience", "surprise", "continuous"] = "experience",
+        detector: ChangeDetector | None = None,
+        readout_step: bool = True,
+        settings: Settings = Settings(),  # noqa: B008  # frozen
+        forward: Forward = _model_of_inputs,
+    ):
+        if not isinstance(consolidation_samples, int) or consolidation_samples < 1:
+            allowed = "allowed: an integer, 1 or more"
+            raise ValueError(f"Invalid consolidation_samples value: {consolidation_samples} ({allowed})")
+        if consolidate not in ("experience", "surprise", "continuous"):
+            raise ValueError(
+                f"Invalid consolidate value: {consolidate!r} (allowed: 'experience', 'surprise', 'continuous')"
+            )
+        if detector is not None and consolidate != "surprise":
+            raise ValueError(f"Invalid detector: consolidate={consolidate!r} detects nothing (allowed: None)")
+        self.openness = per_layer("openness", openness, 0.5)
+        self.pull_back = per_layer("pull_back", pull_back, 1.0)
+        self.rank = per_layer("rank", {} if rank is None else rank, None)
+        if consolidate != "experience" and (shares := [r for r in values_of(self.rank) if r < 1]):
+            raise ValueError(f"Invalid rank value: {shares[0]} (allowed with consolidate={consolidate!r}: an integer)")
+        self.active = min(values_of(self.openness)) < float("inf")
+        """False if the gate is switched off for all layers."""
+        self.consolidation_samples = consolidation_samples
+        self.boundaries = consolidate
+        self.readout_step = readout_step
+        self.settings = settings
+        self.memory = Memory()
+        """What is remembered of the consolidated experiences."""
+        self.listening = True
+        """Whether forward passes are those of training; set it False around other forward passes with gradients."""
+        self._forward = forward
+        self._measures_loss = readout_step or max(values_of(self.pull_back)) > 0
+        self._stream: StreamWatch | None = None
+        if consolidate != "experience":
+            if consolidate == "surprise" and detector is None:
+                detector = page_hinkley(settings)
+            self._stream = StreamWatch(detector, self._rank_of, self._measures_loss, settings)
+        # The weights that a stream is rewound to are copied after a take-back.
+        longest = settings.look if self._stream is None else settings.stream_look
+        self._drift = Drift(self.pull_back, longest, settings)
+        self._running_surprise = RunningSurprise(settings.surprise_decay, settings.surprise_full)
+        self._model: nn.Module | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._handles: list = []
+        # For the present epoch.
+        self._samples: int | None = None  # of the present experience
+        self._replays: Sequence[Samples] = ()  # stored samples
+        self._memory_size = 0  # and their number
+        self._epoch = 0
+        self._stored = StoredSamples(0, settings)
+        self._protected: dict[str, GatedLayer] = {}  # the layers whose gate is not switched off
+        self._gated: dict[str, Gated] = {}  # those of them that have a memory
+        self._norms: list[nn.Module] = []  # the frozen normalisation layers
+        # For the present step.
+        self._rows: StreamRows | None = None  # None: all rows come from the stream
+        self._held: dict[str, Tensor] = {}  # the part of the stream's gradient that the gate holds back
+        self._criterion: Criterion | None = None  # as last observed
+        self._resting: set[nn.Module] = set()  # frozen layers in the midst of their forward pass
+        if model is not None:
+            if optimizer is None:
+                raise ValueError("Invalid optimizer value: None (allowed: the torch.optim.Optimizer that trains model)")
+            self.attach(model, optimizer)
+
+    # -- In the order of training ----------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Puts the hooks on a model and its optimizer, and takes them off those before.
+
+        Raises:
+            TypeError, ValueError: as above.
+        """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"Invalid optimizer: {type(optimizer).__name__} (allowed: a torch.optim.Optimizer)")
+        if not gated_layers(model):
+            raise ValueError(
+                f"Invalid model: {type(model).__name__} has no trainable nn.Linear or nn.Conv2d layer "
+                "(the gate is on these; at least one is needed)"
+            )
+        goes_on = model is self._model
+        self._model, self._optimizer = model, optimizer
+        if goes_on:
+            self._hook()
+        else:
+            self.begin(self._samples, self._memory_size, self._epoch)
+
+    def begin(self, samples: int | None = None, stored: int | Sequence[Dataset | Samples] = 0, epoch: int = 0) -> None:
+        """Tells what a hook cannot know of the coming epoch. Optional; a loop without stored samples does without.
+
+        Args:
+            samples: size of the coming experience. Default: that of the experiences so far, on average.
+            stored: stored samples of earlier experiences, of which each batch has some (:meth:`replayed`): datasets of
+                pairs (x, y), on which the readout's step is taken also, or their number.
+            epoch: 0, 1, ... of the experience. Later epochs close the gate further.
+
+        Raises:
+            ValueError: a value is out of range, or a pattern of openness, pull_back or rank matches no layer.
+        """
+        replays: Sequence[Samples] = ()
+        if not isinstance(stored, int):
+            replays = [s if isinstance(s, Samples) else Samples.of(s, self.consolidation_samples) for s in stored]
+            stored = sum(s.total for s in replays)
+        for name, value, least in (("samples", samples, 1), ("stored", stored, 0), ("epoch", epoch, 0)):
+            if value is not None and value < least:
+                raise ValueError(f"Invalid {name} value: {value} (allowed: {least} or more)")
+        model = self._attached()
+        check_patterns({"openness": self.openness, "pull_back": self.pull_back, "rank": self.rank}, model)
+        self._samples, self._replays, self._memory_size, self._epoch = samples, replays, stored, epoch
+        memory, s = self.memory, self.settings
+        self._stored = StoredSamples(stored / max(memory.classes, 1), s)
+        if self._stream is None:
+            self._drift.take_back()
+            self._drift.steps = 0
+            self._drift.forget()
+            ratio = memory.samples / samples if samples is not None else memory.consolidations
+        else:  # an epoch may be a mini-batch, and nothing ends with it
+            ratio = memory.consolidations  # the next experience is as long as those so far, for all we know
+        self._protected = protected_layers(model, self.openness)
+        times = self._stored.opening / self._stored.closing(epoch)
+        before, self._gated = self._gated, {}
+        for name, layer in self._protected.items():
+            if name in memory.layers:
+                remembered, known = memory.layers[name], before.get(name)
+                statistics = known.statistics if known and known.memory is remembered else None
+                if statistics is None:
+                    statistics = StreamStatistics.empty(remembered)
+                statistics.start_epoch()
+                gate = LayerGate.of(remembered, value_of(self.openness, name) * times, s.gated_vectors)
+                self._gated[name] = Gated(name, layer, remembered, gate, statistics)
+        self._norms = []
+        if memory.layers and not stored:
+            self._norms = [m for m in model.modules() if isinstance(m, NORMALISATION)]
+        self._drift.begin(
+            self._gated.values(), memory.curvature, ratio, self._stored.penalty(ratio), 1 - self._stored.trust
+        )
+        self._hook()
+
+    def replayed(self, stored: Tensor | Sequence[bool] | None) -> None:
+        """Tells which rows of the coming batch are stored samples; they pass the gate. Until the next step.
+
+        Args:
+            stored: True for each row that is a stored sample, shape (batch,); None for no row.
+
+        Raises:
+            ValueError: it is not a list of truth values.
+        """
+        self._rows = None if stored is None else StreamRows.unlike(stored)
+
+    def observe(self, inputs: Any, outputs: Any, targets: Tensor, loss: Tensor, criterion: Criterion) -> None:
+        """Tells the loss of the present batch, before the step: for boundaries that the gate finds, and for surprise.
+
+        Args:
+            inputs, outputs, targets: of the batch, a row a sample.
+            loss: 0-dim.
+            criterion: of (outputs, targets), a mean over samples.
+        """
+        if not self.active:
+            return
+        self._running_surprise.observe(loss.detach().squeeze())
+        self._criterion = criterion
+        if self._stream is not None:
+            stream = self._rows or StreamRows(len(targets), len(targets), slice(0, len(targets)))
+            self._stream.observe(inputs, outputs, targets, loss, criterion, stream)
+
+    def consolidate(self, data: Dataset | Iterable[tuple[Any, Tensor]] | Samples, criterion: Criterion) -> None:
+        """Remembers an experience: call it when the experience has been learned.
+
+        Args:
+            data: the experience's samples: a dataset of pairs (x, y), or an iterable of batches (x, y).
+            criterion: the loss of (outputs, targets), a mean over samples.
+
+        Raises:
+            ValueError: there is no sample, or the gate finds the boundaries itself.
+            TypeError: the model's output is not one tensor, unless ``pull_back`` is 0 and ``readout_step`` False.
+            FloatingPointError: an input of a layer is not finite. The memory is as it was.
+        """
+        if self._stream is not None:
+            raise ValueError(
+                f"Invalid call: with consolidate={self.boundaries!r} the gate finds the boundaries (allowed with "
+                "consolidate='experience')"
+            )
+        if not self.active:
+            return
+        self._drift.take_back()
+        model = self._attached()
+        layers = protected_layers(model, self.openness)
+        observation = self._observed(data, layers, criterion if self._measures_loss else None)
+        self._remember(observation, layers, criterion)
+        self.begin()
+
+    def close(self) -> None:
+        """Takes all hooks off the model and the optimizer. The memory stays."""
+        self.detach()
+        self._model = self._optimizer = None
+        self._protected, self._gated, self._norms = {}, {}, []
+
+    def detach(self) -> None:
+        """Takes the hooks off until :meth:`attach`, also after an error in the midst of a step."""
+        for handle in self._handles:
+            handle.remove()
+        for norm in self._resting:
+            norm.train()
+        self._handles.clear()
+        self._resting.clear()
+        self._held.clear()
+        self._rows = None
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the hooks are on a model."""
+        return bool(self._handles)
+
+    # -- What can be read ------------------------------------------------------------------------------------------
+
+    @property
+    def surprise(self) -> Tensor:
+        """Surprise of the last observed loss: 0-dim tensor in [0, 1], 0 before any."""
+        return self._running_surprise.last
+
+    @property
+    def trust(self) -> float:
+        """The share of the old loss that the stored samples of the present epoch stand for, 0 to 1."""
+        return self._stored.trust
+
+    @property
+    def ratio(self) -> float:
+        """N_old / N_new, as far as it is known; for the weight of stored samples in the loss."""
+        if self._stream is not None or self._samples is None:
+            return max(self.memory.consolidations, 1)
+        return self.memory.samples / self._samples
+
+    @property
+    def statistics(self) -> dict[str, StreamStatistics]:
+        """Statistics of the present epoch's inputs, by layer."""
+        return {name: g.statistics for name, g in self._gated.items()}
+
+    @property
+    def claimed_rank(self) -> dict[str, int]:
+        """Number of input directions along which a gate without stored samples is at least half closed, by layer."""
+        return {
+            name: int((memory.closed(value_of(self.openness, name))[0] >= 0.5).sum())
+            for name, memory in self.memory.layers.items()
+        }
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the memory, and of what follows a stream."""
+        return self.memory.state_bytes + (self._stream.state_bytes if self._stream is not None else 0)
+
+    def state_dict(self) -> dict:
+        """The memory and the state of the present epoch, for ``torch.save``.
+
+        ``torch.load(..., weights_only=True)`` takes it. A run that goes on from it, with the states of model and
+        optimizer, goes on bit for bit. Not in it: what a gate that finds boundaries has noted since the last one; it
+        watches the stream from the start again.
+        """
+        return {
+            "memory": self.memory.state_dict(),
+            "epoch": [self._samples, self._memory_size, self._epoch],
+            "drift": self._drift.state_dict(),
+            "statistics": {name: s.state_dict() for name, s in self.statistics.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes a state of :meth:`state_dict`, to the model's device."""
+        state = _moved(state, next(self._attached().parameters()).device)
+        self.memory = Memory.from_state_dict(state["memory"])
+        self._drift.forget()
+        self.begin(*state["epoch"])
+        self._drift.load_state_dict(state["drift"])
+        for name, statistics in state["statistics"].items():
+            self._gated[name].statistics = StreamStatistics(**statistics)
+
+    def to(self, device: torch.device | str) -> PlasticityGate:
+        """Moves the memory to the device where the model has been moved."""
+        if self._model is not None:
+            self.load_state_dict(self.state_dict())
+        else:
+            self.memory = Memory.from_state_dict(_moved(self.memory.state_dict(), torch.device(device)))
+        return self
+
+    def __getstate__(self) -> dict:
+        """For pickle: hooks are put on again by :meth:`attach`."""
+        return vars(self) | {"_handles": [], "_held": {}, "_rows": None, "_resting": set(), "_criterion": None}
+
+    # -- Hooks -----------------------------------------------------------------------------------------------------
+
+    def _attached(self) -> nn.Module:
+        if self._model is None:
+            raise ValueError("Invalid call: the gate has no model (attach(model, optimizer) gives it one)")
+        return self._model
+
+    def _hook(self) -> None:
+        """Puts the hooks on the present layers."""
+        assert self._optimizer is not None
+        self.detach()
+        self._handles += [
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+        ]
+        if self._stream is not None or self._gated:
+            for name, layer in self._protected.items():
+                self._handles.append(layer.register_forward_hook(_Hook(layer, self._after_forward, name)))
+        for norm in self._norms:
+            self._handles.append(norm.register_forward_pre_hook(_Hook(norm, self._freeze)))
+            self._handles.append(norm.register_forward_hook(_Hook(norm, self._unfreeze), always_call=True))
+
+    def _after_forward(self, name: str, layer: GatedLayer, args: tuple, output: Tensor) -> None:
+        """Notes the layer's input, and waits for the error that comes back to its output."""
+        if not (self.listening and isinstance(output, Tensor) and output.requires_grad):
+            return
+        stream = self._rows
+        if self._stream is not None and self._stream.listens(stream.count if stream else len(args[0])):
+            self._stream.note(name, layer, args[0], output)
+        if name in self._gated and (self._drift.is_looking or self._memory_size):
+            x = args[0].detach()
+            output.register_hook(lambda delta: self._hold_back(self._gated[name], x, delta, stream))
+
+    def _hold_back(self, g: Gated, x: Tensor, delta: Tensor, stream: StreamRows | None) -> None:
+        """Hook on a layer's output: the part of its gradient that the gate holds back. Sums over uses of a layer."""
+        x, delta = ((t if stream is None else stream.of(t)).to(g.memory.vectors.dtype) for t in (x, delta))
+        if self._drift.is_looking:
+            g.statistics.add(g.gate, energy(g.layer, x), project(g.layer, x, g.memory.vectors))
+        if self._memory_size:
+            held = g.gate.held_activity(g.layer, x, delta)
+            self._held[g.name] = self._held[g.name].add_(held) if g.name in self._held else held
+
+    def _freeze(self, norm: nn.Module, args: tuple) -> None:
+        if norm.training:
+            self._resting.add(norm.eval())
+
+    def _unfreeze(self, norm: nn.Module, args: tuple, output: Any) -> None:
+        if norm in self._resting:
+            self._resting.remove(norm.train())
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict):
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args begins with the optimizer
+        if closure is None:
+            self._gate_gradients()
+            return None
+
+        def gated_closure():
+            loss = closure()
+            self._gate_gradients()
+            return loss
+
+        return (args[0], gated_closure), {}
+
+    @torch.no_grad()
+    def _gate_gradients(self) -> None:
+        for name, g in self._gated.items():
+            if g.layer.weight.grad is None or (self._memory_size and name not in self._held):  # it was not called
+                continue
+            held = self._held[name] if self._memory_size else g.gate.held_gradient(g.layer)
+            g.gate.apply(g.layer, held, g.memory, self._drift.gradient(name))
+            self._drift.add_gradient_beyond(name)
+        self._held.clear()
+        for norm in self._norms:
+            for parameter in norm.parameters(recurse=False):
+                parameter.grad = None  # not zero: a step on zeros still follows momentum and decays weights
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        self._rows = None
+        self._drift.end_step()
+        stream = self._stream
+        if stream is not None and self.active and stream.look(self._attached(), self._protected, optimizer):
+            self._consolidate_stream(stream)
+
+    # -- Consolidation ---------------------------------------------------------------------------------------------
+
+    def _rank_of(self, name: str, inputs: int, is_last: bool) -> float:
+        default = self.settings.rank if self.boundaries == "experience" else self.settings.stream_rank
+        if is_last:
+            default = max(default, int(self.settings.readout_rank * inputs))
+        return value_of(per_layer("rank", self.rank, default), name)
+
+    def _observed(self, data, layers: Mapping[str, GatedLayer], criterion: Criterion | None) -> Observation:
+        samples = data if isinstance(data, Samples) else Samples.of(data, self.consolidation_samples)
+        listening, self.listening = self.listening, False
+        try:
+            return observe(self._attached(), samples, layers, criterion, self.settings, self._forward)
+        finally:
+            self.listening = listening
+
+    def _remember(
+        self,
+        observation: Observation,
+        layers: Mapping[str, GatedLayer],
+        criterion: Criterion | None,
+        damping: float | None = None,
+    ) -> None:
+        # Without events the next samples are of the same task, which has yet to be learned, however alike they are.
+        remembers = {
+            name for name in layers if self.boundaries != "continuous" and value_of(self.pull_back, name) > 0
+        }
+        losses = self._stored_losses(observation, layers, criterion) if self.readout_step else None
+        self.memory = consolidate(
+            self.memory, observation, layers, self._rank_of, remembers, self.settings, losses, self.trust, damping
+        )
+        self._drift.forget()
+
+    def _stored_losses(self, observation, layers, criterion) -> list[ReadoutLoss] | None:
+        """Losses of stored samples in the readout's weights; None if one has none."""
+        readout = observation.readout
+        if readout is None or readout.layer not in self.memory.layers:
+            return []
+        layer = {readout.layer: layers[readout.layer]}
+        losses = [self._observed(memory, layer, criterion).readout for memory in self._replays]
+        if any(loss is None for loss in losses):  # several heads, for instance
+            return None
+        old, total = self.memory.layers[readout.layer].samples, sum(loss.weight for loss in losses)
+        return [replace(loss, weight=self.trust * old * loss.weight / total) for loss in losses]
+
+    @torch.no_grad()
+    def _consolidate_stream(self, stream: StreamWatch) -> None:
+        """Consolidates in the midst of training, and reapplies the gated part of the later updates."""
+        model, layers = self._attached(), self._protected
+        changes = stream.rewind(model, layers)
+        observation = stream.observation(layers)
+        self._remember(observation, layers, self._criterion, self.settings.readout_stream_damping)
+        self.begin(self._samples, self._replays or self._memory_size, self._epoch)
+        for name, g in self._gated.items():
+            if name in changes:
+                change = changes[name]
+                set_weights(g.layer, weights_and_bias(g.layer)[: len(change)] + g.gate.through(change, g.memory))
+                self._drift.rebase(name)
+
+
+class _Hook:
+    """A hook on one module. In a copy of the module, or unpickled with it, it does nothing."""
+
+    def __init__(self, module: nn.Module | None = None, call: Callable | None = None, *first: Any):
+        self.module, self.call, self.first = module, call, first
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        if module is self.module and self.call is not None:
+            self.call(*self.first, module, *args)
+
+    def __deepcopy__(self, memo: dict) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self):
+        return _Hook, ()
+
+
+def _moved(state: Any, device: torch.device) -> Any:
+    """A nested state with its tensors on a device."""
+    if isinstance(state, Tensor):
+        return state.to(device)
+    return {name: _moved(value, device) for name, value in state.items()} if isinstance(state, Mapping) else state

@@ -1,0 +1,128 @@
+"""The gate of one layer at the moment, and the statistics of the stream's inputs to the layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from avalanche_sp.gate.functional import held_back, likeness
+from avalanche_sp.gate.layers import GatedLayer, gate_gradient, gradient_along, postsynaptic, project
+from avalanche_sp.gate.memory import LayerMemory
+
+__all__ = ["LayerGate", "StreamStatistics"]
+
+
+@dataclass(frozen=True)
+class LayerGate:
+    """How far one layer's gate is closed.
+
+    Attributes:
+        closed: (r,), along each vector of the memory, in [0, 1].
+        closed_rest: along all other directions.
+        closed_more: (r,), how much more it is closed along each vector than along the others.
+        leading, closed_leading: views of the leading vectors (d, k), and of ``closed_more`` along them; these are gated
+            in every step.
+    """
+
+    closed: Tensor
+    closed_rest: float
+    closed_more: Tensor
+    leading: Tensor
+    closed_leading: Tensor
+
+    @classmethod
+    def of(cls, memory: LayerMemory, openness: float, gated_vectors: int) -> LayerGate:
+        """The gate of an openness, in units of the mean eigenvalue, that gates so many vectors in every step."""
+        closed, closed_rest = memory.closed(openness)
+        rest = float(closed_rest)
+        first = max(len(closed) - gated_vectors, 0)
+        more = closed - rest
+        return cls(closed, rest, more, memory.vectors[:, first:], more[first:])
+
+    @property
+    def claimed_rank(self) -> int:
+        """Number of kept directions along which the gate is at least half closed."""
+        return int((self.closed >= 0.5).sum())
+
+    def held_gradient(self, layer: GatedLayer) -> Tensor:
+        """The part of a layer's gradient that the gate holds back, along the leading vectors: (out, k)."""
+        return gradient_along(layer, self.leading).mul_(self.closed_leading)
+
+    def held_activity(self, layer: GatedLayer, x: Tensor, delta: Tensor) -> Tensor:
+        """The same for the gradient that input ``x`` and error ``delta`` make, of some samples of a batch."""
+        projection = project(layer, x, self.leading)
+        return held_back(postsynaptic(layer, delta), projection, self.closed_leading).flatten(0, -2)
+
+    def apply(self, layer: GatedLayer, held: Tensor, memory: LayerMemory, added: Tensor | None = None) -> None:
+        """Gates a layer's gradient in place, and adds a gradient given along the memory's vectors, in one product.
+
+        Args:
+            held: what the gate holds back, along the leading vectors (out, k).
+            added: along all kept vectors (rows, r), for the layer's first output units; None for nothing.
+        """
+        vectors = self.leading
+        if added is not None:
+            vectors = memory.vectors
+            held = torch.nn.functional.pad(held, (vectors.shape[1] - held.shape[1], 0))
+            held[: len(added)] -= added
+        gate_gradient(layer, held, vectors, 1 - self.closed_rest)
+
+    def through(self, change: Tensor, memory: LayerMemory) -> Tensor:
+        """The part of a change (out, d) of the layer's weights and bias that the gate lets through."""
+        held = (change @ memory.vectors).mul_(self.closed_more) @ memory.vectors.T
+        return change * (1 - self.closed_rest) - held
+
+
+@dataclass
+class StreamStatistics:
+    """Sums over the steps at which the gate looks at a layer's inputs.
+
+    Attributes:
+        energy, passed, novel: 0-dim, of the present epoch: squared inputs; the part that the gate lets through; the
+            part outside the memory's vectors.
+        power, power_energy: squared inputs along each vector (r,) and in all, 0-dim, since the last consolidation.
+    """
+
+    energy: Tensor
+    passed: Tensor
+    novel: Tensor
+    power: Tensor
+    power_energy: Tensor
+
+    @classmethod
+    def empty(cls, memory: LayerMemory) -> StreamStatistics:
+        zero = torch.zeros_like(memory.mean_eigenvalue)
+        return cls(zero, zero, zero, torch.zeros_like(memory.eigenvalues), zero)
+
+    def start_epoch(self) -> None:
+        """Starts the sums of an epoch."""
+        self.energy = self.passed = self.novel = torch.zeros_like(self.energy)
+
+    def add(self, gate: LayerGate, energy: Tensor, projection: Tensor) -> None:
+        """Adds input vectors: their energy, 0-dim, and their projection onto the memory's vectors (..., rows, r)."""
+        power = projection.square().flatten(0, -2).sum(0)
+        novel = energy - power.sum()
+        through = (power * (1 - gate.closed).square()).sum() + novel * (1 - gate.closed_rest) ** 2
+        self.energy, self.passed, self.novel = self.energy + energy, self.passed + through, self.novel + novel
+        self.power, self.power_energy = self.power + power, self.power_energy + energy
+
+    @property
+    def openness(self) -> float:
+        """Share of the stream's presynaptic energy that the gate let through in the epoch; 1 before any."""
+        return float(self.passed / self.energy) if self.energy > 0 else 1.0
+
+    @property
+    def surprise(self) -> float:
+        """Share of the stream's presynaptic energy outside the memory's vectors in the epoch; 1 before any."""
+        return float(self.novel / self.energy) if self.energy > 0 else 1.0
+
+    def likeness(self, memory: LayerMemory) -> Tensor:
+        """How alike the stream and the memory are: 0-dim, 0 to 1, 0 before any input."""
+        return likeness(
+            self.power, self.power_energy, memory.eigenvalues, memory.mean_eigenvalue, len(memory.vectors)
+        )
+
+    def state_dict(self) -> dict:
+        return {f.name: getattr(self, f.name) for f in fields(self)}

@@ -1,0 +1,146 @@
+"""What is remembered of earlier experiences: immutable, and all that a checkpoint must hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from avalanche_sp.gate.functional import claim, merge_eigenspace, remainder
+from avalanche_sp.gate.packed import PackedRows
+
+__all__ = ["LayerMemory", "Memory"]
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Consolidated presynaptic activity of one layer, and its weights at that time.
+
+    Attributes:
+        eigenvalues: (r,), rising; of the mean second moment of the layer's input vectors.
+        vectors: (d, r), the eigenvectors.
+        mean_eigenvalue: 0-dim, over all d directions.
+        samples: number of samples of all consolidated experiences.
+        rows: number of input vectors that a sample gives a weight: 1, or the positions of a convolution or a sequence.
+        anchor: (out, r), the weights along the vectors.
+        rough_anchor: all weights, at four bits each, for the penalty along the other directions; None without one.
+        residual: (out, d), the mean gradient of the old loss at these weights; None if it is not known.
+        fed_by_data: True if no trained layer makes this layer's input.
+    """
+
+    eigenvalues: Tensor
+    vectors: Tensor
+    mean_eigenvalue: Tensor
+    samples: int
+    rows: float
+    anchor: Tensor
+    rough_anchor: PackedRows | None = None
+    residual: Tensor | None = None
+    fed_by_data: bool = False
+
+    @classmethod
+    def empty(cls, inputs: int, like: Tensor) -> LayerMemory:
+        """Memory of nothing, for a layer with d inputs."""
+        return cls(like.new_zeros(0), like.new_zeros(inputs, 0), like.new_zeros(()), 0, 0.0, like.new_zeros(0, 0))
+
+    def merged(
+        self, x: Tensor, samples: int, rows: float, rank: float, mean_eigenvalue: Tensor | None = None
+    ) -> LayerMemory:
+        """The second moment of this memory and of one more experience. Weights are not remembered yet.
+
+        Args:
+            x: input vectors, shape (n, d), or others of the same leading second moment.
+            samples: number of samples of the experience.
+            rows: number of input vectors that a sample gives a weight.
+            rank: eigenvectors to keep, or the share of the energy that they are to have.
+            mean_eigenvalue: of the new second moment, over all directions. Default: that of ``x``.
+        """
+        total = self.samples + samples
+        share = self.samples / total
+        values, vectors = merge_eigenspace(self.eigenvalues, self.vectors, share, x, rank)
+        if mean_eigenvalue is None:
+            mean_eigenvalue = x.square().mean(0).mean()
+        return LayerMemory(
+            values,
+            vectors,
+            share * self.mean_eigenvalue + (1 - share) * mean_eigenvalue,
+            total,
+            share * self.rows + (1 - share) * rows,
+            vectors.new_zeros(0, vectors.shape[1]),
+        )
+
+    @property
+    def rest(self) -> Tensor:
+        """Mean eigenvalue of the directions beyond the kept ones, 0-dim."""
+        return remainder(self.eigenvalues, self.mean_eigenvalue, len(self.vectors))
+
+    def closed(self, openness: float) -> tuple[Tensor, Tensor]:
+        """How far a gate of this openness is closed: along each vector (r,), and along all others, 0-dim."""
+        openness = openness / max(self.rows, 1)  # a change to the weights acts on each of a sample's input vectors
+        closed = claim(self.eigenvalues, self.mean_eigenvalue, openness)
+        if self.vectors.shape[1] == len(self.vectors):
+            return closed, torch.zeros_like(self.mean_eigenvalue)
+        return closed, claim(self.rest, self.mean_eigenvalue, openness)
+
+    @property
+    def state_bytes(self) -> int:
+        tensors = [self.eigenvalues, self.vectors, self.mean_eigenvalue, self.anchor]
+        tensors += [self.residual] if self.residual is not None else []
+        rough = self.rough_anchor.state_bytes if self.rough_anchor is not None else 0
+        return rough + sum(t.numel() * t.element_size() for t in tensors)
+
+    def state_dict(self) -> dict:
+        """Tensors and numbers by field."""
+        state = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.rough_anchor is not None:
+            state["rough_anchor"] = vars(self.rough_anchor).copy()
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping) -> LayerMemory:
+        state = dict(state)
+        if state["rough_anchor"] is not None:
+            state["rough_anchor"] = PackedRows(**state["rough_anchor"])
+        return cls(**state)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a gate remembers of all consolidated experiences.
+
+    Attributes:
+        layers: by layer name.
+        curvature: of the loss in the network's outputs, 0-dim, mean over all consolidated samples.
+        classes: number of classes of each experience, summed.
+        consolidations: number of consolidations.
+    """
+
+    layers: Mapping[str, LayerMemory] = field(default_factory=dict)
+    curvature: Tensor = field(default_factory=lambda: torch.zeros(()))
+    classes: int = 0
+    consolidations: int = 0
+
+    @property
+    def samples(self) -> int:
+        """Number of samples of all consolidated experiences."""
+        return max((layer.samples for layer in self.layers.values()), default=0)
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(layer.state_bytes for layer in self.layers.values())
+
+    def state_dict(self) -> dict:
+        """Tensors and numbers, for ``torch.save``; ``torch.load(..., weights_only=True)`` takes them."""
+        return {
+            "layers": {name: layer.state_dict() for name, layer in self.layers.items()},
+            "curvature": self.curvature,
+            "classes": self.classes,
+            "consolidations": self.consolidations,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping) -> Memory:
+        layers = {name: LayerMemory.from_state_dict(layer) for name, layer in state["layers"].items()}
+        return cls(layers, state["curvature"], state["classes"], state["consolidations"])

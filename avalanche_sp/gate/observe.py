@@ -1,0 +1,293 @@
+"""What samples of an experience do in the network as it is now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from avalanche_sp.gate.functional import loss_curvature
+from avalanche_sp.gate.layers import GatedLayer, along, presynaptic
+from avalanche_sp.gate.readout import ReadoutLoss
+from avalanche_sp.gate.settings import Settings
+
+__all__ = ["LayerObservation", "Observation", "Samples", "observe", "output_derivatives", "some_inputs"]
+
+_BATCH = 512  # samples a forward pass
+_QUADRATIC = 1e-3  # a loss is quadratic if its gradient is linear in the outputs to this precision
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+Forward = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class LayerObservation:
+    """A layer's inputs.
+
+    Attributes:
+        inputs: input vectors (n, d), or others of the same leading second moment.
+        rows: number of input vectors that a sample gives a weight.
+        mean_eigenvalue: of the second moment, over all directions; None for that of ``inputs``.
+        fed_by_data: True if no trained layer makes this layer's input.
+    """
+
+    inputs: Tensor
+    rows: float
+    mean_eigenvalue: Tensor | None
+    fed_by_data: bool
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What was observed of an experience, or of a stream since the last boundary: all that consolidation needs.
+
+    Attributes:
+        layers: by name, in the order of the forward pass.
+        samples, classes: numbers of the experience.
+        curvature: of the loss in the network's outputs, mean over samples, 0-dim; 0 without a loss.
+        readout: the loss in the last layer's weights; None if the last layer does not make the network's output, or if
+            the loss is not quadratic and convex in it.
+    """
+
+    layers: Mapping[str, LayerObservation]
+    samples: int
+    classes: int
+    curvature: Tensor
+    readout: ReadoutLoss | None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of an experience, evenly spread over it.
+
+    Attributes:
+        batches: pairs of inputs and targets.
+        total, classes: numbers of samples and classes of the whole experience.
+    """
+
+    batches: Iterable[tuple[Any, Tensor]]
+    total: int
+    classes: int
+
+    @classmethod
+    def of(cls, data: Dataset | Iterable[tuple[Any, Tensor]], limit: int) -> Samples:
+        """At most ``limit`` samples of a map-style dataset of pairs, or of an iterable of batches of pairs.
+
+        An iterable is read once. A sample's place in a shuffled loader depends on the loader's random numbers.
+
+        Raises:
+            ValueError: there is no sample.
+        """
+        if isinstance(data, Dataset) and hasattr(data, "__len__"):
+            total = len(data)
+            chosen = torch.linspace(0, total - 1, min(total, limit)).long().tolist() if total else []
+            loader = DataLoader(Subset(data, chosen), _BATCH, generator=torch.Generator())
+            batches = [(batch[0], batch[1]) for batch in loader]
+        else:
+            total, batches = _spread(data, limit)
+        if not total:
+            raise ValueError("Invalid data: no sample (allowed: one or more)")
+        return cls(_rebatched(batches), total, len(torch.cat([y.flatten() for _, y in batches]).unique()))
+
+
+def _spread(data: Iterable[tuple[Any, Tensor]], limit: int) -> tuple[int, list[tuple[Any, Tensor]]]:
+    """Every n-th batch of an iterable, n the lowest power of two that leaves at most ``limit`` samples."""
+    total, every, kept = 0, 1, []
+    for number, (x, y, *_) in enumerate(data):
+        total += len(y)
+        if number % every == 0:
+            kept.append((x, y))
+        while len(kept) > 1 and sum(len(y) for _, y in kept) > limit:
+            kept, every = kept[::2], 2 * every
+    return total, kept
+
+
+def _rebatched(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
+    """The same samples in batches of 512, if the inputs are tensors of one shape."""
+    if not all(isinstance(x, Tensor) and x.shape[1:] == batches[0][0].shape[1:] for x, _ in batches):
+        return batches
+    x, y = (torch.cat(column) for column in zip(*batches))
+    return list(zip(x.split(_BATCH), y.split(_BATCH)))
+
+
+def observe(
+    model: nn.Module,
+    samples: Samples,
+    layers: Mapping[str, GatedLayer],
+    criterion: Criterion | None,
+    settings: Settings,
+    forward: Forward,
+) -> Observation:
+    """Runs samples through the network, in evaluation mode.
+
+    Leaves the modules' modes and the global random state alone.
+
+    Args:
+        layers: whose inputs are wanted, by name.
+        criterion: loss whose derivatives in the outputs are wanted, a mean over samples; or None.
+        forward: computes the outputs from model and inputs.
+
+    Raises:
+        TypeError: a loss is given and the network's output is not one tensor.
+        FloatingPointError: an input is not finite.
+    """
+    inputs: dict[str, list[Tensor]] = {}
+    vectors_seen: dict[str, int] = {}
+    curvatures: list[Tensor] = []
+    errors: list[tuple[str | None, Tensor]] = []
+    last: tuple[str, GatedLayer, Tensor] | None = None
+    count = 0
+
+    def recorder(name):
+        def hook(layer, args, output):
+            nonlocal last
+            last = name, layer, output
+            x, vectors = some_inputs(layer, args[0], settings.vectors_a_sample)
+            inputs.setdefault(name, []).append(x)
+            vectors_seen[name] = vectors_seen.get(name, 0) + vectors
+
+        return hook
+
+    device = next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with _after_each(layers, recorder):
+                for x, y in samples.batches:
+                    x, y = _on(device, x), y.to(device)
+                    count += len(y)
+                    outputs = forward(model, x)
+                    if criterion is not None:
+                        curvature, name, error = output_derivatives(criterion, outputs, y, last)
+                        curvatures.append(curvature)
+                        errors.append((name, error))
+            given = _fed_by_data(model, layers, _first(x, 2), forward)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    for name, parts in inputs.items():
+        if not torch.stack([part.square().sum() for part in parts]).sum().isfinite():
+            raise FloatingPointError(
+                f"the input of layer {name} is not finite, or its square is not, at the end of an experience: nothing "
+                "was consolidated. The usual cause is too high a learning rate."
+            )
+    observed = {
+        name: LayerObservation(torch.cat(parts), vectors_seen[name] / count, None, name in given)
+        for name, parts in inputs.items()
+    }
+    curvature = torch.stack(curvatures).mean() if curvatures else torch.zeros(())
+    readout, names = None, {name for name, _ in errors}
+    if len(names) == 1 and (name := names.pop()) is not None:
+        x, error = observed[name].inputs, torch.cat([error for _, error in errors])
+        readout = _readout_loss(name, layers[name], x, error.to(x.dtype), curvature, samples.total)
+    return Observation(observed, samples.total, samples.classes, curvature, readout)
+
+
+def _readout_loss(
+    name: str, layer: GatedLayer, x: Tensor, error: Tensor, curvature: Tensor, weight: float
+) -> ReadoutLoss:
+    """The mean loss in a layer's weights, from its inputs (n, d) and the loss's gradients in its outputs (n, out)."""
+    wanted = along(layer, x.T).T - error / curvature
+    square = wanted.square().sum() / len(x)
+    return ReadoutLoss(name, error.T @ x / len(x), x.T @ x / len(x), curvature, square, weight)
+
+
+def some_inputs(layer: GatedLayer, x: Tensor, most: int) -> tuple[Tensor, int]:
+    """A layer's input vectors (n, d), evenly spread over all, at most so many a sample; and the number for a weight."""
+    vectors = presynaptic(layer, x.float())
+    count, some = len(vectors), most * len(x)
+    if count > some:
+        vectors = vectors[torch.linspace(0, count - 1, some, device=x.device).long()]
+    return vectors, count // getattr(layer, "groups", 1)
+
+
+def output_derivatives(
+    criterion: Criterion,
+    outputs: Tensor,
+    targets: Tensor,
+    last: tuple[str, GatedLayer, Tensor] | None,
+) -> tuple[Tensor, str | None, Tensor]:
+    """The loss's mean curvature in the outputs, 0-dim; the readout's name; its gradient in the readout's output.
+
+    The gradient has a row a sample. The name is None if the last layer is not a readout or part of it is frozen, or if
+    the loss is not quadratic and convex in the outputs.
+
+    Args:
+        criterion: a mean over samples.
+        outputs, targets: the network's outputs (n, C), what they should be.
+        last: the last layer that was called, its name before and its output after it.
+
+    Raises:
+        TypeError: the network's output is not one tensor.
+    """
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"Invalid model: its output is a {type(outputs).__name__} (the penalty and the readout's step measure "
+            "the loss on one output tensor; pull_back=0 and readout_step=False leave the gate alone)"
+        )
+    with torch.enable_grad():
+        varied = outputs.detach().requires_grad_()
+        curvature = loss_curvature(varied, criterion(varied, targets))
+    if last is None:
+        return curvature, None, outputs
+    name, layer, made = last
+    if made.shape != outputs.shape or outputs.dim() != 2 or not all(p.requires_grad for p in layer.parameters()):
+        return curvature, None, outputs
+    kept = (outputs == made).all(0)  # the others are masked: Avalanche's incremental heads do it
+    nothing, error, twice = (_gradient(criterion, scale * outputs, targets) for scale in (0.0, 1.0, 2.0))
+    curved = (nothing + twice - 2 * error).abs().max()
+    quadratic = curved <= _QUADRATIC * error.abs().max() and (nothing != twice).any()
+    is_readout = kept.any() and quadratic and curvature > 0
+    return curvature, name if is_readout else None, error * kept * len(outputs)
+
+
+@torch.enable_grad()
+def _gradient(criterion: Criterion, outputs: Tensor, targets: Tensor) -> Tensor:
+    outputs = outputs.detach().requires_grad_()
+    return torch.autograd.grad(criterion(outputs, targets), outputs)[0]
+
+
+def _fed_by_data(model: nn.Module, layers: Mapping[str, GatedLayer], inputs: Any, forward: Forward) -> set[str]:
+    """Names of the layers whose input no trained layer makes, measured on a few samples."""
+    given: dict[str, bool] = {}
+
+    def note(name):
+        return lambda layer, args, _: given.update({name: given.get(name, True) and not args[0].requires_grad})
+
+    with torch.enable_grad(), _after_each(layers, note):
+        forward(model, inputs)
+    return {name for name, is_given in given.items() if is_given}
+
+
+@contextmanager
+def _after_each(layers: Mapping[str, GatedLayer], hook_of: Callable[[str], Callable]) -> Iterator[None]:
+    """Within it, each layer's forward pass is followed by the hook of its name."""
+    handles = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on(device: torch.device, inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {name: _on(device, value) for name, value in inputs.items()}
+    return tuple(_on(device, value) for value in inputs) if isinstance(inputs, (list, tuple)) else inputs
+
+
+def _first(inputs: Any, n: int) -> Any:
+    """The first samples of a batch of inputs."""
+    if isinstance(inputs, Mapping):
+        return {name: _first(value, n) for name, value in inputs.items()}
+    if isinstance(inputs, tuple):
+        return tuple(_first(value, n) for value in inputs)
+    return inputs[:n] if isinstance(inputs, Tensor) else inputs

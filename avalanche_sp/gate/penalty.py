@@ -1,0 +1,174 @@
+"""The drift of the weights since consolidation: the gated part is taken back, and a penalty adds its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from avalanche_sp.gate.functional import penalty_gradient
+from avalanche_sp.gate.layer_gate import LayerGate, StreamStatistics
+from avalanche_sp.gate.layers import GatedLayer, add_along, add_to_gradient, along, drift_from
+from avalanche_sp.gate.memory import LayerMemory
+from avalanche_sp.gate.per_layer import PerLayer, value_of
+from avalanche_sp.gate.settings import Settings
+
+__all__ = ["Gated", "Drift"]
+
+
+@dataclass
+class Gated:
+    """A layer under a gate: its memory, its gate of the moment, and the statistics of its inputs."""
+
+    name: str
+    layer: GatedLayer
+    memory: LayerMemory
+    gate: LayerGate
+    statistics: StreamStatistics
+
+
+class Drift:
+    """Follows the gated layers' weights, at a look every few optimizer steps.
+
+    A look takes back the share f of the updates since the last look along each vector of the memory. After a look the
+    penalty is due: its gradient joins the next step's. A penalty at every n-th step, n times as strong, stands for one
+    at each step. At every second look a penalty along all other directions is due also.
+
+    Args:
+        weights: of the penalty, by layer; 0 for none.
+        longest: steps from one look to the next, at most.
+        settings: the constants.
+    """
+
+    def __init__(self, weights: PerLayer[float], longest: int, settings: Settings):
+        self.weights, self.longest, self.settings = weights, longest, settings
+        self.steps = 0
+        self._gated: dict[str, Gated] = {}
+        self._interval = longest
+        self._old_samples = 0.0  # in the penalty, for each new one
+        self._takes_back = 0.0
+        self._curvature = torch.zeros(())
+        self._before: dict[str, Tensor] = {}  # the weights along the vectors after the last look
+        self._due: set[str] = set()
+        self._due_beyond: set[str] = set()
+        self._likeness: Tensor | None = None  # of stream and memory at the last look that needed it
+
+    def begin(
+        self, gated: Iterable[Gated], curvature: Tensor, ratio: float, strength: float, takes_back: float
+    ) -> None:
+        """Begins an epoch.
+
+        Args:
+            gated: the layers with a memory.
+            curvature: of the loss in the outputs, 0-dim.
+            ratio: N_old / N_new.
+            strength: factor of the penalty; 1 without stored samples.
+            takes_back: how much of the gated part of the updates is taken back, 0 to 1.
+        """
+        self._gated = {g.name: g for g in gated}
+        self._curvature = curvature
+        largest = self.settings.largest_ratio
+        self._interval = min(max(int(largest / max(ratio, 1)), 1), self.longest)
+        self._old_samples = min(ratio, largest) * strength
+        self._takes_back = takes_back
+        for name, g in self._gated.items():
+            known = self._before.get(name)  # steps of an experience before may wait for the next look
+            if known is None or len(known) < len(g.layer.weight):  # of a head that has grown
+                self._before[name] = along(g.layer, g.memory.vectors)
+                if known is not None:
+                    self._before[name][: len(known)] = known
+
+    def forget(self) -> None:
+        """Drops all that was noted of the steps so far, and of the layers."""
+        self._gated = {}
+        self._due.clear()
+        self._due_beyond.clear()
+        self._before.clear()
+
+    def rebase(self, name: str) -> None:
+        """Takes a layer's present weights for those after the last look."""
+        g = self._gated[name]
+        self._before[name] = along(g.layer, g.memory.vectors)
+
+    @property
+    def is_looking(self) -> bool:
+        """Whether the present step's inputs are looked at."""
+        return self.steps % self.settings.look == 0
+
+    def end_step(self) -> None:
+        """Ends an optimizer step; every few steps this is a look."""
+        self.steps += 1
+        if self.steps % self._interval == 0:
+            self._look(beyond=self.steps % (self.settings.beyond_every * self._interval) == 0)
+
+    def take_back(self) -> None:
+        """Takes back the gated part of the last updates, if no look came after them."""
+        if self.steps % self._interval and self._before:
+            self._look(beyond=False)
+
+    def gradient(self, name: str) -> Tensor | None:
+        """The penalty's gated gradient that is due, along the layer's vectors (rows, r); None if none is."""
+        if name not in self._due:
+            return None
+        self._due.remove(name)
+        g = self._gated[name]
+        anchor = g.memory.anchor
+        drift = self._before[name][: len(anchor)] - anchor
+        gradient = penalty_gradient(drift, g.memory.eigenvalues, g.gate.closed, self._weight(g))
+        if name in self._due_beyond:  # which acts along the vectors, too
+            gradient -= self._weight_beyond(g) * drift
+        return gradient
+
+    def add_gradient_beyond(self, name: str) -> None:
+        """Adds the penalty's gradient that is due along all other directions to the layer's gradient."""
+        if name in self._due_beyond:
+            self._due_beyond.remove(name)
+            g = self._gated[name]
+            assert g.memory.rough_anchor is not None
+            add_to_gradient(g.layer, drift_from(g.layer, g.memory.rough_anchor.unpacked()), self._weight_beyond(g))
+
+    def _weight(self, g: Gated) -> Tensor:
+        strength = self._interval * self._old_samples * value_of(self.weights, g.name)
+        return strength * self._curvature * g.memory.rows
+
+    def _weight_beyond(self, g: Gated) -> Tensor:
+        weight = self.settings.beyond_every * self.settings.beyond * self._weight(g)
+        return weight * g.memory.rest * self._likeness * (1 - g.gate.closed_rest)
+
+    @torch.no_grad()
+    def _look(self, beyond: bool) -> None:
+        if beyond:
+            self._likeness = self._mean_likeness()
+        for name, g in self._gated.items():
+            now = along(g.layer, g.memory.vectors)
+            back = (self._before[name] - now).mul_(g.gate.closed * self._takes_back)
+            add_along(g.layer, back, g.memory.vectors)
+            self._before[name] = now.add_(back)
+            if self._old_samples and value_of(self.weights, name):
+                self._due.add(name)
+                if beyond and self._likeness is not None and g.memory.rough_anchor is not None:
+                    self._due_beyond.add(name)
+
+    def _mean_likeness(self) -> Tensor | None:
+        """How alike stream and memory are at the layers that data feed; None if no penalty depends on it."""
+        if all(g.memory.rough_anchor is None for g in self._gated.values()):
+            return None
+        alike = [g.statistics.likeness(g.memory) for g in self._gated.values() if g.memory.fed_by_data]
+        return torch.stack(alike).mean() ** self.settings.beyond_power if alike else None
+
+    def state_dict(self) -> dict:
+        """What a run that goes on in mid-experience needs."""
+        return {
+            "steps": self.steps,
+            "before": dict(self._before),
+            "due": sorted(self._due),
+            "due_beyond": sorted(self._due_beyond),
+            "likeness": self._likeness,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps, self._before = state["steps"], dict(state["before"])
+        self._due, self._due_beyond = set(state["due"]), set(state["due_beyond"])
+        self._likeness = state["likeness"]

@@ -1,0 +1,41 @@
+"""Stored samples beside the gate: how far they replace it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from avalanche_sp.gate.settings import Settings
+
+__all__ = ["StoredSamples"]
+
+
+@dataclass(frozen=True)
+class StoredSamples:
+    """What the number of stored samples means for the gate. Found on Split MNIST (``docs/experiments.md``).
+
+    Attributes:
+        each: c, the number of stored samples for each class of each experience; 0 without a memory.
+        settings: the constants.
+    """
+
+    each: float
+    settings: Settings
+
+    @property
+    def trust(self) -> float:
+        """t = c / (c + half_trust), the share of the old loss that they stand for, 0 to 1."""
+        return self.each / (self.each + self.settings.half_trust)
+
+    @property
+    def opening(self) -> float:
+        """o = 1 + (c / double_openness)^2, a factor of the openness."""
+        return 1 + (self.each / self.settings.double_openness) ** 2
+
+    def closing(self, epoch: int) -> float:
+        """A divisor of the openness in epoch 0, 1, ... of an experience: (1 + epoch)^(p / (1 + (c / few_epochs)^2))."""
+        power = self.settings.epoch_power / (1 + (self.each / self.settings.few_epochs) ** 2)
+        return (1 + epoch) ** power
+
+    def penalty(self, ratio: float) -> float:
+        """A factor of the penalty, with N_old / N_new: 1 / (o^2 (1 + t N_old / N_new))."""
+        return 1 / (self.opening**2 * (1 + ratio * self.trust))

@@ -1,0 +1,1 @@
+"""What Avalanche's strategies take: plugins, losses, metrics and loggers."""

@@ -1,0 +1,177 @@
+"""SelectivePlasticityPlugin: the coincidence gate for any Avalanche strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from avalanche.models import avalanche_forward
+from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor, nn
+
+from avalanche_sp.gate import ChangeDetector, LayerMemory, PlasticityGate, Settings
+from avalanche_sp.gate.layers import gated_layers
+from avalanche_sp.gate.per_layer import PerLayer
+from avalanche_sp.optim import SelectivePlasticityOptimizer
+from avalanche_sp.training.consolidation import ConsolidatedEligibility
+from avalanche_sp.training.replay import memories_of, samples_of, stored_rows
+
+__all__ = ["SelectivePlasticityPlugin"]
+
+
+class SelectivePlasticityPlugin(SupervisedPlugin):
+    """Keeps earlier experiences in any Avalanche strategy: :class:`~avalanche_sp.gate.PlasticityGate` as a plugin.
+
+    At the end of every experience the gate remembers the input directions that each layer used. From then on updates
+    along these directions are held back. No sample is stored. :class:`~avalanche_sp.gate.PlasticityGate` has the
+    equations, and says what is gated.
+
+    With Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated, and the
+    more samples are stored, the further the gate opens. Use ``JointReplayLoss(criterion)`` with it, which asks the
+    plugin for the weight of the stored samples.
+
+    A :class:`~avalanche_sp.SelectivePlasticityOptimizer` is told the surprise of each loss, and consolidates with the
+    gate. The model and the optimizer carry hooks only while the strategy trains.
+
+    Args:
+        openness: alpha > 0, in units of the mean eigenvalue (default 0.5). Larger values learn the new faster and keep
+            less of the old. ``math.inf`` switches the gate off, for all layers or for one.
+        pull_back: weight of the penalty, 0 or more (default 1).
+        rank: eigenvectors kept a layer, 1 or more, or a share of the energy below 1 (default 48, or 64 if the plugin
+            finds the boundaries; at the last layer a tenth of its inputs, if that is more).
+        consolidation_samples: samples of an experience, evenly spread over it, that are run through the network at its
+            end, 1 or more (default 5000).
+        consolidate: ``"experience"`` (default): at the end of every experience. ``"surprise"``: at a change of the
+            stream's loss or inputs. ``"continuous"``: every 4096 samples. The last two need no boundaries: experiences
+            may be of any length, as Avalanche's online streams' are (``docs/boundaries.md``).
+        detector: finds changes; an object with ``update(x)`` and ``drift_detected``, such as river's. Default: river's
+            Page-Hinkley test, for ``"surprise"``.
+        readout_step: whether the last layer takes its Newton step at a consolidation (default True).
+        settings: all other constants.
+
+    ``openness``, ``pull_back`` and ``rank`` take one value for all layers, or a mapping from patterns of layer names
+    to values: ``docs/layers.md``.
+
+    Raises:
+        ValueError: at construction for an argument out of range; at ``train`` for a model without a layer to gate, and
+            for a pattern that matches none of its layers.
+        ImportError: at construction, for ``"surprise"`` without a detector if river is not installed.
+        TypeError: at ``train`` for a model whose output is not one tensor, unless ``pull_back`` is 0 and
+            ``readout_step`` False.
+        FloatingPointError: at ``train`` when the loss is not finite, before the optimizer's step, or a layer's inputs
+            are not finite at a consolidation.
+
+    Example::
+
+        strategy = Naive(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+                         criterion=OneHotMSELoss(), train_mb_size=64, plugins=[SelectivePlasticityPlugin()])
+    """
+
+    consolidates_optimizer = True
+
+    def __init__(
+        self,
+        openness: PerLayer[float] = 0.5,
+        pull_back: PerLayer[float] = 1.0,
+        rank: PerLayer[float] | None = None,
+        consolidation_samples: int = 5000,
+        consolidate: Literal["experience", "surprise", "continuous"] = "experience",
+        detector: ChangeDetector | None = None,
+        readout_step: bool = True,
+        settings: Settings = Settings(),  # noqa: B008  # frozen
+    ):
+        super().__init__()
+        self.gate = PlasticityGate(
+            openness=openness,
+            pull_back=pull_back,
+            rank=rank,
+            consolidation_samples=consolidation_samples,
+            consolidate=consolidate,
+            detector=detector,
+            readout_step=readout_step,
+            settings=settings,
+            forward=_forward,
+        )
+        self.gate.listening = False
+        self.consolidated_at: list[int] = []
+        """Training iterations after which the plugin consolidated; with "surprise" the boundaries that it found."""
+        self._eligibility = ConsolidatedEligibility()
+
+    @property
+    def layers(self) -> Mapping[str, LayerMemory]:
+        """What is remembered of each layer, by name; empty until the first experience has ended."""
+        return self.gate.memory.layers
+
+    @property
+    def surprise(self) -> Tensor:
+        """Surprise of the last training loss: 0-dim tensor in [0, 1], 0 before any."""
+        return self.gate.surprise
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the memory."""
+        return self.gate.state_bytes
+
+    # Avalanche's callbacks, in the order of training.
+
+    def before_training(self, strategy, **kwargs):
+        if not gated_layers(strategy.model):
+            self.gate.attach(strategy.model, strategy.optimizer)  # raises
+
+    def before_training_exp(self, strategy, **kwargs):
+        self.gate.attach(strategy.model, strategy.optimizer)
+        if isinstance(strategy.optimizer, SelectivePlasticityOptimizer):
+            self._eligibility.restore(strategy)
+
+    def before_training_epoch(self, strategy, **kwargs):
+        # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
+        limit = self.gate.consolidation_samples
+        stored = [samples_of(memory, limit) for memory in memories_of(strategy)]
+        self.gate.begin(len(strategy.experience.dataset), stored, strategy.clock.train_exp_epochs)
+
+    def before_forward(self, strategy, **kwargs):
+        if not self.gate.is_attached:  # after an evaluation in the midst of training, or in a resumed run
+            self.gate.attach(strategy.model, strategy.optimizer)
+        self.gate.replayed(stored_rows(strategy))
+        self.gate.listening = True
+
+    def after_forward(self, strategy, **kwargs):
+        self.gate.listening = False
+
+    def after_backward(self, strategy, **kwargs):
+        if not strategy.loss.isfinite():
+            clock = strategy.clock
+            raise FloatingPointError(
+                f"the loss is {strategy.loss.item()} at iteration {clock.train_exp_iterations} of training experience "
+                f"{clock.train_exp_counter}: nothing was updated. The usual cause is too high a learning rate."
+            )
+        self.gate.observe(strategy.mb_x, strategy.mb_output, strategy.mb_y, strategy.loss, strategy._criterion)
+        if isinstance(strategy.optimizer, SelectivePlasticityOptimizer) and self.gate.active:
+            strategy.optimizer.observe_surprise(self.surprise)
+
+    def after_update(self, strategy, **kwargs):
+        if self.gate.memory.consolidations > len(self.consolidated_at):
+            self._note_consolidation(strategy, strategy.clock.train_iterations + 1)  # Avalanche counts this one later
+
+    def after_training_exp(self, strategy, **kwargs):
+        self.gate.listening = False
+        if self.gate.boundaries == "experience" and self.gate.active:
+            samples = samples_of(strategy.experience.dataset, self.gate.consolidation_samples)
+            self.gate.consolidate(samples, strategy._criterion)
+            self._note_consolidation(strategy, strategy.clock.train_iterations)
+
+    def after_training(self, strategy, **kwargs):
+        self.gate.detach()
+
+    def before_eval(self, strategy, **kwargs):
+        self.gate.listening = False
+        self.gate.detach()
+
+    def _note_consolidation(self, strategy, iteration: int) -> None:
+        self.consolidated_at.append(iteration)
+        if isinstance(strategy.optimizer, SelectivePlasticityOptimizer):
+            self._eligibility.consolidate(strategy)
+
+
+def _forward(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:
+    return avalanche_forward(model, *inputs)

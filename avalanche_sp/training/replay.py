@@ -1,0 +1,81 @@
+"""Avalanche's replay: which samples are stored ones, and what the gate is told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from avalanche.benchmarks.utils.data_loader import ReplayDataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from avalanche_sp.gate import Samples
+
+__all__ = ["SpreadBatches", "classes_of", "memories_of", "memory_size", "samples_of", "stored_rows", "stream_rows"]
+
+
+@dataclass(frozen=True)
+class SpreadBatches:
+    """Samples of an Avalanche dataset, evenly spread over it, in batches.
+
+    Attributes:
+        dataset: an ``AvalancheDataset``.
+        limit: number of samples, at most.
+    """
+
+    dataset: Any
+    limit: int
+
+    def __iter__(self) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+        """Pairs of (inputs, task labels) and targets."""
+        chosen = torch.linspace(0, len(self.dataset) - 1, min(len(self.dataset), self.limit)).long()
+        loader = DataLoader(
+            self.dataset.subset(chosen.tolist()),
+            batch_size=512,
+            collate_fn=getattr(self.dataset, "collate_fn", None),
+            generator=torch.Generator(),  # its own: a loader draws from the global one even without shuffling
+        )
+        for batch in loader:
+            yield (batch[0], batch[-1]), batch[1]
+
+
+def samples_of(dataset, limit: int) -> Samples:
+    """At most ``limit`` samples of an Avalanche dataset, as the gate takes them: with task labels among the inputs."""
+    return Samples(SpreadBatches(dataset, limit), len(dataset), classes_of(dataset))
+
+
+def memories_of(strategy) -> list:
+    """The datasets that the strategy's present data loader replays; none without replay."""
+    loader = strategy.dataloader
+    return [memory for memory in loader.datasets[1:] if len(memory)] if isinstance(loader, ReplayDataLoader) else []
+
+
+def memory_size(strategy) -> int:
+    """Number of stored samples that the strategy's present data loader replays; 0 without replay."""
+    return sum(len(memory) for memory in memories_of(strategy))
+
+
+def classes_of(dataset) -> int:
+    """Number of classes among a dataset's targets; 1 if it has no targets to tell apart."""
+    targets = getattr(dataset, "targets", None)
+    return len(targets.uniques) if targets is not None else 1
+
+
+def stream_rows(strategy) -> int:
+    """Number of rows of the present training mini-batch that come from the stream; they come first.
+
+    ``ReplayPlugin`` puts the stream's samples first, then the stored ones, and marks neither. Only the last batch of an
+    epoch holds fewer of the stream's than asked for, so their number follows from the position in the epoch.
+    """
+    loader = strategy.dataloader
+    if not isinstance(loader, ReplayDataLoader):
+        return len(strategy.mb_x)
+    size = loader.batch_sizes[0]
+    return min(size, len(loader.datasets[0]) - strategy.clock.train_epoch_iterations * size)
+
+
+def stored_rows(strategy) -> Tensor:
+    """True for each row of the present training mini-batch that is a stored sample, shape (batch,)."""
+    return torch.arange(len(strategy.mb_x)) >= stream_rows(strategy)
