@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -17,9 +19,11 @@ from avalanche_sp.gate.layers import (
     NORMALISATION,
     GatedLayer,
     energy,
+    gate_gradient,
     gated_layers,
     project,
     set_weights,
+    trained,
     weights_and_bias,
 )
 from avalanche_sp.gate.memory import Memory
@@ -193,7 +197,8 @@ class PlasticityGate:
         self._norms: list[nn.Module] = []  # the frozen normalisation layers
         # For the present step.
         self._rows: StreamRows | None = None  # None: all rows come from the stream
-        self._held: dict[str, Tensor] = {}  # the part of the stream's gradient that the gate holds back
+        # Beside stored samples: the part of the stream's gradient that the gate holds back, by parameter.
+        self._held: dict[nn.Parameter, Tensor] = {}
         self._criterion: Criterion | None = None  # as last observed
         self._resting: set[nn.Module] = set()  # frozen layers in the midst of their forward pass
         if model is not None:
@@ -440,6 +445,8 @@ class PlasticityGate:
         if self._stream is not None or self._gated:
             for name, layer in self._protected.items():
                 self._handles.append(layer.register_forward_hook(_Hook(layer, self._after_forward, name)))
+        for g in self._gated.values() if self._memory_size else ():
+            self._handles += [p.register_hook(partial(self._gate_backward, g, p)) for p in trained(g.layer)]
         for norm in self._norms:
             self._handles.append(norm.register_forward_pre_hook(_Hook(norm, self._freeze)))
             self._handles.append(norm.register_forward_hook(_Hook(norm, self._unfreeze), always_call=True))
@@ -462,7 +469,13 @@ class PlasticityGate:
             g.statistics.add(g.gate, energy(g.layer, x), project(g.layer, x, g.memory.vectors))
         if self._memory_size:
             held = g.gate.held_activity(g.layer, x, delta)
-            self._held[g.name] = self._held[g.name].add_(held) if g.name in self._held else held
+            for parameter in trained(g.layer):
+                self._held[parameter] = self._held[parameter] + held if parameter in self._held else held
+
+    def _gate_backward(self, g: Gated, parameter: nn.Parameter, grad: Tensor) -> Tensor | None:
+        """Hook on a parameter: gates the stream's part of the gradient of a backward pass, before it is accumulated."""
+        held = self._held.pop(parameter, None)
+        return None if held is None else g.gate.gated(grad, held)
 
     def _freeze(self, norm: nn.Module, args: tuple) -> None:
         if norm.training:
@@ -475,25 +488,30 @@ class PlasticityGate:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict):
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args begins with the optimizer
         if closure is None:
-            self._gate_gradients()
+            self._gate_gradients(optimizer)
             return None
 
         def gated_closure():
             loss = closure()
-            self._gate_gradients()
+            self._gate_gradients(optimizer)
             return loss
 
         return (args[0], gated_closure), {}
 
     @torch.no_grad()
-    def _gate_gradients(self) -> None:
+    def _gate_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        # A GradScaler leaves it to fused optimizers to unscale the gradients.
+        scale = getattr(optimizer, "grad_scale", None)
         for name, g in self._gated.items():
-            if g.layer.weight.grad is None or (self._memory_size and name not in self._held):  # it was not called
+            if g.layer.weight.grad is None:
                 continue
-            held = self._held[name] if self._memory_size else g.gate.held_gradient(g.layer)
-            g.gate.apply(g.layer, held, g.memory, self._drift.gradient(name))
-            self._drift.add_gradient_beyond(name)
-        self._held.clear()
+            penalty = self._drift.gradient(name, scale)
+            if not self._memory_size:
+                g.gate.gate(g.layer, g.memory, penalty)
+            elif penalty is not None:
+                new_units = len(g.layer.weight) - len(penalty)
+                gate_gradient(g.layer, F.pad(-penalty, (0, 0, 0, new_units)), g.memory.vectors)
+            self._drift.add_gradient_beyond(name, scale)
         for norm in self._norms:
             for parameter in norm.parameters(recurse=False):
                 parameter.grad = None  # not zero: a step on zeros still follows momentum and decays weights

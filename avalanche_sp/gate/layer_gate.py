@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from avalanche_sp.gate.functional import held_back, likeness
-from avalanche_sp.gate.layers import GatedLayer, gate_gradient, gradient_along, postsynaptic, project
+from avalanche_sp.gate.layers import GatedLayer, gate_gradient, gated_gradient, gradient_along, postsynaptic, project
 from avalanche_sp.gate.memory import LayerMemory
 
 __all__ = ["LayerGate", "StreamStatistics"]
@@ -46,28 +47,27 @@ class LayerGate:
         """Number of kept directions along which the gate is at least half closed."""
         return int((self.closed >= 0.5).sum())
 
-    def held_gradient(self, layer: GatedLayer) -> Tensor:
-        """The part of a layer's gradient that the gate holds back, along the leading vectors: (out, k)."""
-        return gradient_along(layer, self.leading).mul_(self.closed_leading)
-
     def held_activity(self, layer: GatedLayer, x: Tensor, delta: Tensor) -> Tensor:
-        """The same for the gradient that input ``x`` and error ``delta`` make, of some samples of a batch."""
+        """The part held back of the gradient that input ``x`` and error ``delta`` make: (out, k)."""
         projection = project(layer, x, self.leading)
         return held_back(postsynaptic(layer, delta), projection, self.closed_leading).flatten(0, -2)
 
-    def apply(self, layer: GatedLayer, held: Tensor, memory: LayerMemory, added: Tensor | None = None) -> None:
+    def gate(self, layer: GatedLayer, memory: LayerMemory, added: Tensor | None = None) -> None:
         """Gates a layer's gradient in place, and adds a gradient given along the memory's vectors, in one product.
 
         Args:
-            held: what the gate holds back, along the leading vectors (out, k).
             added: along all kept vectors (rows, r), for the layer's first output units; None for nothing.
         """
-        vectors = self.leading
+        vectors, held = self.leading, gradient_along(layer, self.leading).mul_(self.closed_leading)
         if added is not None:
             vectors = memory.vectors
-            held = torch.nn.functional.pad(held, (vectors.shape[1] - held.shape[1], 0))
+            held = F.pad(held, (vectors.shape[1] - held.shape[1], 0))
             held[: len(added)] -= added
         gate_gradient(layer, held, vectors, 1 - self.closed_rest)
+
+    def gated(self, grad: Tensor, held: Tensor) -> Tensor:
+        """A gradient of a weight or bias, of which the part ``held`` (out, k) along the leading vectors is held back."""
+        return gated_gradient(grad, held, self.leading, 1 - self.closed_rest)
 
     def through(self, change: Tensor, memory: LayerMemory) -> Tensor:
         """The part of a change (out, d) of the layer's weights and bias that the gate lets through."""

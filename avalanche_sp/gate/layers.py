@@ -14,6 +14,7 @@ __all__ = [
     "GatedLayer",
     "NORMALISATION",
     "gated_layers",
+    "trained",
     "presynaptic",
     "energy",
     "project",
@@ -22,6 +23,9 @@ __all__ = [
     "gradient_along",
     "add_along",
     "gate_gradient",
+    "gated_gradient",
+    "add_to_gradient",
+    "drift_from",
     "weights_and_bias",
     "set_weights",
 ]
@@ -33,6 +37,11 @@ NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Insta
 def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
     """The trainable layers that the coincidence gate knows, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, GatedLayer) and m.weight.requires_grad}
+
+
+def trained(layer: GatedLayer) -> list[nn.Parameter]:
+    """A layer's own trainable parameters: its weight, and its bias if it has one."""
+    return [p for p in layer.parameters(recurse=False) if p.requires_grad]
 
 
 def presynaptic(layer: GatedLayer, x: Tensor) -> Tensor:
@@ -131,7 +140,7 @@ def _add_product(rows: Tensor, a: Tensor, b: Tensor, beta: float = 1.0, alpha: f
         rows.mul_(beta).add_((a @ b).view_as(rows), alpha=alpha)
 
 
-def gate_gradient(layer: GatedLayer, held: Tensor, vectors: Tensor, open_rest: float) -> None:
+def gate_gradient(layer: GatedLayer, held: Tensor, vectors: Tensor, open_rest: float = 1.0) -> None:
     """Takes ``held`` (out, r) along the vectors from a layer's gradient, in place: open_rest * grad - held V^T.
 
     A layer without a gradient is left alone.
@@ -142,6 +151,14 @@ def gate_gradient(layer: GatedLayer, held: Tensor, vectors: Tensor, open_rest: f
     _add_product(grad, held, vectors[: grad[0].numel()].T, beta=open_rest, alpha=-1)
     if layer.bias is not None and layer.bias.grad is not None:
         _add_product(layer.bias.grad, held, vectors[-1], beta=open_rest, alpha=-1)
+
+
+def gated_gradient(grad: Tensor, held: Tensor, vectors: Tensor, open_rest: float) -> Tensor:
+    """``open_rest * grad - held V^T`` for the gradient of a layer's weight (out, ...) or bias (out,)."""
+    grad = grad.clone()
+    rows = vectors[: grad[0].numel()].T if grad.dim() > 1 else vectors[-1]
+    _add_product(grad, held, rows, beta=open_rest, alpha=-1)
+    return grad
 
 
 def add_to_gradient(layer: GatedLayer, rows: Tensor, weight: Tensor) -> None:

@@ -108,8 +108,12 @@ class Drift:
         if self.steps % self._interval and self._before:
             self._look(beyond=False)
 
-    def gradient(self, name: str) -> Tensor | None:
-        """The penalty's gated gradient that is due, along the layer's vectors (rows, r); None if none is."""
+    def gradient(self, name: str, scale: Tensor | None = None) -> Tensor | None:
+        """The penalty's gated gradient that is due, along the layer's vectors (rows, r); None if none is.
+
+        Args:
+            scale: of the other gradients, 0-dim; None for 1.
+        """
         if name not in self._due:
             return None
         self._due.remove(name)
@@ -119,15 +123,16 @@ class Drift:
         gradient = penalty_gradient(drift, g.memory.eigenvalues, g.gate.closed, self._weight(g))
         if name in self._due_beyond:  # which acts along the vectors, too
             gradient -= self._weight_beyond(g) * drift
-        return gradient
+        return gradient if scale is None else gradient * scale
 
-    def add_gradient_beyond(self, name: str) -> None:
+    def add_gradient_beyond(self, name: str, scale: Tensor | None = None) -> None:
         """Adds the penalty's gradient that is due along all other directions to the layer's gradient."""
         if name in self._due_beyond:
             self._due_beyond.remove(name)
             g = self._gated[name]
             assert g.memory.rough_anchor is not None
-            add_to_gradient(g.layer, drift_from(g.layer, g.memory.rough_anchor.unpacked()), self._weight_beyond(g))
+            weight = self._weight_beyond(g) if scale is None else self._weight_beyond(g) * scale
+            add_to_gradient(g.layer, drift_from(g.layer, g.memory.rough_anchor.unpacked()), weight)
 
     def _weight(self, g: Gated) -> Tensor:
         strength = self._interval * self._old_samples * value_of(self.weights, g.name)
