@@ -84,7 +84,8 @@ class PlasticityGate:
     (:func:`~avalanche_sp.gate.functional.likeness`), at the layers that data feed.
 
     **Readout.** At a consolidation the last linear layer takes one damped Newton step on the experience's loss and the
-    quadratic of the old loss, if the loss is quadratic in the outputs (:func:`avalanche_sp.gate.readout.solve_readout`).
+    quadratic of the old loss, if the loss is quadratic in the outputs
+    (:func:`avalanche_sp.gate.readout.solve_readout`).
 
     No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs, and four bits a weight.
     Gated are all trainable ``nn.Linear`` and ``nn.Conv2d`` layers (a convolution's input vectors are its patches; the
@@ -562,9 +563,12 @@ class PlasticityGate:
         if readout is None or readout.layer not in self.memory.layers:
             return []
         layer = {readout.layer: layers[readout.layer]}
-        losses = [self._observed(memory, layer, criterion).readout for memory in self._replays]
-        if any(loss is None for loss in losses):  # several heads, for instance
-            return None
+        losses = []
+        for memory in self._replays:
+            loss = self._observed(memory, layer, criterion).readout
+            if loss is None:  # several heads, for instance
+                return None
+            losses.append(loss)
         old, total = self.memory.layers[readout.layer].samples, sum(loss.weight for loss in losses)
         return [replace(loss, weight=self.trust * old * loss.weight / total) for loss in losses]
 

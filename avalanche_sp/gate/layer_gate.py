@@ -66,7 +66,7 @@ class LayerGate:
         gate_gradient(layer, held, vectors, 1 - self.closed_rest)
 
     def gated(self, grad: Tensor, held: Tensor) -> Tensor:
-        """A gradient of a weight or bias, of which the part ``held`` (out, k) along the leading vectors is held back."""
+        """A gradient of a weight or bias without the part ``held`` (out, k) along the leading vectors."""
         return gated_gradient(grad, held, self.leading, 1 - self.closed_rest)
 
     def through(self, change: Tensor, memory: LayerMemory) -> Tensor:

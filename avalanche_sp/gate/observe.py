@@ -54,7 +54,7 @@ class Observation:
             the loss is not quadratic and convex in it.
     """
 
-    layers: Mapping[str, LayerObservation]
+    layers: dict[str, LayerObservation]
     samples: int
     classes: int
     curvature: Tensor
@@ -89,7 +89,7 @@ class Samples:
             loader = DataLoader(Subset(data, chosen), _BATCH, generator=torch.Generator())
             batches = [(batch[0], batch[1]) for batch in loader]
         else:
-            total, batches = _spread(data, limit)
+            total, batches = _spread(data, limit)  # type: ignore[arg-type]  # an iterable dataset is one
         if not total:
             raise ValueError("Invalid data: no sample (allowed: one or more)")
         return cls(_rebatched(batches), total, len(torch.cat([y.flatten() for _, y in batches]).unique()))

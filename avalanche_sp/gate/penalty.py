@@ -139,6 +139,7 @@ class Drift:
         return strength * self._curvature * g.memory.rows
 
     def _weight_beyond(self, g: Gated) -> Tensor:
+        assert self._likeness is not None
         weight = self.settings.beyond_every * self.settings.beyond * self._weight(g)
         return weight * g.memory.rest * self._likeness * (1 - g.gate.closed_rest)
 

@@ -33,8 +33,8 @@ class Settings:
 
     # Memory of a layer.
     rank: int = _setting(48, "count", "eigenvectors kept for a layer if the end of an experience is told")
-    stream_rank: int = _setting(64, "count", "eigenvectors kept for a layer if boundaries are found; merges are of sketches")
-    readout_rank: float = _setting(0.1, "share", "eigenvectors kept for the last layer, as a share of its inputs, if more")
+    stream_rank: int = _setting(64, "count", "eigenvectors kept for a layer if boundaries are found")
+    readout_rank: float = _setting(0.1, "share", "eigenvectors of the last layer, as a share of its inputs, if more")
     vectors_a_sample: int = _setting(8, "count", "input vectors of one sample in the second moment, at most")
     # Gate.
     gated_vectors: int = _setting(32, "count", "leading eigenvectors gated in every step; the others at every look")
@@ -53,7 +53,7 @@ class Settings:
     # Stored samples, c for each class of each experience.
     half_trust: float = _setting(50, "positive", "c at which stored samples stand for half of the old loss")
     double_openness: float = _setting(12, "positive", "c at which the openness is twice that without stored samples")
-    few_epochs: float = _setting(800, "positive", "c at which the power of the epoch is half that without stored samples")
+    few_epochs: float = _setting(800, "positive", "c at which the power of the epoch is half that without memory")
     # Streams without told boundaries.
     stream_look: int = _setting(4, "count", "steps between two looks at the stream")
     stream_samples: int = _setting(16, "count", "samples that a look adds to the second moments")
@@ -77,6 +77,6 @@ class Settings:
                 raise ValueError(f"Invalid {f.name} value: {value!r} (allowed: {words})")
 
     @classmethod
-    def describe(cls) -> list[tuple[str, float, str, str]]:
+    def describe(cls) -> list[tuple[str, Any, str, str]]:
         """Name, default, allowed range and meaning of each setting."""
         return [(f.name, f.default, _RANGES[f.metadata["allowed"]][1], f.metadata["meaning"]) for f in fields(cls)]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-
 __all__ = [
     "eligibility",
     "trace_floor",
