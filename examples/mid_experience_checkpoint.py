@@ -29,7 +29,7 @@ from avalanche_sp import (
     selective_plasticity_metrics,
     split_mnist,
 )
-from avalanche_sp.classic import benchmark_of
+from avalanche_sp.data import benchmark_of
 
 MNIST = Path(__file__).resolve().parents[1] / "benchmarks" / "data" / "mnist"
 

@@ -9,7 +9,7 @@ from avalanche.training import Naive
 from torch import nn
 
 from avalanche_sp import OneHotMSELoss, permuted_mnist, split_mnist
-from avalanche_sp.classic import benchmark_of
+from avalanche_sp.data import benchmark_of
 
 ROOT = Path(__file__).resolve().parents[1]
 MNIST = ROOT / "benchmarks" / "data" / "mnist"

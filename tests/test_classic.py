@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import MNIST as TorchvisionMNIST
 
 from avalanche_sp import permuted_mnist, split_mnist
-from avalanche_sp.classic import TensorClassificationDataset, TensorSource, benchmark_of
+from avalanche_sp.data import TensorClassificationDataset, TensorSource, benchmark_of
 
 from conftest import MNIST, mlp, strategy_of, weights
 

@@ -11,10 +11,10 @@ from avalanche.training.plugins import ReplayPlugin, SupervisedPlugin
 from torch.utils.data import TensorDataset
 
 from avalanche_sp import GaussianBuffer, JointReplayLoss, OneHotMSELoss, SelectivePlasticityPlugin
-from avalanche_sp.classic import TensorClassificationDataset, TensorSource, benchmark_of
-from avalanche_sp.gaussians import Gaussian, draw
-from avalanche_sp.packed import PackedRows
-from avalanche_sp.replay import stream_rows
+from avalanche_sp.data import TensorClassificationDataset, TensorSource, benchmark_of
+from avalanche_sp.data.gaussians import Gaussian, draw
+from avalanche_sp.gate.packed import PackedRows
+from avalanche_sp.training.replay import stream_rows
 
 from conftest import mlp, strategy_of, weights
 
@@ -205,7 +205,7 @@ def trained(benchmark, experiences=2):
         ReplayPlugin(200, batch_size_mem=32, storage_policy=GaussianBuffer(200)),
         seen,
     ]
-    strategy = strategy_of(model, plugins, criterion=JointReplayLoss(OneHotMSELoss(), shrinkage=50))
+    strategy = strategy_of(model, plugins, criterion=JointReplayLoss(OneHotMSELoss()))
     for experience in benchmark.train_stream[:experiences]:
         strategy.train(experience)
     return strategy, seen

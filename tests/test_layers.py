@@ -4,17 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from avalanche_sp.layers import (
+from avalanche_sp.gate.layers import (
     add_along,
     add_to_gradient,
     along,
     drift_from,
     energy,
     gate_gradient,
+    gated_gradient,
     gradient_along,
     postsynaptic,
     presynaptic,
     project,
+    trained,
 )
 
 LAYERS = {
@@ -81,6 +83,18 @@ def test_a_gradient_is_gated_along_the_vectors(case):
     gate_gradient(layer, along_vectors * closed, vectors, 0.75)
     gate = 0.75 * torch.eye(len(vectors), dtype=x.dtype) - vectors @ closed.diag() @ vectors.T
     torch.testing.assert_close(joined(layer, lambda p: p.grad), before @ gate)
+
+
+def test_a_gradient_of_one_parameter_is_gated_as_the_layers_is(case):
+    layer, x, vectors = case
+    layer(x).square().sum().backward()
+    held = gradient_along(layer, vectors) * torch.tensor([0.1, 0.5, 0.9, 1.0], dtype=x.dtype)
+    before = [p.grad.clone() for p in trained(layer)]
+    gated = [gated_gradient(p.grad, held, vectors, 0.75) for p in trained(layer)]
+    assert all(torch.equal(p.grad, b) for p, b in zip(trained(layer), before))  # a copy
+    gate_gradient(layer, held, vectors, 0.75)
+    for p, g in zip(trained(layer), gated):
+        torch.testing.assert_close(g, p.grad)
 
 
 def test_drift_is_counted_from_the_first_units_weights(case):

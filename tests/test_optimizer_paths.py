@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from avalanche_sp import SelectivePlasticityOptimizer, functional
+from avalanche_sp import SelectivePlasticityOptimizer
+from avalanche_sp.optim import functional
 
 LOOP = {"foreach": False}
 FAST = [{}, {"foreach": True}, {"fused": True}]

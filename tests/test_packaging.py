@@ -26,7 +26,7 @@ import torch
 from avalanche.training import Naive
 
 import avalanche_sp
-from avalanche_sp.classic import TensorClassificationDataset, TensorSource, benchmark_of
+from avalanche_sp.data import TensorClassificationDataset, TensorSource, benchmark_of
 
 assert Path(avalanche_sp.__file__).is_relative_to(sys.argv[1]), avalanche_sp.__file__
 torch.manual_seed(0)

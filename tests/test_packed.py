@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from avalanche_sp.packed import PackedRows
+from avalanche_sp.gate.packed import PackedRows
 
 
 @pytest.mark.parametrize("columns", [1, 6, 7])

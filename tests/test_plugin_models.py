@@ -8,7 +8,7 @@ from avalanche.training.plugins import ReplayPlugin
 from torch import nn
 
 from avalanche_sp import SelectivePlasticityOptimizer, SelectivePlasticityPlugin
-from avalanche_sp.classic import benchmark_of
+from avalanche_sp.data import benchmark_of
 
 from conftest import mlp, strategy_of, weights
 
