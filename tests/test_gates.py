@@ -1,11 +1,13 @@
-"""Gate mathematics against slow, obvious numpy versions."""
+"""The equations of both gates against slow, obvious versions."""
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from avalanche_sp import gates
+from avalanche_sp import SelectivePlasticityOptimizer, reference
+from avalanche_sp.gate import functional as gates
+from avalanche_sp.optim import functional as optim
 
 RNG = np.random.default_rng(0)
 
@@ -19,7 +21,7 @@ def tensor(*shape, positive=False):
 def test_eligibility_coincidence_and_resistance_equal_reference(shape):
     g, m, v = tensor(*shape), tensor(*shape), tensor(*shape, positive=True)
     mean = np.mean(list(v.numpy().ravel()))
-    e, c, r = gates.eligibility(v), gates.coincidence(g, m, v), gates.resistance(gates.eligibility(v), 3.0)
+    e, c, r = optim.eligibility(v), optim.coincidence(g, m, v), optim.resistance(optim.eligibility(v), 3.0)
     for i in np.ndindex(shape):
         assert float(e[i]) == pytest.approx(float(v[i]) / mean)
         assert float(c[i]) == pytest.approx(float(g[i]) * float(m[i]) / float(v[i]))
@@ -28,26 +30,31 @@ def test_eligibility_coincidence_and_resistance_equal_reference(shape):
 
 def test_eligibility_is_free_of_the_scale_of_the_loss_and_has_mean_one():
     v = tensor(50, positive=True)
-    torch.testing.assert_close(gates.eligibility(1e6 * v), gates.eligibility(v))
-    assert gates.eligibility(v).mean() == pytest.approx(1.0)
+    torch.testing.assert_close(optim.eligibility(1e6 * v), optim.eligibility(v))
+    assert optim.eligibility(v).mean() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_without_any_gradient_the_gate_is_open_and_finite(dtype):
     zero = torch.zeros(5, dtype=dtype)
-    assert torch.equal(gates.resistance(gates.eligibility(zero), 5.0), torch.ones(5, dtype=dtype))
-    assert torch.equal(gates.coincidence(zero, zero, zero), zero)
+    assert torch.equal(optim.resistance(optim.eligibility(zero), 5.0), torch.ones(5, dtype=dtype))
+    assert torch.equal(optim.coincidence(zero, zero, zero), zero)
 
 
 @pytest.mark.parametrize(
     "loss, mean, variance, expected", [(2.0, 2.0, 1.0, 0), (5.0, 2.0, 1.0, 1), (3.5, 2.0, 1.0, 0.5), (1.0, 2.0, 1.0, 0)]
 )
 def test_loss_surprise(loss, mean, variance, expected):
-    assert gates.loss_surprise(*map(torch.tensor, (loss, mean, variance))) == pytest.approx(expected)
+    assert gates.loss_surprise(*map(torch.tensor, (loss, mean, variance)), 3.0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("full, expected", [(1.0, 1.0), (3.0, 0.5), (6.0, 0.25)])
+def test_full_surprise_is_so_many_deviations(full, expected):
+    assert gates.loss_surprise(*map(torch.tensor, (3.5, 2.0, 1.0)), full) == pytest.approx(expected)
 
 
 def test_loss_surprise_of_the_first_loss_is_none():
-    assert gates.loss_surprise(torch.tensor(3.0), torch.tensor(3.0), torch.tensor(0.0)) == 0
+    assert gates.loss_surprise(torch.tensor(3.0), torch.tensor(3.0), torch.tensor(0.0), 3.0) == 0
 
 
 def test_claim_closes_where_activity_was_and_opens_with_openness():
@@ -64,8 +71,10 @@ def test_merge_eigenspace_equals_the_eigenspace_of_the_mixed_second_moment(n, d)
     nothing = (torch.zeros(0, dtype=torch.float64), torch.zeros(d, 0, dtype=torch.float64))
     old = gates.merge_eigenspace(*nothing, 0.0, old_x, rank=d)
     values, vectors = gates.merge_eigenspace(*old, 0.25, new_x, rank=d)
-    expected = 0.25 * old_x.T @ old_x / n + 0.75 * new_x.T @ new_x / n
-    torch.testing.assert_close(vectors @ torch.diag(values) @ vectors.T, expected)
+    expected, basis, mean = reference.merged_eigenpairs([old_x, *[new_x] * 3], rank=d)
+    torch.testing.assert_close(values, expected[-len(values) :])
+    torch.testing.assert_close(values.sum() / d, mean)
+    torch.testing.assert_close(vectors @ torch.diag(values) @ vectors.T, basis @ torch.diag(expected) @ basis.T)
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(vectors.shape[1], dtype=torch.float64))
 
 
@@ -105,11 +114,9 @@ def test_likeness_is_one_for_the_same_input_and_zero_for_a_random_one():
 
     rest = gates.remainder(values, mean, d)
     torch.testing.assert_close(rest, (d * mean - values.sum()) / (d - r))
-    c = vectors @ torch.diag(values) @ vectors.T + rest * (torch.eye(d) - vectors @ vectors.T)
-    above = c - mean * torch.eye(d)
     new = x[:500] + 0.3 * torch.randn(500, d)
-    slow = torch.trace(above @ new.T @ new) / new.square().sum() * torch.trace(c) / torch.trace(above @ c)
-    torch.testing.assert_close(like(new), slow)
+    slow = reference.likeness(new, reference.modelled_moment(values, vectors, mean))
+    assert float(like(new)) == pytest.approx(slow)
     assert 0.2 < slow < 0.8
     torch.testing.assert_close(like(x), torch.ones((), dtype=torch.float64), atol=0.02, rtol=0)
     torch.testing.assert_close(like(3 * x), like(x))  # free of scale
@@ -120,25 +127,22 @@ def test_likeness_is_one_for_the_same_input_and_zero_for_a_random_one():
     assert gates.likeness(*(torch.zeros(0), torch.ones(())), torch.zeros(0), torch.ones(()), d) == 0  # C prefers none
 
 
-def test_held_back_equals_gating_each_sample():
-    x, delta, v = tensor(9, 6), tensor(9, 4), torch.linalg.qr(tensor(6, 3)).Q
-    f = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
-    gated = torch.zeros(4, 6, dtype=torch.float64)
-    for x_i, delta_i in zip(x, delta):
-        x_gated = x_i - v @ torch.diag(f) @ v.T @ x_i
-        gated += torch.outer(delta_i, x_gated)
-    torch.testing.assert_close(delta.T @ x - gates.held_back(delta, x @ v, f) @ v.T, gated)
+@pytest.mark.parametrize("rank", [3, 6])  # with directions that are not kept, and without
+def test_claim_and_held_back_equal_gating_each_sample_with_the_whole_matrix(rank):
+    old, x, delta = tensor(20, 6), tensor(9, 6), tensor(9, 4)
+    values, vectors, mean = reference.merged_eigenpairs([old], rank)
+    f, f_rest = gates.claim(values, mean, 0.7), gates.claim(gates.remainder(values, mean, 6), mean, 0.7)
+    gated = (1 - f_rest) * (delta.T @ x) - gates.held_back(delta, x @ vectors, f - f_rest) @ vectors.T
+    gate = reference.gate_matrix(values, vectors, mean, 0.7)
+    torch.testing.assert_close(gated, reference.gated_gradient(delta, x, gate))
 
 
-def test_pull_back_is_the_gated_gradient_of_the_surrogate():
-    v = torch.linalg.qr(tensor(6, 3)).Q
-    values, f = tensor(3, positive=True), torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
-    anchor, w = tensor(4, 6), tensor(4, 6).requires_grad_()
-    surrogate = 0.7 / 2 * torch.trace((w - anchor) @ v @ torch.diag(values) @ v.T @ (w - anchor).T)
-    (gradient,) = torch.autograd.grad(surrogate, w)
-    gated = gradient - gradient @ v @ torch.diag(f) @ v.T
-    drift = (w - anchor).detach() @ v
-    torch.testing.assert_close(gates.pull_back(drift, values, f, 0.7) @ v.T, gated)
+def test_the_penaltys_gradient_is_the_gated_gradient_of_its_quadratic():
+    values, vectors, mean = reference.merged_eigenpairs([tensor(20, 6)], 3)
+    anchor, w, f = tensor(4, 6), tensor(4, 6), gates.claim(values, mean, 0.7)
+    gradient = reference.penalty_gradient(w, anchor, vectors @ values.diag() @ vectors.T, 0.7)
+    expected = gradient @ reference.gate_matrix(values, vectors, mean, 0.7)
+    torch.testing.assert_close(gates.penalty_gradient((w - anchor) @ vectors, values, f, 0.7) @ vectors.T, expected)
 
 
 def test_loss_curvature():
@@ -153,3 +157,25 @@ def test_loss_curvature():
     assert measured == pytest.approx(exact.item(), rel=0.05)
     assert gates.loss_curvature(z, z.abs().mean()) == 0
     assert gates.loss_curvature(z, z.mean()) == 0
+
+
+@pytest.mark.parametrize("threshold", [float("inf"), 0.1])
+@pytest.mark.parametrize("path", [{}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_the_optimizers_step_equals_one_synapse_after_another(path, threshold):
+    p, m, v, c = RNG.normal(size=(4, 3)), np.zeros((4, 3)), np.zeros((4, 3)), None
+    parameter = nn.Parameter(torch.tensor(p))
+    numbers = {"lr": 1e-2, "beta1": 0.8, "eps": 1e-4}
+    optimizer = SelectivePlasticityOptimizer(
+        [parameter], warmup_steps=4, alignment_threshold=threshold, **numbers, **path
+    )
+    optimizer.observe_surprise(0.5)
+    for t in range(1, 12):
+        g = RNG.normal(size=p.shape)
+        parameter.grad = torch.tensor(g)
+        optimizer.step()
+        others = {"decay": 0.99, "k": 5.0, "warmup": 4, "weight": 0.3, "threshold": threshold}
+        reference.optimizer_step(p, g, m, v, c, t, 0.5, **numbers, **others)
+        np.testing.assert_allclose(parameter.detach().numpy(), p, rtol=1e-12)
+        if t in (4, 8):  # the end of a task
+            optimizer.consolidate()
+            c = np.maximum(v / v.mean(), 0 if c is None else c)

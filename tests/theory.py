@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from avalanche_sp.gates import claim, held_back, merge_eigenspace, pull_back
+from avalanche_sp.gate.functional import claim, held_back, merge_eigenspace, penalty_gradient, remainder
 
 KAPPA = 2.0  # curvature of squared error, summed over the outputs
 HOLDS = 1 + 1e-6  # room for rounding
@@ -38,9 +38,9 @@ class Old:
 
     @property
     def rest(self) -> Tensor:
-        """rho, the mean eigenvalue of the discarded directions; 0 where they are left open."""
+        """rho, the mean eigenvalue of the discarded directions; 0 if they are left open."""
         d, r = self.vectors.shape
-        return ((d * self.mean - self.values.sum()) / max(d - r, 1)).clamp_min(0) * (r < d and self.gate_rest)
+        return remainder(self.values, self.mean, d) * (r < d and self.gate_rest)
 
     @property
     def closed(self) -> Tensor:
@@ -86,7 +86,7 @@ class Old:
 
     def gated_pull(self, drift: Tensor, weight: float) -> Tensor:
         """w D C_r Pi."""
-        return pull_back(drift @ self.vectors, self.values, self.closed, weight) @ self.vectors.T
+        return penalty_gradient(drift @ self.vectors, self.values, self.closed, weight) @ self.vectors.T
 
     def change(self, drift: Tensor) -> Tensor:
         """sqrt(E ||D x||^2), over the old inputs."""
