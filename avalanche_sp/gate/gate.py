@@ -187,6 +187,7 @@ class PlasticityGate:
         self._model: nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._handles: list = []
+        self._loaded: Mapping[str, Any] | None = None  # a state that waits for a model
         # For the present epoch.
         self._samples: int | None = None  # of the present experience
         self._replays: Sequence[Samples] = ()  # stored samples
@@ -224,7 +225,9 @@ class PlasticityGate:
             )
         goes_on = model is self._model
         self._model, self._optimizer = model, optimizer
-        if goes_on:
+        if self._loaded is not None:
+            self.load_state_dict(self._loaded)
+        elif goes_on:
             self._hook()
         else:
             self.begin(self._samples, self._memory_size, self._epoch)
@@ -407,8 +410,11 @@ class PlasticityGate:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes a state of :meth:`state_dict`, to the model's device."""
-        state = _moved(state, next(self._attached().parameters()).device)
+        """Takes a state of :meth:`state_dict`, to the model's device; without a model, at :meth:`attach`."""
+        if self._model is None:
+            self.memory, self._loaded = Memory.from_state_dict(state["memory"]), state
+            return
+        state, self._loaded = _moved(state, next(self._model.parameters()).device), None
         self.memory = Memory.from_state_dict(state["memory"])
         self._drift.forget()
         self.begin(*state["epoch"])
@@ -417,11 +423,8 @@ class PlasticityGate:
             self._gated[name].statistics = StreamStatistics(**statistics)
 
     def to(self, device: torch.device | str) -> PlasticityGate:
-        """Moves the memory to the device where the model has been moved."""
-        if self._model is not None:
-            self.load_state_dict(self.state_dict())
-        else:
-            self.memory = Memory.from_state_dict(_moved(self.memory.state_dict(), torch.device(device)))
+        """Moves the memory to a device, after the model."""
+        self.load_state_dict(_moved(self.state_dict(), torch.device(device)))
         return self
 
     def __getstate__(self) -> dict:
