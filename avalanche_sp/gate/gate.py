@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,10 +25,11 @@ from avalanche_sp.gate.layers import (
     project,
     set_weights,
     trained,
+    ungated_modules,
     weights_and_bias,
 )
 from avalanche_sp.gate.memory import Memory
-from avalanche_sp.gate.observe import Criterion, Forward, Observation, Samples, observe
+from avalanche_sp.gate.observe import Criterion, Forward, Observation, Samples, check_outputs, observe
 from avalanche_sp.gate.penalty import Drift, Gated
 from avalanche_sp.gate.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
 from avalanche_sp.gate.readout import ReadoutLoss
@@ -114,6 +116,8 @@ class PlasticityGate:
         detector: finds changes; an object with ``update(x)`` and ``drift_detected``, such as river's. Default:
             river's Page-Hinkley test, for ``"surprise"``.
         readout_step: whether the readout takes its step (default True).
+        ungated: what happens to the weights that can't be gated, after the first experience: ``"freeze"`` (default)
+            or ``"train"``. Beside stored samples they train on. A warning names them at the first consolidation.
         settings: all other constants.
         forward: computes the outputs from model and inputs at a consolidation. Default: ``model(inputs)``.
 
@@ -146,6 +150,7 @@ class PlasticityGate:
         consolidate: Literal["experience", "surprise", "continuous"] = "experience",
         detector: ChangeDetector | None = None,
         readout_step: bool = True,
+        ungated: Literal["freeze", "train"] = "freeze",
         settings: Settings = Settings(),  # noqa: B008  # frozen
         forward: Forward = _model_of_inputs,
     ):
@@ -156,6 +161,8 @@ class PlasticityGate:
             raise ValueError(
                 f"Invalid consolidate value: {consolidate!r} (allowed: 'experience', 'surprise', 'continuous')"
             )
+        if ungated not in ("freeze", "train"):
+            raise ValueError(f"Invalid ungated value: {ungated!r} (allowed: 'freeze', 'train')")
         if detector is not None and consolidate != "surprise":
             raise ValueError(f"Invalid detector: consolidate={consolidate!r} detects nothing (allowed: None)")
         self.openness = per_layer("openness", openness, 0.5)
@@ -168,6 +175,7 @@ class PlasticityGate:
         self.consolidation_samples = consolidation_samples
         self.boundaries = consolidate
         self.readout_step = readout_step
+        self.ungated = ungated
         self.settings = settings
         self.memory = Memory()
         """What is remembered of the consolidated experiences."""
@@ -187,6 +195,7 @@ class PlasticityGate:
         self._model: nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._handles: list = []
+        self._loaded: Mapping[str, Any] | None = None  # a state that waits for a model
         # For the present epoch.
         self._samples: int | None = None  # of the present experience
         self._replays: Sequence[Samples] = ()  # stored samples
@@ -196,6 +205,8 @@ class PlasticityGate:
         self._protected: dict[str, GatedLayer] = {}  # the layers whose gate is not switched off
         self._gated: dict[str, Gated] = {}  # those of them that have a memory
         self._norms: list[nn.Module] = []  # the frozen normalisation layers
+        self._frozen: list[nn.Parameter] = []  # theirs, and the other parameters that are neither gated nor trained
+        self._trained: set[str] = set()  # names of the parameters that have been trained
         # For the present step.
         self._rows: StreamRows | None = None  # None: all rows come from the stream
         # Beside stored samples: the part of the stream's gradient that the gate holds back, by parameter.
@@ -212,6 +223,8 @@ class PlasticityGate:
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Puts the hooks on a model and its optimizer, and takes them off those before.
 
+        Another model than before starts with an empty memory, and a warning. (After :meth:`close` the memory stays.)
+
         Raises:
             TypeError, ValueError: as above.
         """
@@ -219,12 +232,21 @@ class PlasticityGate:
             raise TypeError(f"Invalid optimizer: {type(optimizer).__name__} (allowed: a torch.optim.Optimizer)")
         if not gated_layers(model):
             raise ValueError(
-                f"Invalid model: {type(model).__name__} has no trainable nn.Linear or nn.Conv2d layer "
-                "(the gate is on these; at least one is needed)"
+                f"Invalid model: {type(model).__name__} has no trainable nn.Linear or nn.Conv2d layer with a weight of "
+                f"its own, but {', '.join(ungated_modules(model, ())) or 'nothing'} (allowed: at least one)"
             )
         goes_on = model is self._model
+        if self._model is not None and not goes_on and self.memory.layers:
+            warnings.warn(
+                "selective plasticity: the model was replaced by another one. What was remembered of the first is "
+                "dropped, and nothing protects it.",
+                stacklevel=2,
+            )
+            self.memory = Memory()
         self._model, self._optimizer = model, optimizer
-        if goes_on:
+        if self._loaded is not None:
+            self.load_state_dict(self._loaded)
+        elif goes_on:
             self._hook()
         else:
             self.begin(self._samples, self._memory_size, self._epoch)
@@ -272,13 +294,22 @@ class PlasticityGate:
                 statistics.start_epoch()
                 gate = LayerGate.of(remembered, value_of(self.openness, name) * times, s.gated_vectors)
                 self._gated[name] = Gated(name, layer, remembered, gate, statistics)
-        self._norms = []
-        if memory.layers and not stored:
-            self._norms = [m for m in model.modules() if isinstance(m, NORMALISATION)]
+        freezes = memory.layers and not stored
+        self._norms = [m for m in model.modules() if freezes and isinstance(m, NORMALISATION)]
+        self._frozen = [p for norm in self._norms for p in norm.parameters(recurse=False)]
+        if freezes and self.ungated == "freeze":
+            trained = {p for name, p in model.named_parameters() if name in self._trained}
+            others = ungated_modules(model, {*memory.layers, *self._protected})
+            self._frozen += [p for own in others.values() for p in own if p in trained]
         self._drift.begin(
             self._gated.values(), memory.curvature, ratio, self._stored.penalty(ratio), 1 - self._stored.trust
         )
         self._hook()
+
+    def check_outputs(self, outputs: Any) -> None:
+        """Raises TypeError if the loss is to be measured on a network's outputs and they are not one tensor."""
+        if self.active and self._measures_loss:
+            check_outputs(outputs)
 
     def replayed(self, stored: Tensor | Sequence[bool] | None) -> None:
         """Tells which rows of the coming batch are stored samples; they pass the gate. Until the next step.
@@ -403,25 +434,27 @@ class PlasticityGate:
             "memory": self.memory.state_dict(),
             "epoch": [self._samples, self._memory_size, self._epoch],
             "drift": self._drift.state_dict(),
+            "trained": sorted(self._trained),
             "statistics": {name: s.state_dict() for name, s in self.statistics.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes a state of :meth:`state_dict`, to the model's device."""
-        state = _moved(state, next(self._attached().parameters()).device)
+        """Takes a state of :meth:`state_dict`, to the model's device; without a model, at :meth:`attach`."""
+        if self._model is None:
+            self.memory, self._loaded = Memory.from_state_dict(state["memory"]), state
+            return
+        state, self._loaded = _moved(state, next(self._model.parameters()).device), None
         self.memory = Memory.from_state_dict(state["memory"])
         self._drift.forget()
+        self._trained = set(state["trained"])
         self.begin(*state["epoch"])
         self._drift.load_state_dict(state["drift"])
         for name, statistics in state["statistics"].items():
             self._gated[name].statistics = StreamStatistics(**statistics)
 
     def to(self, device: torch.device | str) -> PlasticityGate:
-        """Moves the memory to the device where the model has been moved."""
-        if self._model is not None:
-            self.load_state_dict(self.state_dict())
-        else:
-            self.memory = Memory.from_state_dict(_moved(self.memory.state_dict(), torch.device(device)))
+        """Moves the memory to a device, after the model."""
+        self.load_state_dict(_moved(self.state_dict(), torch.device(device)))
         return self
 
     def __getstate__(self) -> dict:
@@ -513,9 +546,11 @@ class PlasticityGate:
                 new_units = len(g.layer.weight) - len(penalty)
                 gate_gradient(g.layer, F.pad(-penalty, (0, 0, 0, new_units)), g.memory.vectors)
             self._drift.add_gradient_beyond(name, scale)
-        for norm in self._norms:
-            for parameter in norm.parameters(recurse=False):
-                parameter.grad = None  # not zero: a step on zeros still follows momentum and decays weights
+        for parameter in self._frozen:
+            parameter.grad = None  # not zero: a step on zeros still follows momentum and decays weights
+        if self._drift.is_looking:
+            named = self._attached().named_parameters()
+            self._trained.update(name for name, p in named if p.grad is not None)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._rows = None
@@ -556,6 +591,28 @@ class PlasticityGate:
             self.memory, observation, layers, self._rank_of, remembers, self.settings, losses, self.trust, damping
         )
         self._drift.forget()
+        if self.memory.consolidations == 1:
+            self._warn_of_ungated(layers)
+
+    def _warn_of_ungated(self, layers: Mapping[str, GatedLayer]) -> None:
+        """Names the trained parameters that are not gated."""
+        model = self._attached()
+        trained = {p for name, p in model.named_parameters() if name in self._trained}
+        off = {n for n in gated_layers(model) if n not in layers}  # switched off by openness
+        others = ungated_modules(model, {*self.memory.layers, *off})
+        names = [name or "the model" for name, own in others.items() if trained.intersection(own)]
+        if names:
+            count = sum(p.numel() for p in trained)
+            gated = sum(p.numel() for n in self.memory.layers for p in layers[n].parameters(recurse=False))
+            kinds = {n: type(model.get_submodule(n)).__name__ for n in others if n}
+            named = ", ".join(f"{name} ({kinds[name]})" if name in kinds else name for name in names)
+            then = "They are frozen from now on" if self.ungated == "freeze" else "They train ungated and may forget"
+            other = "train" if self.ungated == "freeze" else "freeze"
+            warnings.warn(
+                f"selective plasticity gates {100 * gated / count:.0f}% of the trained parameters. Not gated: {named}. "
+                f"{then} (ungated={other!r} changes this).",
+                stacklevel=2,
+            )
 
     def _stored_losses(self, observation, layers, criterion) -> list[ReadoutLoss] | None:
         """Losses of stored samples in the readout's weights; None if one has none."""

@@ -6,6 +6,8 @@ bias is the weight of one more input, which is always 1. The groups of a grouped
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ __all__ = [
     "GatedLayer",
     "NORMALISATION",
     "gated_layers",
+    "ungated_modules",
     "trained",
     "presynaptic",
     "energy",
@@ -35,8 +38,26 @@ NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Insta
 
 
 def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
-    """The trainable layers that the coincidence gate knows, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, GatedLayer) and m.weight.requires_grad}
+    """The trainable layers that the coincidence gate knows, by name.
+
+    A layer whose weight is computed from other parameters (a parametrisation, pruning) is none of them.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, GatedLayer)}
+    return {n: m for n, m in layers.items() if _trains(m._parameters.get("weight"))}
+
+
+def _trains(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and parameter.requires_grad
+
+
+def ungated_modules(model: nn.Module, gated: Container[str]) -> dict[str, list[nn.Parameter]]:
+    """The other modules' own trainable parameters, by module name; without normalisation layers."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        if own and name not in gated and not isinstance(module, NORMALISATION):
+            found.setdefault(name.split(".parametrizations")[0], []).extend(own)
+    return found
 
 
 def trained(layer: GatedLayer) -> list[nn.Parameter]:

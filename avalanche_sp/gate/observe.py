@@ -133,7 +133,6 @@ def observe(
         forward: computes the outputs from model and inputs.
 
     Raises:
-        TypeError: a loss is given and the network's output is not one tensor.
         FloatingPointError: an input is not finite.
     """
     inputs: dict[str, list[Tensor]] = {}
@@ -164,6 +163,7 @@ def observe(
                     count += len(y)
                     outputs = forward(model, x)
                     if criterion is not None:
+                        check_outputs(outputs)
                         curvature, name, error = output_derivatives(criterion, outputs, y, last)
                         curvatures.append(curvature)
                         errors.append((name, error))
@@ -207,6 +207,15 @@ def some_inputs(layer: GatedLayer, x: Tensor, most: int) -> tuple[Tensor, int]:
     return vectors, count // getattr(layer, "groups", 1)
 
 
+def check_outputs(outputs: Any) -> None:
+    """Raises TypeError if a network's outputs are not one tensor, on which a loss can be measured."""
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"Invalid model: its output is a {type(outputs).__name__} (the penalty and the readout's step measure "
+            "the loss on one output tensor; pull_back=0 and readout_step=False leave the gate alone)"
+        )
+
+
 def output_derivatives(
     criterion: Criterion,
     outputs: Tensor,
@@ -222,15 +231,7 @@ def output_derivatives(
         criterion: a mean over samples.
         outputs, targets: the network's outputs (n, C), what they should be.
         last: the last layer that was called, its name before and its output after it.
-
-    Raises:
-        TypeError: the network's output is not one tensor.
     """
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            f"Invalid model: its output is a {type(outputs).__name__} (the penalty and the readout's step measure "
-            "the loss on one output tensor; pull_back=0 and readout_step=False leave the gate alone)"
-        )
     with torch.enable_grad():
         varied = outputs.detach().requires_grad_()
         curvature = loss_curvature(varied, criterion(varied, targets))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Literal
 
-from avalanche.models import avalanche_forward
+from avalanche.models import TrainEvalModel, avalanche_forward
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
@@ -47,6 +48,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         detector: finds changes; an object with ``update(x)`` and ``drift_detected``, such as river's. Default: river's
             Page-Hinkley test, for ``"surprise"``.
         readout_step: whether the last layer takes its Newton step at a consolidation (default True).
+        ungated: what happens to weights that can't be gated, after the first experience: ``"freeze"`` (default) or
+            ``"train"``. Beside stored samples they train on. A warning names them.
         settings: all other constants.
 
     ``openness``, ``pull_back`` and ``rank`` take one value for all layers, or a mapping from patterns of layer names
@@ -78,6 +81,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         consolidate: Literal["experience", "surprise", "continuous"] = "experience",
         detector: ChangeDetector | None = None,
         readout_step: bool = True,
+        ungated: Literal["freeze", "train"] = "freeze",
         settings: Settings = Settings(),  # noqa: B008  # frozen
     ):
         super().__init__()
@@ -89,6 +93,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             consolidate=consolidate,
             detector=detector,
             readout_step=readout_step,
+            ungated=ungated,
             settings=settings,
             forward=_forward,
         )
@@ -96,6 +101,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self.consolidated_at: list[int] = []
         """Training iterations after which the plugin consolidated; with "surprise" the boundaries that it found."""
         self._eligibility = ConsolidatedEligibility()
+        self._steps = 0  # of the present experience
 
     @property
     def layers(self) -> Mapping[str, LayerMemory]:
@@ -120,6 +126,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     def before_training_exp(self, strategy, **kwargs):
         self.gate.attach(strategy.model, strategy.optimizer)
+        self._steps = 0
         if isinstance(strategy.optimizer, SelectivePlasticityOptimizer):
             self._eligibility.restore(strategy)
 
@@ -137,6 +144,9 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     def after_forward(self, strategy, **kwargs):
         self.gate.listening = False
+        self._steps += 1
+        if self._steps == 1:
+            self.gate.check_outputs(strategy.mb_output)
 
     def after_backward(self, strategy, **kwargs):
         if not strategy.loss.isfinite():
@@ -155,7 +165,21 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
     def after_training_exp(self, strategy, **kwargs):
         self.gate.listening = False
-        if self.gate.boundaries == "experience" and self.gate.active:
+        if not self._steps:
+            warnings.warn(
+                f"selective plasticity: experience {strategy.clock.train_exp_counter} was not trained in any iteration "
+                "(a batch is larger than the experience, with drop_last?): nothing is consolidated.",
+                stacklevel=2,
+            )
+        elif self.gate.boundaries == "surprise" and not self.consolidated_at:
+            least = self.gate.settings.detection_start
+            if 1 < self._steps < least and strategy.clock.train_exp_counter:
+                warnings.warn(
+                    f"selective plasticity: an experience of {self._steps} iterations is too short to find a change in "
+                    f"({least} are needed), and nothing is protected. Use consolidate='experience', or smaller batches.",
+                    stacklevel=2,
+                )
+        elif self.gate.boundaries == "experience" and self.gate.active:
             samples = samples_of(strategy.experience.dataset, self.gate.consolidation_samples)
             self.gate.consolidate(samples, strategy._criterion)
             self._note_consolidation(strategy, strategy.clock.train_iterations)
@@ -174,4 +198,6 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
 
 
 def _forward(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:
+    if isinstance(model, TrainEvalModel):
+        model.training = True  # with the head that is trained; the modules below stay in evaluation mode
     return avalanche_forward(model, *inputs)

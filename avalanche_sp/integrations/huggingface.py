@@ -1,0 +1,62 @@
+"""The gate for Hugging Face's Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from avalanche_sp.gate import PlasticityGate
+
+__all__ = ["SelectivePlasticityCallback"]
+
+
+class SelectivePlasticityCallback(TrainerCallback):
+    """:class:`~avalanche_sp.gate.PlasticityGate` for ``transformers.Trainer``: one call of ``train`` is an experience.
+
+    Give the same callback to the Trainer of each experience. At the end of ``train`` it consolidates what the Trainer's
+    data loader holds. A batch is a mapping with ``labels``; the network's output has ``logits``.
+
+    Args:
+        criterion: loss of (logits, labels), a mean over samples. Default: cross-entropy, labels of -100 left out.
+        **gate: arguments of :class:`~avalanche_sp.gate.PlasticityGate`.
+
+    Raises:
+        ValueError, TypeError, FloatingPointError: as the gate does.
+
+    Example::
+
+        callback = SelectivePlasticityCallback()
+        for task in tasks:
+            Trainer(model, args, train_dataset=task, callbacks=[callback]).train()
+    """
+
+    def __init__(self, criterion=None, **gate: Any):
+        self.criterion = criterion or _cross_entropy
+        self.gate = PlasticityGate(forward=_logits, **gate)
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.gate.attach(model, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps the optimizer
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        self.gate.begin(len(train_dataloader.dataset), epoch=int(state.epoch or 0))
+
+    def on_train_end(self, args, state, control, train_dataloader=None, **kwargs):
+        self.gate.consolidate(_pairs(train_dataloader), self.criterion)
+        self.gate.detach()
+
+
+def _pairs(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    for batch in batches:
+        yield {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+
+
+def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    return model(**inputs).logits
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())

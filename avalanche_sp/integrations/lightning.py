@@ -1,0 +1,56 @@
+"""The gate for Lightning's Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+
+from avalanche_sp.gate import PlasticityGate
+from avalanche_sp.gate.observe import Criterion
+
+__all__ = ["SelectivePlasticityCallback"]
+
+
+class SelectivePlasticityCallback(lightning.Callback):
+    """:class:`~avalanche_sp.gate.PlasticityGate` for ``lightning.Trainer``: one call of ``fit`` is an experience.
+
+    Give the same callback to the Trainer of each experience. At the end of ``fit`` it consolidates what the training
+    data loader holds, batches of pairs (x, y). Lightning's checkpoints hold the gate's state. The module must have one
+    optimizer.
+
+    Args:
+        criterion: loss of (outputs, targets), a mean over samples, that the module trains with.
+        **gate: arguments of :class:`~avalanche_sp.gate.PlasticityGate`.
+
+    Raises:
+        ValueError: the module has several optimizers; and as the gate does.
+
+    Example::
+
+        callback = SelectivePlasticityCallback(torch.nn.functional.cross_entropy)
+        for loader in loaders:
+            lightning.Trainer(max_epochs=1, callbacks=[callback]).fit(module, loader)
+    """
+
+    def __init__(self, criterion: Criterion, **gate: Any):
+        self.criterion = criterion
+        self.gate = PlasticityGate(**gate)
+
+    def on_train_start(self, trainer, pl_module):
+        if len(trainer.optimizers) != 1:
+            raise ValueError(f"Invalid module: it has {len(trainer.optimizers)} optimizers (allowed: 1)")
+        self.gate.attach(pl_module, trainer.optimizers[0])
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.gate.begin(len(trainer.train_dataloader.dataset), epoch=trainer.current_epoch)
+
+    def on_train_end(self, trainer, pl_module):
+        self.gate.consolidate(trainer.train_dataloader, self.criterion)
+        self.gate.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.gate.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.gate.load_state_dict(state_dict)
