@@ -181,6 +181,8 @@ class PlasticityGate:
         """What is remembered of the consolidated experiences."""
         self.listening = True
         """Whether forward passes are those of training; set it False around other forward passes with gradients."""
+        self.gating = True
+        """Whether backward passes are those of training; set it False around other backward passes."""
         self._forward = forward
         self._measures_loss = readout_step or max(values_of(self.pull_back)) > 0
         self._stream: StreamWatch | None = None
@@ -498,6 +500,8 @@ class PlasticityGate:
 
     def _hold_back(self, g: Gated, x: Tensor, delta: Tensor, stream: StreamRows | None) -> None:
         """Hook on a layer's output: the part of its gradient that the gate holds back. Sums over uses of a layer."""
+        if not self.gating:
+            return
         x, delta = ((t if stream is None else stream.of(t)).to(g.memory.vectors.dtype) for t in (x, delta))
         if self._drift.is_looking:
             g.statistics.add(g.gate, energy(g.layer, x), project(g.layer, x, g.memory.vectors))

@@ -97,7 +97,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             settings=settings,
             forward=_forward,
         )
-        self.gate.listening = False
+        self.gate.listening = self.gate.gating = False
         self.consolidated_at: list[int] = []
         """Training iterations after which the plugin consolidated; with "surprise" the boundaries that it found."""
         self._eligibility = ConsolidatedEligibility()
@@ -140,7 +140,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         if not self.gate.is_attached:  # after an evaluation in the midst of training, or in a resumed run
             self.gate.attach(strategy.model, strategy.optimizer)
         self.gate.replayed(stored_rows(strategy))
-        self.gate.listening = True
+        self.gate.listening, self.gate.gating = True, False
 
     def after_forward(self, strategy, **kwargs):
         self.gate.listening = False
@@ -148,7 +148,11 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         if self._steps == 1:
             self.gate.check_outputs(strategy.mb_output)
 
+    def before_backward(self, strategy, **kwargs):
+        self.gate.gating = True  # another plugin may have made a backward pass of its own before
+
     def after_backward(self, strategy, **kwargs):
+        self.gate.gating = False
         if not strategy.loss.isfinite():
             clock = strategy.clock
             raise FloatingPointError(
