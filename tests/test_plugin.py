@@ -21,7 +21,7 @@ from avalanche_sp.gate.layers import gated_layers, weights_and_bias
 from avalanche_sp.gate.trust import StoredSamples
 from avalanche_sp.training.replay import memory_size, stream_rows
 
-from conftest import mlp, strategy_of, weights
+from conftest import mlp, sliced, strategy_of, weights
 
 
 def trained(benchmark, plugins, seed=0, **kwargs):
@@ -66,11 +66,16 @@ class Spy(SelectivePlasticityPlugin):
         opening = 1 + (stored / 12) ** 2
         self.strength = 2 * self.gate.pull_back * self.every
         self.strength /= opening**2 * (1 + self.ratio * stored / (stored + 50))
-        self.gates, self.moments = {}, {}
+        self.gates, self.gates_in_step, self.rests, self.moments = {}, {}, {}, {}
         for name, m in self.layers.items():
             self.moments[name] = reference.modelled_moment(m.eigenvalues, m.vectors, m.mean_eigenvalue)
             openness = opening * self.gate.openness
-            self.gates[name] = reference.gate_matrix(m.eigenvalues, m.vectors, m.mean_eigenvalue, openness)
+            gate = reference.gate_matrix(m.eigenvalues, m.vectors, m.mean_eigenvalue, openness)
+            v = m.vectors.double()
+            rest = (gate.trace() - (v.T @ gate @ v).trace()) / (len(v) - v.shape[1])  # 1 - f_rest
+            weaker = v[:, :-16]  # along these the updates are taken back later
+            in_step = gate + weaker @ (rest * weaker.T - weaker.T @ gate)
+            self.gates[name], self.gates_in_step[name], self.rests[name] = gate, in_step, rest
 
     def before_backward(self, strategy, **kwargs):
         super().before_backward(strategy, **kwargs)
@@ -87,18 +92,15 @@ class Spy(SelectivePlasticityPlugin):
         if self.steps % 8 == 0:
             self.met.append(inputs["1"][:n])
         for (name, xs), delta in zip(inputs.items(), deltas):
-            gate, v = self.gates[name], self.layers[name].vectors.double()
-            eye = torch.eye(len(v)).double()
-            f_rest = 1 - torch.trace(gate @ (eye - v @ v.T)) / (len(v) - v.shape[1])
-            weaker = v[:, :-16]  # along these the updates are taken back later
-            in_step = gate + weaker @ ((1 - f_rest) * weaker.T - weaker.T @ gate)
-            total = reference.gated_gradient(delta, xs, in_step, torch.arange(len(xs)) >= n, 1 - f_rest)
+            v, rest, is_stored = self.layers[name].vectors.double(), self.rests[name], torch.arange(len(xs)) >= n
+            total = reference.gated_gradient(delta, xs, self.gates_in_step[name], is_stored, rest)
             if name in self.drifted:
-                w, anchor, kept = self.drifted.pop(name), self.anchors[name], v @ v.T @ self.moments[name]
-                total += reference.penalty_gradient(w, anchor, kept, self.strength * self.ratio) @ gate
+                w, anchor, kept = self.drifted.pop(name), self.anchors[name], v @ (v.T @ self.moments[name])
+                total += reference.penalty_gradient(w, anchor, kept, self.strength * self.ratio) @ self.gates[name]
                 if self.alike is not None:
                     weight = 0.15 * self.alike**1.5 * 2 * self.strength * min(20, self.ratio)
-                    weight *= float(self.layers[name].rest) * (1 - f_rest)
+                    weight *= float(self.layers[name].rest) * rest
+                    eye = torch.eye(len(v)).double()
                     beyond = reference.penalty_gradient(w, reference.four_bits(anchor), eye, weight)
                     total += beyond - reference.penalty_gradient(w, anchor, v @ v.T, weight)
                     self.pulled_beyond = True
@@ -132,7 +134,7 @@ def test_gradients_equal_gating_every_stream_sample(split5, replay, pull_back):
     spy = Spy(openness=0.05, pull_back=pull_back, rank=20, settings=Settings(gated_vectors=16))
     plugins = [spy] + ([ReplayPlugin(50, batch_size=20, batch_size_mem=12)] if replay else [])
     criterion = JointReplayLoss(OneHotMSELoss()) if replay else OneHotMSELoss()
-    trained(split5, plugins, criterion=criterion, batch=20, optimizer=lambda p: Step(p, lr=0.02))
+    trained(sliced(split5, 260), plugins, criterion=criterion, batch=20, optimizer=lambda p: Step(p, lr=0.02))
     assert spy.compared > 50
     assert spy.pulled_beyond == (pull_back > 0)
 
@@ -296,26 +298,27 @@ def test_evaluations_in_the_midst_of_an_experience_change_nothing(split2):
     assert torch.equal(*ends)
 
 
-def test_another_plugins_passes_through_the_model_are_not_gated(split2):
+@pytest.mark.parametrize("replay", [False, True])
+def test_another_plugins_passes_through_the_model_are_not_gated(split2, replay):
     """Such as MIR's, between before_forward and the strategy's own forward pass, with a batch of another size."""
 
     twin = mlp()
 
     class Probe(SupervisedPlugin):
         def before_forward(self, strategy, **kwargs):
-            for p in strategy.model.parameters():
-                p.grad = None
-            nn.functional.cross_entropy(strategy.model(strategy.mb_x[:7]), strategy.mb_y[:7]).backward()
-            seen = [p.grad.clone() for p in strategy.model.parameters()]
+            strategy.optimizer.zero_grad()
             twin.load_state_dict(strategy.model.state_dict())
             twin.zero_grad()
-            nn.functional.cross_entropy(twin(strategy.mb_x[:7]), strategy.mb_y[:7]).backward()
-            for a, p in zip(seen, twin.parameters()):
-                assert torch.equal(a, p.grad)
+            for model in (strategy.model, twin):
+                nn.functional.cross_entropy(model(strategy.mb_x[:7]), strategy.mb_y[:7]).backward()
+            assert all(torch.equal(p.grad, q.grad) for p, q in zip(strategy.model.parameters(), twin.parameters()))
             strategy.optimizer.zero_grad()
 
-    with_probe = trained(split2, [SelectivePlasticityPlugin(), Probe()])
-    assert torch.equal(weights(with_probe.model), weights(trained(split2, [SelectivePlasticityPlugin()]).model))
+    ends = []
+    for probes in ([], [Probe()]):
+        memory = [ReplayPlugin(40)] if replay else []
+        ends.append(weights(trained(split2, [*memory, SelectivePlasticityPlugin(), *probes]).model))
+    assert torch.equal(*ends)
 
 
 @pytest.mark.parametrize("order", [1, -1])
