@@ -62,6 +62,14 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+@torch.no_grad()
+def accuracy(model, benchmark, task):
+    """Share of a task's test images, 200 at most, whose class the model knows."""
+    dataset = benchmark.test_stream[task].dataset
+    x, y, _ = dataset.read_batch(list(range(min(len(dataset), 200))))
+    return (model(x).argmax(1) == y).float().mean().item()
+
+
 def strategy_of(model, plugins, *, optimizer=None, criterion=None, batch=32, epochs=1):
     return Naive(
         model=model,

@@ -9,8 +9,20 @@ from torch import nn
 
 from avalanche_sp import SelectivePlasticityOptimizer, SelectivePlasticityPlugin
 from avalanche_sp.data import benchmark_of
+from avalanche_sp.gate.layers import along, gated_layers
 
-from conftest import mlp, strategy_of, weights
+from conftest import accuracy, mlp, strategy_of, weights
+
+
+def moved_along(benchmark, model, plugin, criterion=None):
+    """By layer, how far the second experience moves the weights along the remembered directions."""
+    strategy = strategy_of(model, [plugin], criterion=criterion)
+    torch.manual_seed(0)
+    strategy.train(benchmark.train_stream[0])
+    layers, vectors = gated_layers(model), {name: memory.vectors for name, memory in plugin.layers.items()}
+    before = {name: along(layers[name], v) for name, v in vectors.items()}
+    strategy.train(benchmark.train_stream[1])
+    return {name: (along(layers[name], v) - before[name]).norm() for name, v in vectors.items()}
 
 
 def test_layers_without_bias_shared_frozen_unused_and_with_sequences(split2):
@@ -28,27 +40,34 @@ def test_layers_without_bias_shared_frozen_unused_and_with_sequences(split2):
             x = self.shared(self.shared(x).relu()).relu()
             return self.last(self.frozen(x).flatten(1))
 
-    torch.manual_seed(0)
-    plugin = SelectivePlasticityPlugin(openness=1e-6, rank=5)
-    strategy = strategy_of(Net(), [ReplayPlugin(40), plugin])
-    for experience in split2.train_stream:
-        strategy.train(experience)
-    assert set(plugin.layers) == {"first", "shared", "last"}
-    assert plugin.layers["first"].vectors.shape == (28, 5)
-    assert plugin.layers["shared"].vectors.shape == (17, 5)
+    moved = []
+    for openness in (1e-6, 1e6):
+        torch.manual_seed(0)
+        plugin = SelectivePlasticityPlugin(openness=openness, rank=5, pull_back=0, readout_step=False)
+        moved.append(moved_along(split2, Net(), plugin))
+        assert set(plugin.layers) == {"first", "shared", "last"}
+        assert plugin.layers["first"].vectors.shape == (28, 5)
+        assert plugin.layers["shared"].vectors.shape == (17, 5)
+    assert all(moved[0][name] < 0.01 * moved[1][name] for name in ("first", "shared", "last"))
 
 
+@pytest.mark.parametrize("replay", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_models_of_other_precision(split2, dtype):
+def test_models_of_other_precision_remember(split2, dtype, replay):
     class Cast(nn.Module):
         def forward(self, x):
             return x.to(dtype)
 
-    model = nn.Sequential(Cast(), *mlp().to(dtype))
-    strategy = strategy_of(model, [SelectivePlasticityPlugin(rank=10)])
-    for experience in split2.train_stream:
-        strategy.train(experience)
-    assert weights(model).isfinite().all() and weights(model).dtype == dtype
+    kept = []
+    for plugins in ([], [SelectivePlasticityPlugin(rank=30), *[ReplayPlugin(2)] * replay]):
+        model = nn.Sequential(Cast(), *mlp().to(dtype))
+        strategy = strategy_of(model, plugins, epochs=3)
+        torch.manual_seed(0)
+        for experience in split2.train_stream:
+            strategy.train(experience)
+        assert weights(model).dtype == dtype
+        kept.append(accuracy(model, split2, 0))
+    assert kept[0] < 0.4 < 0.6 < kept[1]
 
 
 def test_many_small_experiences_stay_stable(split2):
@@ -77,10 +96,11 @@ def test_a_model_with_several_outputs_is_named_unless_nothing_pulls(split2):
 
     with pytest.raises(TypeError, match="Invalid model: its output is a tuple"):
         strategy_of(Two(), [SelectivePlasticityPlugin()], criterion=criterion).train(split2.train_stream[0])
-    plugin = SelectivePlasticityPlugin(pull_back=0, readout_step=False)
-    strategy = strategy_of(Two(), [plugin], criterion=criterion)
-    for experience in split2.train_stream:
-        strategy.train(experience)
+    closed, opened = (
+        moved_along(split2, Two(), SelectivePlasticityPlugin(openness, 0, rank=5, readout_step=False), criterion)
+        for openness in (1e-6, 1e6)
+    )
+    assert all(closed[name] < 0.01 * opened[name] for name in ("net.1", "net.3", "net.5"))
 
 
 def test_a_strategy_saved_between_experiences_resumes_bit_for_bit(split2, tmp_path):
@@ -106,11 +126,14 @@ def test_a_strategy_saved_between_experiences_resumes_bit_for_bit(split2, tmp_pa
 def test_a_growing_head_is_followed(split5):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), IncrementalClassifier(16, 1))
-    strategy = strategy_of(model, [SelectivePlasticityPlugin()], criterion=nn.CrossEntropyLoss())
+    plugin = SelectivePlasticityPlugin()
+    strategy = strategy_of(model, [plugin], criterion=nn.CrossEntropyLoss())
     for experience in split5.train_stream:
         strategy.train(experience)
         strategy.eval(split5.test_stream[: experience.current_experience + 1])
-    assert model[3].classifier.out_features == 10
+        head, memory = model[3].classifier, plugin.layers["3.classifier"]
+        assert head.out_features == len(memory.anchor) == 2 * (experience.current_experience + 1)
+        assert torch.equal(memory.anchor, along(head, memory.vectors))
 
 
 def test_consolidation_restores_modes_and_ignores_dropout(split2):
