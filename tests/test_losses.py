@@ -7,8 +7,8 @@ from avalanche.training import Naive
 from avalanche.training.plugins import ReplayPlugin
 from torch import nn
 
-from avalanche_sp import JointReplayLoss, OneHotMSELoss, SelectivePlasticityPlugin, boundaries
-from avalanche_sp.replay import memory_size, stream_rows
+from avalanche_sp import JointReplayLoss, OneHotMSELoss, SelectivePlasticityPlugin, Settings
+from avalanche_sp.training.replay import memory_size, stream_rows
 
 from conftest import mlp, strategy_of
 
@@ -19,9 +19,17 @@ def test_one_hot_squared_error_by_hand():
     assert loss == pytest.approx(((0.25 + 0 + 1) + (1 + 1 + 0)) / 2)
 
 
-@pytest.mark.parametrize("shrinkage", [0, 25])
-def test_joint_replay_weighs_the_memory_by_what_it_stands_for(split5, shrinkage):
-    """Against the formula, at every iteration of every experience; evaluation weighs all rows alike."""
+@pytest.mark.parametrize(
+    "trust, gated, weights",
+    [
+        (None, False, [1, 2, 3, 4]),  # replay alone: N_old / N_new
+        (0.25, False, [0.25, 0.5, 0.75, 1]),
+        (None, True, [1 / 3, 2 / 5, 3 / 7, 4 / 9]),  # the plugin's share: 25 / e samples a class after e experiences
+        (0.25, True, [0.25, 0.5, 0.75, 1]),
+    ],
+)
+def test_joint_replay_weighs_the_memory_by_what_it_stands_for(split5, trust, gated, weights):
+    """At every iteration of every experience; evaluation weighs all rows alike."""
     seen = []
 
     class Check(JointReplayLoss):
@@ -30,32 +38,29 @@ def test_joint_replay_weighs_the_memory_by_what_it_stands_for(split5, shrinkage)
             rows = nn.functional.cross_entropy(strategy.mb_output, strategy.mb_y, reduction="none")
             expected = rows[:n].mean()
             if memory_size(strategy):
-                experiences = strategy.clock.train_exp_counter  # of 600 images and two classes each
-                w = experiences * 50 / (50 + shrinkage * 2 * experiences)
+                w = weights[strategy.clock.train_exp_counter - 1]
                 expected = (rows[:n].mean() + w * rows[n:].mean()) / (1 + w)
                 seen.append(w)
             torch.testing.assert_close(strategy.loss.squeeze(), expected)
 
         def after_eval_iteration(self, strategy, **kwargs):
-            torch.testing.assert_close(
-                strategy.loss, nn.functional.cross_entropy(strategy.mb_output, strategy.mb_y)
-            )
+            torch.testing.assert_close(strategy.loss, nn.functional.cross_entropy(strategy.mb_output, strategy.mb_y))
 
     model = mlp()
-    criterion = Check(nn.CrossEntropyLoss(), shrinkage)
+    criterion = Check(nn.CrossEntropyLoss(), trust)
     strategy = Naive(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
         criterion=criterion,
         train_mb_size=32,
         eval_mb_size=100,
-        plugins=[ReplayPlugin(50)],
+        plugins=[ReplayPlugin(50), *[SelectivePlasticityPlugin()] * gated],
         evaluator=None,
         eval_every=1,
     )
     for experience in split5.train_stream:
         strategy.train(experience, eval_streams=[split5.test_stream])
-    assert sorted(set(seen)) == ([1, 2, 3, 4] if shrinkage == 0 else [0.5, 2 / 3, 0.75, 0.8])
+    assert sorted(set(seen)) == weights
 
 
 def test_an_evaluation_after_an_interrupt_weighs_all_rows_alike(split5):
@@ -78,10 +83,10 @@ def test_an_evaluation_after_an_interrupt_weighs_all_rows_alike(split5):
     strategy.eval(split5.test_stream[:1])
 
 
-def test_on_an_online_stream_it_follows_what_the_plugin_found(split5, monkeypatch):
-    """With mini-batches for experiences, the old is what was consolidated; until then stream and memory weigh alike."""
-    monkeypatch.setattr(boundaries, "_CHUNK", 320)
-    gate, seen = SelectivePlasticityPlugin(consolidate="continuous"), []
+def test_on_an_online_stream_it_follows_what_the_plugin_found(split5):
+    """With mini-batches for experiences, the old is what was consolidated; until then it counts as one experience."""
+    settings = Settings(stream_chunk=320, half_trust=25)
+    gate, seen = SelectivePlasticityPlugin(consolidate="continuous", settings=settings), []
 
     class Check(JointReplayLoss):
         def before_backward(self, strategy, **kwargs):
@@ -89,25 +94,20 @@ def test_on_an_online_stream_it_follows_what_the_plugin_found(split5, monkeypatc
             rows = nn.functional.cross_entropy(strategy.mb_output, strategy.mb_y, reduction="none")
             expected = rows[:n].mean()
             if memory := memory_size(strategy):
-                consolidations, classes = len(gate.consolidated_at), gate.classes_seen
+                consolidations, classes = len(gate.consolidated_at), gate.gate.memory.classes
                 seen.append((consolidations, classes))
                 w = max(consolidations, 1) * memory / (memory + 25 * max(classes, 1))
                 expected = (rows[:n].mean() + w * rows[n:].mean()) / (1 + w)
             torch.testing.assert_close(strategy.loss.squeeze(), expected)
 
-    criterion = Check(nn.CrossEntropyLoss(), 25, follow=gate)
+    criterion = Check(nn.CrossEntropyLoss())
     strategy = strategy_of(mlp(), [ReplayPlugin(50), gate], batch=10, criterion=criterion)
     for experience in split_online_stream(split5.train_stream[:2], 10, seed=0):
         strategy.train(experience)
     assert sorted(set(seen)) == [(0, 0), (1, 2), (2, 6), (3, 8)]  # the second lies across the boundary
 
 
-def test_a_plugin_that_finds_nothing_cannot_be_followed():
-    with pytest.raises(ValueError, match=r"Invalid follow: .*'experience'.* \(allowed: None, or one with 'surprise'"):
-        JointReplayLoss(OneHotMSELoss(), follow=SelectivePlasticityPlugin())
-
-
-@pytest.mark.parametrize("shrinkage", [-1, float("nan"), float("inf")])
-def test_a_shrinkage_out_of_range_is_named(shrinkage):
-    with pytest.raises(ValueError, match=r"Invalid shrinkage value: .* \(allowed: 0 or more\)"):
-        JointReplayLoss(OneHotMSELoss(), shrinkage)
+@pytest.mark.parametrize("trust", [-1, 1.5, float("nan"), float("inf")])
+def test_a_trust_out_of_range_is_named(trust):
+    with pytest.raises(ValueError, match=r"Invalid trust value: .* \(allowed: 0 to 1, or None\)"):
+        JointReplayLoss(OneHotMSELoss(), trust)

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from avalanche.training.plugins import ReplayPlugin
+from avalanche.training import Naive
+from avalanche.training.plugins import ReplayPlugin, SupervisedPlugin
 from torch import nn
 
-from avalanche_sp import OneHotMSELoss, SelectivePlasticityOptimizer, SelectivePlasticityPlugin
-from avalanche_sp.drift import DriftWatch
-from avalanche_sp.gates import claim
-from avalanche_sp.layers import along, gated_layers
+from avalanche_sp import OneHotMSELoss, SelectivePlasticityOptimizer, SelectivePlasticityPlugin, Settings, reference
+from avalanche_sp.gate.functional import claim
+from avalanche_sp.gate.layers import along, gated_layers
 
-from conftest import mlp, strategy_of, weights
+from conftest import accuracy, mlp, strategy_of, weights
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
@@ -22,76 +22,92 @@ OPTIMIZERS = {
 }
 
 
-class GradientAlone(SelectivePlasticityPlugin):
-    """Gates the gradient and lets the optimizer do what it will with it."""
-
-    def after_update(self, strategy, **kwargs):
-        pass
-
-    def after_training_epoch(self, strategy, **kwargs):
-        pass
+WATCHED = {"openness": 0.02, "pull_back": 0.0, "rank": 20, "readout_step": False}
 
 
-def moved(split2, plugin, make):
+def moved(split2, make, gradient_alone=False):
     """How far the second experience moved the weights along what the first one claimed, relative to all it moved."""
     torch.manual_seed(0)
-    model = mlp()
+    model, plugin = mlp(), SelectivePlasticityPlugin(**WATCHED)
     strategy = strategy_of(model, [plugin], optimizer=make(model.parameters()))
     strategy.train(split2.train_stream[0])
-    vectors = {name: activity.vectors for name, activity in plugin.layers.items()}
-    before = {name: along(layer, vectors[name]) for name, layer in gated_layers(model).items()}
-    start = weights(model)
+    layers, memories = gated_layers(model), plugin.layers
+    before, start = {name: along(layer, memories[name].vectors) for name, layer in layers.items()}, weights(model)
+    if gradient_alone:
+        strategy.plugins.remove(plugin)
+        gates = {
+            name: reference.gate_matrix(m.eigenvalues, m.vectors, m.mean_eigenvalue, 0.02).float()
+            for name, m in memories.items()
+        }
+
+        def gate(*_):
+            for name, layer in layers.items():
+                gated = torch.cat([layer.weight.grad, layer.bias.grad.unsqueeze(1)], 1) @ gates[name]
+                layer.weight.grad, layer.bias.grad = gated[:, :-1].contiguous(), gated[:, -1].clone()
+
+        strategy.optimizer.register_step_pre_hook(gate)
     strategy.train(split2.train_stream[1])
-    inside = sum((along(layer, vectors[n]) - before[n]).square().sum() for n, layer in gated_layers(model).items())
+    inside = sum((along(layer, memories[n].vectors) - before[n]).square().sum() for n, layer in layers.items())
     return (inside.sqrt() / (weights(model) - start).norm()).item()
-
-
-WATCHED = {"openness": 0.02, "pull_back": 0.0, "rank": 20, "readout_step": False}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_gated_gradient_is_not_enough_and_the_update_is_gated_too(split2, name):
-    alone = moved(split2, GradientAlone(**WATCHED), OPTIMIZERS[name])
-    assert moved(split2, SelectivePlasticityPlugin(**WATCHED), OPTIMIZERS[name]) < alone / 2
+    alone = moved(split2, OPTIMIZERS[name], gradient_alone=True)
+    assert moved(split2, OPTIMIZERS[name]) < alone / 2
 
 
-class Watch(DriftWatch):
-    """Sees every look at the weights: what the steps had done along the vectors, and what is left of it."""
+class Looks(SupervisedPlugin):
+    """Compares what the gate leaves of the steps with their open share, at every look. It stands after the plugin."""
 
-    looks = 0
+    def __init__(self, optimizer, plugin):
+        super().__init__()
+        self.plugin, self.looks, self.gated = plugin, 0, False
+        optimizer.register_step_post_hook(lambda *_: self.stepped())  # before the gate's own, which it puts on later
 
-    def _look(self, beyond):
-        before = {name: coordinates.clone() for name, coordinates in self._before.items()}
-        there = {name: along(layer, activity.vectors) for name, layer, activity in self._gated}
-        super()._look(beyond)
-        for name, layer, activity in self._gated:
-            if name in before:
-                left = along(layer, activity.vectors) - before[name]
-                expected = (there[name] - before[name]) * (1 - activity.closed)
-                torch.testing.assert_close(left, expected, atol=1e-5, rtol=1e-3)
-                self.looks += 1
+    def coordinates(self):
+        return {name: along(self.layers[name], m.vectors) for name, m in self.memories.items()}
 
+    def before_training_epoch(self, strategy, **kwargs):
+        self.layers, self.memories = gated_layers(strategy.model), dict(self.plugin.layers)
+        self.steps, self.last = 0, self.coordinates()
 
-class Watching(SelectivePlasticityPlugin):
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self._drift = Watch(self.pull_back)
+    def stepped(self):
+        self.there = self.coordinates()
 
-    @property
-    def looks(self):
-        return self._drift.looks
+    def after_update(self, strategy, **kwargs):
+        self.steps += 1
+        if self.steps % 8 == 0:
+            self.compare()
+        else:
+            now = self.coordinates()
+            assert all(torch.equal(now[name], self.there[name]) for name in now)
+
+    def after_training_exp(self, strategy, **kwargs):
+        self.compare()
+
+    def compare(self):
+        now = self.coordinates()
+        for name, memory in self.memories.items():
+            left, closed = now[name] - self.last[name], memory.closed(0.5)[0]
+            expected = (self.there[name] - self.last[name]) * (1 - closed)
+            torch.testing.assert_close(left, expected, atol=2e-6, rtol=1e-3)
+            assert (left - expected / (1 - closed)).abs().max() > 1e-3
+            self.looks += 1
+        self.last = now
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
 def test_of_a_step_along_a_claimed_direction_the_open_share_is_left(split2, name):
-    plugin = Watching(rank=20)
-    moved(split2, plugin, OPTIMIZERS[name])
-    assert plugin.looks == 3 * 3  # 19 iterations: after the 8th, the 16th and at the end, three layers
-
-
-def accuracy_on_first(benchmark, model):
-    x, y, _ = benchmark.test_stream[0].dataset.read_batch(list(range(200)))
-    return (model(x).argmax(1) == y).float().mean().item()
+    torch.manual_seed(0)
+    few_in_step = Settings(gated_vectors=1)
+    model, plugin = mlp(), SelectivePlasticityPlugin(0.5, 0, rank=20, readout_step=False, settings=few_in_step)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    looks = Looks(optimizer, plugin)
+    strategy = strategy_of(model, [plugin, looks], optimizer=optimizer)
+    for experience in split2.train_stream:
+        strategy.train(experience)
+    assert looks.looks == 3 * 3  # 19 iterations: after the 8th, the 16th and at the end, three layers
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -104,37 +120,43 @@ def test_it_remembers_with_any_optimizer(split2, name):
         strategy = strategy_of(model, plugins, optimizer=OPTIMIZERS[name](model.parameters()), epochs=3)
         for experience in split2.train_stream:
             strategy.train(experience)
-        kept.append(accuracy_on_first(split2, model))
+        kept.append(accuracy(model, split2, 0))
     assert kept[0] < 0.4 < 0.6 < kept[1]
 
 
-def test_gradients_accumulated_over_several_batches_are_gated_each_by_itself(split2):
-    class Accumulating(torch.optim.SGD):
-        calls = 0
+class Sums(torch.optim.SGD):
+    def zero_grad(self, set_to_none=True):
+        pass
 
-        def zero_grad(self, set_to_none=True):
-            if self.calls % 2 == 0:
-                super().zero_grad(set_to_none)
 
-        def step(self, closure=None):
-            self.calls += 1
-            if self.calls % 2 == 0:
-                super().step(closure)
+class Accumulating(Naive):
+    """Steps after every second batch."""
 
-    results = []
-    for make, batch, lr in ((torch.optim.SGD, 50, 0.05), (Accumulating, 25, 0.025)):
-        torch.manual_seed(0)
+    def optimizer_step(self):
+        if self.clock.train_exp_iterations % 2:
+            self.optimizer.step()
+            torch.optim.SGD.zero_grad(self.optimizer)
+
+
+def test_gradients_accumulated_over_two_batches_are_those_of_a_whole_one(split2):
+    ends = []
+    for strategy_class, make, batch, lr in (
+        (Naive, torch.optim.SGD, 50, 0.05),
+        (Accumulating, Sums, 25, 0.025),
+    ):
         model = mlp()
-        strategy = strategy_of(
-            model,
-            [GradientAlone(pull_back=0.0, rank=20)],  # steps are taken back every few batches, whatever these add up to
+        strategy = strategy_class(
+            model=model,
             optimizer=make(model.parameters(), lr=lr),
-            batch=batch,
+            criterion=OneHotMSELoss(),
+            train_mb_size=batch,
+            plugins=[SelectivePlasticityPlugin(pull_back=0.0, rank=20)],
+            evaluator=None,
         )
         for experience in split2.train_stream:
             strategy.train(experience, shuffle=False)
-        results.append(weights(model))
-    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+        ends.append(weights(model))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-5)
 
 
 def network_with_norms() -> nn.Module:
@@ -175,15 +197,16 @@ def test_a_convolutional_network_remembers(split2):
         strategy = strategy_of(model, plugins, criterion=OneHotMSELoss(), epochs=3)
         for experience in split2.train_stream:
             strategy.train(experience)
-        kept.append(accuracy_on_first(split2, model))
+        kept.append(accuracy(model, split2, 0))
     assert kept[0] < 0.3 and kept[1] > 0.8
     assert [activity.rows for activity in plugin.layers.values()] == [144, 25, 1]
-    for activity in plugin.layers.values():
-        closed = claim(activity.eigenvalues, activity.mean_eigenvalue, plugin.openness / activity.rows)
-        torch.testing.assert_close(activity.closed, closed)
+    for memory in plugin.layers.values():
+        closed = claim(memory.eigenvalues, memory.mean_eigenvalue, 0.5 / memory.rows)
+        torch.testing.assert_close(memory.closed(0.5)[0], closed)
 
 
-def test_a_penalty_on_a_layer_without_error_is_not_gated(split2):
+@pytest.mark.parametrize("replay", [False, True])
+def test_a_penalty_of_the_criterion_acts_on_a_layer_without_error(split2, replay):
     """A layer that is called but has no part in the outputs: its weights' gradient is the criterion's own."""
 
     class Net(nn.Module):
@@ -199,11 +222,13 @@ def test_a_penalty_on_a_layer_without_error_is_not_gated(split2):
     model = Net()
     strategy = strategy_of(
         model,
-        [SelectivePlasticityPlugin(rank=5)],
+        [SelectivePlasticityPlugin(rank=5), *[ReplayPlugin(20)] * replay],
         criterion=lambda out, y: OneHotMSELoss()(out, y) + 0.1 * model.aside.weight.square().sum(),
     )
-    norms = []
+    norms = [model.aside.weight.norm().item()]
     for experience in split2.train_stream:
         strategy.train(experience)
         norms.append(model.aside.weight.norm().item())
-    assert norms[1] < norms[0]
+    free, gated = norms[1] / norms[0], norms[2] / norms[1]
+    assert free == pytest.approx((1 - 0.02 * 0.2) ** 19, rel=1e-4)
+    assert free < gated < 0.99
