@@ -81,7 +81,7 @@ def least_squares(x: Tensor, y: Tensor) -> Tensor:
 def readout_step(
     weights: Tensor,
     parts: list[tuple[Tensor, Tensor, float]],
-    quadratic: tuple[Tensor, Tensor, Tensor],
+    quadratic: tuple[Tensor, Tensor, Tensor, Tensor],
     old: float,
     trust: float = 0.0,
     whole: float = 0.05,
@@ -89,7 +89,7 @@ def readout_step(
 ) -> Tensor:
     """The readout's damped Newton step: new weights.
 
-        G = sum_i N_i L_i'(W) + N (R + 2 kappa (W - W*) C),   H = sum_i N_i L_i'' + 2 N kappa C,   N = (1 - t) N_old
+        G = sum_i N_i L_i'(W) + N (R + 2 kappa (W - W*) V V^T C),   H = sum_i N_i L_i'' + 2 N kappa C,   N = (1 - t) N_old
         D = -G (H + eps mean(diag H) I)^-1,   s = t + (1 - t) min(1, q / whole),   W + s D
 
     for squared error L_i (kappa = 2) on samples (x, y) that stand for N_i; q is the decrease -<sum_i N_i L_i', D> / 2
@@ -97,9 +97,9 @@ def readout_step(
 
     Args:
         parts: x, y and N_i of each loss.
-        quadratic: W*, C as modelled, and the gradient R that remained.
+        quadratic: W* and V, C as modelled, and the gradient R that remained.
     """
-    (anchor, moment, residual), w = (t.double() for t in quadratic), weights.double()
+    (anchor, v, moment, residual), w = (t.double() for t in quadratic), weights.double()
     shown, hessian, zero = torch.zeros_like(w), torch.zeros_like(moment), 0.0
     for x, y, n in parts:
         x, y = x.double(), y.double()
@@ -107,7 +107,8 @@ def readout_step(
         hessian += n * 2 * x.T @ x / len(x)
         zero += n * float(y.square().sum()) / len(x)
     kept = (1 - trust) * old
-    gradient, hessian = shown + kept * (residual + 4 * (w - anchor) @ moment), hessian + kept * 4 * moment
+    gradient = shown + kept * (residual + 4 * (w - anchor) @ v @ v.T @ moment)
+    hessian += kept * 4 * moment
     damped = hessian + damping * hessian.trace() / len(moment) * torch.eye(len(moment)).double()
     step = -gradient @ torch.linalg.inv(damped)
     gain = -float((shown * step).sum()) / 2 / zero
