@@ -20,7 +20,6 @@ from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
 
 from avalanche_sp import (
-    ConsolidationPlugin,
     JointReplayLoss,
     MetricsCSVLogger,
     OneHotMSELoss,
@@ -129,7 +128,7 @@ def main():
         criterion=JointReplayLoss(OneHotMSELoss()),
         train_mb_size=64,
         eval_mb_size=500,
-        plugins=[ReplayPlugin(mem_size=200), SelectivePlasticityPlugin(), ConsolidationPlugin()],
+        plugins=[ReplayPlugin(mem_size=200), SelectivePlasticityPlugin()],
         evaluator=EvaluationPlugin(
             *selective_plasticity_metrics(), loggers=[MetricsCSVLogger(arguments.checkpoint.with_suffix(".csv"))]
         ),

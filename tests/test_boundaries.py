@@ -14,26 +14,27 @@ from river.drift import PageHinkley
 from torch import nn
 
 from avalanche_sp import (
-    ConsolidationPlugin,
     FoundBoundaries,
     SelectivePlasticityOptimizer,
     SelectivePlasticityPlugin,
-    boundaries,
+    Settings,
+    reference,
     split_mnist,
 )
-from avalanche_sp.activity import LayerActivity
-from avalanche_sp.detection import ChangeWatch, InputWatch, page_hinkley
-from avalanche_sp.gates import eligibility
-from avalanche_sp.layers import set_weights, weights_and_bias
+from avalanche_sp.gate.detection import ChangeWatch, InputWatch, page_hinkley
+from avalanche_sp.gate.layer_gate import LayerGate
+from avalanche_sp.gate.layers import set_weights, weights_and_bias
+from avalanche_sp.gate.stream import Moment
+from avalanche_sp.optim.functional import eligibility
 
-from conftest import MNIST, mlp, sliced, strategy_of, weights
+from conftest import MNIST, accuracy, mlp, sliced, strategy_of, weights
 
 FOUND = ("surprise", "continuous")
+EVERY_64_ITERATIONS = Settings(stream_chunk=64 * 16)
 
 
-@pytest.fixture(autouse=True)
-def consolidate_every_64_iterations(monkeypatch):
-    monkeypatch.setattr(boundaries, "_CHUNK", 64 * 16)
+def gate(consolidate, **kwargs):
+    return SelectivePlasticityPlugin(consolidate=consolidate, settings=EVERY_64_ITERATIONS, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +52,6 @@ def trained(stream, plugins, n=3, model=None, seed=0, **kwargs):
     for experience in stream.train_stream[:n]:
         strategy.train(experience)
     return strategy
-
-
-def accuracy(strategy, stream, task):
-    x, y, _ = stream.test_stream[task].dataset.read_batch(list(range(200)))
-    return (strategy.model(x).argmax(1) == y).float().mean().item()
 
 
 class At:
@@ -77,7 +73,7 @@ class At:
 def test_a_change_is_found_soon_whatever_the_losss_scale(scale):
     torch.manual_seed(0)
     steady = 0.2 + 0.03 * torch.randn(2000)
-    watch = ChangeWatch(page_hinkley())
+    watch = ChangeWatch(page_hinkley(Settings()), Settings())
     assert not any(watch.look([[x]])[0] for x in (scale * steady).tolist())
     changed = (scale * (1.0 + 0.1 * torch.randn(20))).tolist()
     found, calm = zip(*(watch.look([[x]]) for x in changed))
@@ -86,7 +82,7 @@ def test_a_change_is_found_soon_whatever_the_losss_scale(scale):
 
 
 def test_one_odd_batch_and_a_constant_loss_are_no_change():
-    watch = ChangeWatch(page_hinkley())
+    watch = ChangeWatch(page_hinkley(Settings()), Settings())
     for losses in ([0.5] * 100, [0.5, 0.6] * 50, [100.0], [0.5, 0.6] * 50):
         assert not watch.look([x] for x in losses)[0]
 
@@ -95,7 +91,7 @@ def test_a_change_is_found_where_only_one_of_two_numbers_shows_it():
     torch.manual_seed(0)
     steady = (0.2 + 0.03 * torch.randn(500, 2)).tolist()
     for changed in ([1.0, 0.2], [0.2, 1.0]):
-        watch = ChangeWatch(page_hinkley())
+        watch = ChangeWatch(page_hinkley(Settings()), Settings())
         assert not watch.look(steady)[0]
         assert watch.look([changed] * 10) == (True, False)
 
@@ -104,7 +100,7 @@ def test_a_change_is_found_where_only_one_of_two_numbers_shows_it():
 def test_inputs_that_keep_to_their_place_do_not_move_and_those_that_leave_it_do(n):
     """Against means over all inputs, computed at once."""
     torch.manual_seed(0)
-    watch, steady, moving = InputWatch(), torch.randn(400, n, 30), torch.randn(400, n, 30)
+    watch, steady, moving = InputWatch(0.95), torch.randn(400, n, 30), torch.randn(400, n, 30)
     for i, x in enumerate(steady):
         distance = watch.observe(x)
         if i % 4 == 3:
@@ -121,7 +117,7 @@ def test_inputs_that_keep_to_their_place_do_not_move_and_those_that_leave_it_do(
 
 
 def test_inputs_of_another_size_begin_anew():
-    watch = InputWatch()
+    watch = InputWatch(0.95)
     watch.keep()
     for width in (5, 5, 7, 7, 5):
         assert watch.observe(torch.ones(4, width)) == 0
@@ -131,7 +127,7 @@ def test_inputs_of_another_size_begin_anew():
 
 def test_inputs_that_were_dropped_were_never_there():
     torch.manual_seed(0)
-    one, other = InputWatch(), InputWatch()
+    one, other = InputWatch(0.95), InputWatch(0.95)
     for x in torch.randn(50, 16, 5):
         for watch in (one, other):
             watch.observe(x)
@@ -143,7 +139,7 @@ def test_inputs_that_were_dropped_were_never_there():
 
 def test_inputs_that_are_all_alike_or_not_finite_do_not_move():
     for x in (torch.full((16, 5), 0.1), torch.tensor([[1.0, float("nan")], [2.0, float("inf")]]), torch.zeros(4, 1)):
-        watch = InputWatch()
+        watch = InputWatch(0.95)
         for _ in range(50):
             assert watch.observe(x) < 1e-6
             watch.keep()
@@ -158,22 +154,22 @@ def test_boundaries_are_found_and_what_was_learned_before_is_kept(stream):
     told = trained(stream, [SelectivePlasticityPlugin()])
     naive = trained(stream, [])
     for task in (0, 1):
-        assert accuracy(naive, stream, task) < 0.3
-        assert accuracy(found, stream, task) > accuracy(told, stream, task) - 0.05 > 0.6
+        assert accuracy(naive.model, stream, task) < 0.3
+        assert accuracy(found.model, stream, task) > accuracy(told.model, stream, task) - 0.05 > 0.6
 
 
 def test_a_task_that_comes_back_is_found_though_its_loss_is_low(stream):
     """Else what was learned since, of which nothing is consolidated yet, would be lost."""
     plugin = SelectivePlasticityPlugin(consolidate="surprise")
     strategy = trained(stream, [plugin], n=2)
-    kept = accuracy(strategy, stream, 1)
+    kept = accuracy(strategy.model, stream, 1)
     strategy.train(stream.train_stream[0])
     assert [at // 100 for at in plugin.consolidated_at] == [1, 2]
-    assert accuracy(strategy, stream, 1) > kept - 0.05
-    assert accuracy(strategy, stream, 0) > 0.9
+    assert accuracy(strategy.model, stream, 1) > kept - 0.05
+    assert accuracy(strategy.model, stream, 0) > 0.9
     unaware = trained(stream, [SelectivePlasticityPlugin(consolidate="surprise", detector=At())], n=2)
     unaware.train(stream.train_stream[0])
-    assert accuracy(unaware, stream, 1) < 0.5
+    assert accuracy(unaware.model, stream, 1) < 0.5
 
 
 def test_inputs_that_drift_are_consolidated_though_no_iteration_is_surprising(stream):
@@ -209,10 +205,10 @@ def test_inputs_that_are_no_numbers_are_left_alone(stream):
 
 
 def test_without_events_it_remembers_too(stream):
-    plugin = SelectivePlasticityPlugin(consolidate="continuous")
+    plugin = gate("continuous")
     strategy = trained(stream, [plugin])
     assert plugin.consolidated_at == [64, 128, 192, 256]
-    assert all(accuracy(strategy, stream, task) > 0.5 for task in (0, 1))
+    assert all(accuracy(strategy.model, stream, task) > 0.5 for task in (0, 1))
 
 
 def adaptive(parameters):
@@ -225,7 +221,7 @@ def test_an_online_stream_is_the_same_to_it_as_whole_experiences(stream, consoli
     """Bit for bit: the end of an experience means nothing."""
     ends = []
     for online in (False, True):
-        plugin = SelectivePlasticityPlugin(consolidate=consolidate)
+        plugin = gate(consolidate)
         model = mlp(64)
         strategy = strategy_of(model, [plugin], batch=16, optimizer=optimizer(model.parameters()))
         for experience in stream.train_stream[:2]:
@@ -241,41 +237,46 @@ def test_the_first_task_is_learned_as_without_the_plugin(stream, consolidate):
     """Until something is consolidated, bit for bit."""
     n = {"surprise": 1600, "continuous": 63 * 16}[consolidate]
     short = sliced(stream, train=n)
-    both = [trained(short, plugins, n=1) for plugins in ([], [SelectivePlasticityPlugin(consolidate=consolidate)])]
+    both = [trained(short, plugins, n=1) for plugins in ([], [gate(consolidate)])]
     assert torch.equal(*(weights(s.model) for s in both))
 
 
-def test_the_weights_go_back_and_only_what_the_gate_lets_through_is_done_again(stream):
+def test_the_weights_go_back_and_the_gated_part_of_the_later_updates_is_reapplied(stream):
     """The last calm look is that of the 100th iteration, the next task's first is the 101st."""
-    copies = {}
+    model, plugin, copies = mlp(64), gate("surprise"), {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    strategy = strategy_of(model, [plugin], optimizer=optimizer, batch=16)
+
+    def look(when):
+        copies[when, strategy.clock.train_iterations + 1] = weights_and_bias(model[1])
 
     class Look(SupervisedPlugin):
-        def __init__(self, first):
-            super().__init__()
-            self.first = first
-
         def after_update(self, strategy, **kwargs):
-            copies[self.first, strategy.clock.train_iterations + 1] = weights_and_bias(strategy.model[1])
+            look("after the gate")
 
-    plugin = SelectivePlasticityPlugin(consolidate="surprise")
-    trained(stream, [Look(True), plugin, Look(False)], n=2)
-    at = plugin.consolidated_at[0]
-    steps = copies[True, at] - copies[True, 100]
-    expected = copies[True, 100] + plugin.layers["1"].through(steps)
-    torch.testing.assert_close(copies[False, at], expected)
-    assert (expected - copies[True, 100]).norm() < 0.5 * steps.norm()
-    assert plugin.layers["1"].samples == 16 * at
+    strategy.plugins.append(Look())
+    optimizer.register_step_post_hook(lambda *_: look("after the step"))  # before the gate's own, put on later
+    torch.manual_seed(0)
+    for experience in stream.train_stream[:2]:
+        strategy.train(experience)
+    at, memory = plugin.consolidated_at[0], plugin.layers["1"]
+    before = copies["after the gate", 100]
+    steps = copies["after the step", at] - before
+    open_gate = reference.gate_matrix(memory.eigenvalues, memory.vectors, memory.mean_eigenvalue, 0.5)
+    expected = before + (steps.double() @ open_gate).float()
+    torch.testing.assert_close(copies["after the gate", at], expected, atol=1e-5, rtol=1e-4)
+    assert (expected - before).norm() < 0.5 * steps.norm()
+    assert memory.samples == 16 * at
 
 
 def test_what_the_gate_lets_through_of_a_change(stream):
     plugin = SelectivePlasticityPlugin(rank=20)
     trained(stream, [plugin], n=1)
-    a: LayerActivity = plugin.layers["1"]
-    change = torch.randn(3, len(a.vectors), dtype=torch.float64)
-    v = a.vectors.double()
-    gate = v @ torch.diag(1 - a.closed.double()) @ v.T
-    gate += (1 - a.closed_rest) * (torch.eye(len(v)) - v @ v.T)
-    torch.testing.assert_close(a.through(change.float()).double(), change @ gate, atol=1e-4, rtol=1e-4)
+    memory = plugin.layers["1"]
+    change = torch.randn(3, len(memory.vectors), dtype=torch.float64)
+    expected = change @ reference.gate_matrix(memory.eigenvalues, memory.vectors, memory.mean_eigenvalue, 0.3)
+    through = LayerGate.of(memory, 0.3, 16).through(change.float(), memory)
+    torch.testing.assert_close(through.double(), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(5, 4), nn.Linear(5, 4, bias=False), nn.Conv2d(6, 4, 3, groups=2)])
@@ -292,7 +293,7 @@ def test_weights_come_back_as_they_were(layer):
 def test_a_second_moment_is_kept_as_a_sketch_that_knows_its_leading_eigenspace():
     torch.manual_seed(0)
     x = torch.randn(3000, 40) * 0.8 ** torch.arange(40)
-    moment = boundaries.Moment(40, 8, x)
+    moment = Moment(40, 8, 5120, x)
     for i, batch in enumerate(x.split((10, 300, 690, 2000))):  # of any size
         moment.add(batch)
         if i == 1:
@@ -308,7 +309,7 @@ def test_a_second_moment_is_kept_as_a_sketch_that_knows_its_leading_eigenspace()
 
 
 def test_no_sample_is_kept_and_memory_stays_bounded(stream):
-    plugin = SelectivePlasticityPlugin(consolidate="continuous", rank=8)
+    plugin = gate("continuous", rank=8)
     sizes = []
 
     class Size(SupervisedPlugin):
@@ -371,9 +372,13 @@ def test_a_growing_head(stream):
         def forward(self, x):
             return self.head(self.body(x.flatten(1)).relu())
 
-    plugin = SelectivePlasticityPlugin(consolidate="surprise", pull_back=1.0)
+    plugin = SelectivePlasticityPlugin(consolidate="surprise")
     strategy = trained(stream, [plugin], model=Net(), criterion=nn.CrossEntropyLoss())
-    assert plugin.consolidated_at and weights(strategy.model).isfinite().all()
+    head, memory = strategy.model.head.classifier, plugin.layers["head.classifier"]
+    assert len(plugin.consolidated_at) == 2 and head.out_features == 6
+    naive = trained(stream, [], model=Net(), criterion=nn.CrossEntropyLoss())
+    assert len(memory.anchor) == 6  # it had grown before the second boundary was found
+    assert accuracy(strategy.model, stream, 0) > accuracy(naive.model, stream, 0)
 
 
 def test_the_optimizer_goes_back_too_and_consolidates_what_it_held_then(stream):
@@ -386,7 +391,7 @@ def test_the_optimizer_goes_back_too_and_consolidates_what_it_held_then(stream):
             traces.append(state["exp_avg_sq"].clone())
             consolidated.append(state.get("consolidated"))
 
-    trained(stream, [plugin, ConsolidationPlugin(follow=plugin), Look()], optimizer=adaptive, n=2)
+    trained(stream, [plugin, Look()], optimizer=adaptive, n=2)
     first = next(i for i, kept in enumerate(consolidated) if kept is not None)
     assert first == plugin.consolidated_at[0] - 1
     assert torch.equal(traces[first], traces[99]) and not torch.equal(traces[first - 1], traces[99])
@@ -410,10 +415,16 @@ def test_boundaries_go_to_the_loggers(stream):
 
 @pytest.mark.parametrize("consolidate", FOUND)
 def test_it_can_be_saved_in_the_midst_of_a_stream(stream, consolidate):
-    plugin = SelectivePlasticityPlugin(consolidate=consolidate)
-    trained(stream, [plugin], n=2)
-    copy = pickle.loads(pickle.dumps(plugin))
-    assert copy.consolidated_at == plugin.consolidated_at and copy.state_bytes == plugin.state_bytes
+    plugin = gate(consolidate)
+    strategy = trained(stream, [plugin], n=2)
+    copied = pickle.loads(pickle.dumps(strategy))
+    (other,) = [p for p in copied.plugins if isinstance(p, SelectivePlasticityPlugin)]
+    assert other.consolidated_at == plugin.consolidated_at != [] and other.state_bytes == plugin.state_bytes
+    for one in (strategy, copied):
+        torch.manual_seed(1)
+        one.train(stream.train_stream[2])
+    assert torch.equal(weights(strategy.model), weights(copied.model))
+    assert other.consolidated_at == plugin.consolidated_at
 
 
 def test_without_river_the_error_says_what_to_install(monkeypatch):
@@ -421,7 +432,7 @@ def test_without_river_the_error_says_what_to_install(monkeypatch):
     with pytest.raises(ImportError, match=r"avalanche-sp\[detection\]"):
         SelectivePlasticityPlugin(consolidate="surprise")
     SelectivePlasticityPlugin(consolidate="surprise", detector=At())
-    SelectivePlasticityPlugin(consolidate="continuous")
+    gate("continuous")
 
 
 @pytest.mark.parametrize(

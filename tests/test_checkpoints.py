@@ -17,7 +17,6 @@ from avalanche.training import Naive
 from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin, SupervisedPlugin
 
 from avalanche_sp import (
-    ConsolidationPlugin,
     GaussianBuffer,
     JointReplayLoss,
     MetricsCSVLogger,
@@ -56,7 +55,6 @@ def everything(folder, strategy_class=Naive, epochs=1, policy=None):
         plugins=[
             ReplayPlugin(mem_size=50, storage_policy=policy),
             SelectivePlasticityPlugin(openness={"1": 0.1}, rank={"1": 12, "*": 10}),
-            ConsolidationPlugin(),
         ],
         evaluator=evaluator,
     )

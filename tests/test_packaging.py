@@ -38,7 +38,7 @@ strategy = Naive(
     optimizer=avalanche_sp.SelectivePlasticityOptimizer(model.parameters()),
     criterion=avalanche_sp.OneHotMSELoss(),
     train_mb_size=8,
-    plugins=[plugin, avalanche_sp.ConsolidationPlugin()],
+    plugins=[plugin],
     evaluator=None,
 )
 for experience in benchmark_of(data, data).train_stream:
