@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from avalanche_sp.arguments import AT_LEAST_0, check_number
 from avalanche_sp.replay import classes_of, memory_size, stream_rows, trust_in
 
 __all__ = ["OneHotMSELoss", "JointReplayLoss"]
@@ -23,7 +24,10 @@ class OneHotMSELoss(nn.Module):
     stream's length leaves a remainder of a few samples, call ``strategy.train(experience, drop_last=True)``.
 
     Shape:
-        outputs (N, C), class labels (N,) int64; returns a 0-dim tensor.
+        outputs (N, C), class labels (N,) of any integer type; returns a 0-dim tensor.
+
+    Raises:
+        TypeError: when called with labels that are not integers.
 
     References:
         L. Hui, M. Belkin: Evaluation of neural architectures trained with square loss vs cross-entropy in
@@ -31,7 +35,9 @@ class OneHotMSELoss(nn.Module):
     """
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        one_hot = F.one_hot(targets, outputs.shape[-1]).to(outputs.dtype)
+        if targets.is_floating_point() or targets.is_complex():
+            raise TypeError(f"Invalid targets: {targets.dtype} (allowed: class labels, integers)")
+        one_hot = F.one_hot(targets.long(), outputs.shape[-1]).to(outputs.dtype)
         return F.mse_loss(outputs, one_hot, reduction="sum") / len(outputs)
 
 
@@ -66,8 +72,7 @@ class JointReplayLoss(SupervisedPlugin):
 
     def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor], shrinkage: float = 0.0, follow=None):
         super().__init__()
-        if not 0 <= shrinkage < float("inf"):
-            raise ValueError(f"Invalid shrinkage value: {shrinkage} (allowed: 0 or more)")
+        check_number("shrinkage value", shrinkage, AT_LEAST_0)
         if follow is not None and follow.consolidate == "experience":
             raise ValueError(
                 "Invalid follow: a plugin with consolidate='experience' finds no boundary (allowed: None, or one "

@@ -125,6 +125,20 @@ def test_older_states_take_the_defaults(batch):
     assert fresh.param_groups[0]["nonfinite"] == "skip" and fresh.param_groups[0]["surprise"] == 0.0
 
 
+def test_a_state_that_lacks_settings_leaves_each_groups_own():
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = [{"params": [p], "plasticity_k": 2.0, "nonfinite": "skip"}, {"params": [q], "surprise_weight": 0.9}]
+    ours = SelectivePlasticityOptimizer(groups, plasticity_k=7.0)
+    ours.observe_surprise(0.5)
+    ours.load_state_dict(torch.optim.Adam([{"params": [p]}, {"params": [q]}], lr=0.25).state_dict())
+    names = ("lr", "plasticity_k", "surprise_weight", "nonfinite", "surprise")
+    assert [tuple(group[name] for name in names) for group in ours.param_groups] == [
+        (0.25, 2.0, 0.3, "skip", 0.5),
+        (0.25, 7.0, 0.9, "raise", 0.5),
+    ]
+    assert SelectivePlasticityOptimizer([p], **ours.defaults).defaults == ours.defaults
+
+
 @pytest.mark.parametrize("path", [{}, {"foreach": True}, {"foreach": False}], ids=str)
 def test_torch_save_resumes_bit_for_bit(batch, path, tmp_path):
     whole, first = mlp(), mlp()
