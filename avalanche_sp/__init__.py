@@ -1,5 +1,6 @@
 """Selective plasticity for continual learning: an Avalanche plugin and a PyTorch optimizer."""
 
+import avalanche_sp.checkpoints  # noqa: F401
 from avalanche_sp.classic import permuted_mnist, split_mnist
 from avalanche_sp.consolidation import ConsolidationPlugin
 from avalanche_sp.gaussians import GaussianBuffer

@@ -1,20 +1,23 @@
 """Strategies that are saved and go on, in the weights and the metrics, as if they had not stopped."""
 
+import copy
 import csv
 import os
+import pickle
 import re
 import subprocess
 import sys
 import time
 from functools import partial
 
+import dill
 import pytest
 import torch
 from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.logging import InteractiveLogger, TensorboardLogger, TextLogger
 from avalanche.training import Naive
-from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin, SupervisedPlugin
+from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin, ReplayPlugin, SupervisedPlugin
 
 from avalanche_sp import (
     ConsolidationPlugin,
@@ -27,7 +30,7 @@ from avalanche_sp import (
     selective_plasticity_metrics,
 )
 
-from conftest import ROOT, mlp, sliced, weights
+from conftest import ROOT, mlp, sliced, strategy_of, weights
 
 
 def everything(folder, strategy_class=Naive, epochs=1, policy=None):
@@ -122,6 +125,74 @@ def test_what_is_drawn_after_a_checkpoint_is_what_would_have_been(split5, tmp_pa
         torch.manual_seed(2)
         strategy.train(split5.train_stream[2])
     assert_equal(weights(resumed.model), weights(whole.model))
+
+
+TORCHS = [
+    cls
+    for cls in vars(torch.optim).values()
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+]
+
+
+@pytest.mark.parametrize("cls", TORCHS, ids=lambda cls: cls.__name__)
+def test_every_optimizer_of_torch_can_be_saved(cls, tmp_path):
+    """torch.optim hides its submodules, so dill would pickle their classes by value, and fail."""
+    p = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = cls([p], lr=0.01)
+    if cls not in (torch.optim.LBFGS, torch.optim.SparseAdam):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    torch.save([optimizer, p], tmp_path / "saved.pkl", pickle_module=dill)
+    loaded, q = torch.load(tmp_path / "saved.pkl", pickle_module=dill, weights_only=False)
+    assert type(loaded) is cls and loaded.param_groups[0]["params"][0] is q
+    assert_equal(loaded.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(torch.optim.SGD, lr=0.02, momentum=0.9),
+        partial(torch.optim.Adam, lr=1e-3),
+        partial(torch.optim.AdamW, lr=1e-3),
+    ],
+    ids=lambda make: make.func.__name__,
+)
+def test_a_strategy_with_torchs_optimizer_resumes_bit_for_bit(make, split5, tmp_path):
+    def strategy():
+        model = mlp()
+        return strategy_of(model, [SelectivePlasticityPlugin(), ReplayPlugin(50)], optimizer=make(model.parameters()))
+
+    whole = strategy()
+    for experience in split5.train_stream[:2]:
+        whole.train(experience)
+    save_checkpoint(whole, tmp_path / "saved.pkl")
+    resumed, first = maybe_load_checkpoint(strategy(), tmp_path / "saved.pkl")
+    assert first == 2 and type(resumed.optimizer) is make.func
+    for one in (whole, resumed):
+        torch.manual_seed(2)
+        one.train(split5.train_stream[2])
+    assert_equal(weights(resumed.model), weights(whole.model))
+
+
+def test_a_scheduler_goes_on_with_its_optimizer(split5, tmp_path):
+    def strategy():
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        scheduler = LRSchedulerPlugin(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), reset_lr=False)
+        return strategy_of(model, [scheduler], optimizer=optimizer)
+
+    whole = strategy()
+    whole.train(split5.train_stream[0])
+    save_checkpoint(whole, tmp_path / "saved.pkl")
+    resumed, _ = maybe_load_checkpoint(strategy(), tmp_path / "saved.pkl")
+    resumed.train(split5.train_stream[1])
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(0.02 * 0.25)
+
+
+def test_other_copies_of_torchs_optimizers_are_left_alone():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    assert b"avalanche_sp" not in pickle.dumps(optimizer)
+    assert type(copy.deepcopy(optimizer)) is torch.optim.SGD
 
 
 def test_the_documents_loop_goes_on_where_it_stopped(split2, tmp_path, monkeypatch):
