@@ -194,12 +194,49 @@ def test_other_copies_of_torchs_optimizers_are_left_alone():
     assert type(copy.deepcopy(optimizer)) is torch.optim.SGD
 
 
+def documented():
+    """The document's blocks of Python: loop, save and load."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "checkpoints.md").read_text(), re.DOTALL | re.M)
+
+
+def test_the_documents_state_without_code_goes_on_bit_for_bit(split5, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def strategy():
+        model = mlp()
+        optimizer = SelectivePlasticityOptimizer.for_continual_learning(model.parameters())
+        return strategy_of(model, [ConsolidationPlugin()], optimizer=optimizer)
+
+    _, save, load = documented()
+    whole, resumed = strategy(), strategy()
+    for experience in split5.train_stream[:2]:
+        whole.train(experience)
+    exec(save, {"strategy": whole, "torch": torch})
+    exec(load, {"strategy": resumed, "torch": torch})
+    for one in (whole, resumed):
+        torch.manual_seed(2)
+        one.train(split5.train_stream[2])
+    assert_equal(weights(resumed.model), weights(whole.model))
+    assert_equal(resumed.optimizer.state_dict()["state"], whole.optimizer.state_dict()["state"])
+
+
+def test_after_loading_the_strategy_holds_other_objects(split2, tmp_path):
+    """Why the document says to take everything from the strategy."""
+    strategy = everything(tmp_path)
+    strategy.train(split2.train_stream[0])
+    save_checkpoint(strategy, tmp_path / "run.pkl")
+    again = everything(tmp_path)
+    model, evaluator = again.model, again.evaluator
+    resumed, _ = maybe_load_checkpoint(again, tmp_path / "run.pkl")
+    assert resumed is again and resumed.model is not model and resumed.evaluator is not evaluator
+    assert_equal(weights(resumed.model), weights(strategy.model))
+
+
 def test_the_documents_loop_goes_on_where_it_stopped(split2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (loop,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "checkpoints.md").read_text(), re.DOTALL | re.M)
     for _ in range(2):
         names = {"strategy": everything(tmp_path), "benchmark": split2}
-        exec(loop, names)
+        exec(documented()[0], names)
         assert names["strategy"].clock.train_exp_counter == 2
     assert names["first"] == 2
 
