@@ -212,7 +212,7 @@ class GaussianBuffer(ExemplarsBuffer):
                 "their means take)"
             )
         for number in range(self.gaussians, 0, -1):
-            components = int((total / classes / number - mean) // component)
+            components = (total // (classes * number) - mean) // component
             if components >= _LEAST_COMPONENTS:
                 break
         return number, components
@@ -300,7 +300,8 @@ def draw(gaussians: Sequence[Gaussian], which: Tensor, generator: torch.Generato
     each = counts[which]  # a sample is the sum of so many rows, weighed at random
     begins, first = each.cumsum(0) - each, (counts.cumsum(0) - counts)[which]
     places = torch.arange(int(each.sum()), device=rows.device) + torch.repeat_interleave(first - begins, each)
-    noise = torch.randn(len(places), generator=generator).to(rows) * torch.repeat_interleave(wider[which], each)
+    noise = torch.randn(len(places), generator=generator, dtype=rows.dtype).to(rows.device)
+    noise *= torch.repeat_interleave(wider[which], each)
     x = F.embedding_bag(places, rows, begins, mode="sum", per_sample_weights=noise)
     return x.add_(torch.stack([g.mean for g in gaussians])[which])
 

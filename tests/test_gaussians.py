@@ -235,7 +235,13 @@ def test_draws_are_new_in_each_epoch_with_any_number_of_workers(split2, workers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_draws_have_the_samples_data_type(split2, dtype):
+def test_draws_have_the_samples_data_type_and_not_the_default_one(split2, dtype):
+    torch.set_default_dtype(torch.float16)
+    try:
+        torch.manual_seed(0)
+        assert remembering(split2, 1).buffer.read_batch([0, 1])[0].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
     x, y, _ = split2.train_stream[0].dataset.read_batch(list(range(100)))
     buffer = GaussianBuffer(20)
     buffer.update_from_dataset(TensorClassificationDataset.from_source(TensorSource(x.to(dtype), y)))

@@ -9,11 +9,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 from avalanche.models import IncrementalClassifier
+from avalanche.models.packnet import packnet_simple_mlp
+from avalanche.training import PackNet
 from torch import nn
 
-from avalanche_sp import ConsolidationPlugin, SelectivePlasticityOptimizer
+from avalanche_sp import ConsolidationPlugin, SelectivePlasticityOptimizer, split_mnist
 
-from conftest import mlp, strategy_of, weights
+from conftest import MNIST, mlp, sliced, strategy_of, weights
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +196,21 @@ def test_a_growing_head_keeps_what_its_old_units_hold(split5):
             after = optimizer.get_param_eligibility(model[3].classifier.weight)
             assert len(after) > len(before) and (after[: len(before)] >= before).all() and before.any()
     optimizer.get_diagnostics()
+
+
+def test_avalanches_packnet_builds_it_again_in_each_experience():
+    benchmark = sliced(split_mnist(5, return_task_id=True, dataset_root=MNIST), 128, 32)
+    torch.manual_seed(0)
+    model = packnet_simple_mlp(hidden_size=16)
+    first = SelectivePlasticityOptimizer(model.parameters(), lr=2e-3, plasticity_k=3)
+    strategy = PackNet(
+        model=model, optimizer=first, post_prune_epochs=1, prune_proportion=0.5, train_epochs=2, train_mb_size=64,
+        evaluator=None,
+    )  # fmt: skip
+    for experience in benchmark.train_stream[:2]:
+        strategy.train(experience)
+    assert strategy.optimizer is not first and strategy.optimizer.defaults == first.defaults
+    assert all(int(state["step"]) == 4 for state in strategy.optimizer.state.values() if state)
 
 
 def test_consolidation_plugin_needs_our_optimizer(split2):
