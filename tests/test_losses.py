@@ -19,6 +19,17 @@ def test_one_hot_squared_error_by_hand():
     assert loss == pytest.approx(((0.25 + 0 + 1) + (1 + 1 + 0)) / 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_one_hot_squared_error_takes_any_integer_labels(dtype):
+    outputs, labels = torch.randn(4, 10), torch.tensor([1, 2, 3, 9])
+    assert torch.equal(OneHotMSELoss()(outputs, labels.to(dtype)), OneHotMSELoss()(outputs, labels))
+
+
+def test_one_hot_squared_error_refuses_labels_that_are_no_integers():
+    with pytest.raises(TypeError, match=r"Invalid targets: torch.float32 \(allowed: class labels, integers\)"):
+        OneHotMSELoss()(torch.randn(4, 10), torch.ones(4))
+
+
 @pytest.mark.parametrize("shrinkage", [0, 25])
 def test_joint_replay_weighs_the_memory_by_what_it_stands_for(split5, shrinkage):
     """Against the formula, at every iteration of every experience; evaluation weighs all rows alike."""
@@ -107,7 +118,7 @@ def test_a_plugin_that_finds_nothing_cannot_be_followed():
         JointReplayLoss(OneHotMSELoss(), follow=SelectivePlasticityPlugin())
 
 
-@pytest.mark.parametrize("shrinkage", [-1, float("nan"), float("inf")])
+@pytest.mark.parametrize("shrinkage", [-1, float("nan"), float("inf"), "50", None])
 def test_a_shrinkage_out_of_range_is_named(shrinkage):
     with pytest.raises(ValueError, match=r"Invalid shrinkage value: .* \(allowed: 0 or more\)"):
         JointReplayLoss(OneHotMSELoss(), shrinkage)
