@@ -124,7 +124,7 @@ def main():
         checkpoint=arguments.checkpoint,
         every=arguments.every,
         model=model,
-        optimizer=SelectivePlasticityOptimizer(model.parameters(), lr=1e-3, plasticity_k=1, beta1=0.0, eps=1e-3),
+        optimizer=SelectivePlasticityOptimizer.for_continual_learning(model.parameters(), with_gate=True),
         criterion=JointReplayLoss(OneHotMSELoss()),
         train_mb_size=64,
         eval_mb_size=500,

@@ -1,20 +1,23 @@
 """Strategies that are saved and go on, in the weights and the metrics, as if they had not stopped."""
 
+import copy
 import csv
 import os
+import pickle
 import re
 import subprocess
 import sys
 import time
 from functools import partial
 
+import dill
 import pytest
 import torch
 from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.logging import InteractiveLogger, TensorboardLogger, TextLogger
 from avalanche.training import Naive
-from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin, SupervisedPlugin
+from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin, ReplayPlugin, SupervisedPlugin
 
 from avalanche_sp import (
     GaussianBuffer,
@@ -26,7 +29,7 @@ from avalanche_sp import (
     selective_plasticity_metrics,
 )
 
-from conftest import ROOT, mlp, sliced, weights
+from conftest import ROOT, mlp, sliced, strategy_of, weights
 
 
 def everything(folder, strategy_class=Naive, epochs=1, policy=None):
@@ -71,7 +74,6 @@ def state(strategy):
         "eigenvalues": [activity.eigenvalues for activity in plugin.layers.values()],
         "memory": [int(y) for _, y, *_ in replay.storage_policy.buffer],
         "metrics": dict(strategy.evaluator.get_all_metrics()),
-        "random": torch.get_rng_state(),
     }
 
 
@@ -122,12 +124,117 @@ def test_what_is_drawn_after_a_checkpoint_is_what_would_have_been(split5, tmp_pa
     assert_equal(weights(resumed.model), weights(whole.model))
 
 
+TORCHS = [
+    cls
+    for cls in vars(torch.optim).values()
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+]
+
+
+@pytest.mark.parametrize("cls", TORCHS, ids=lambda cls: cls.__name__)
+def test_every_optimizer_of_torch_can_be_saved(cls, tmp_path):
+    """torch.optim hides its submodules, so dill would pickle their classes by value, and fail."""
+    p = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = cls([p], lr=0.01)
+    if cls not in (torch.optim.LBFGS, torch.optim.SparseAdam):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    torch.save([optimizer, p], tmp_path / "saved.pkl", pickle_module=dill)
+    loaded, q = torch.load(tmp_path / "saved.pkl", pickle_module=dill, weights_only=False)
+    assert type(loaded) is cls and loaded.param_groups[0]["params"][0] is q
+    assert_equal(loaded.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(torch.optim.SGD, lr=0.02, momentum=0.9),
+        partial(torch.optim.Adam, lr=1e-3),
+        partial(torch.optim.AdamW, lr=1e-3),
+    ],
+    ids=lambda make: make.func.__name__,
+)
+def test_a_strategy_with_torchs_optimizer_resumes_bit_for_bit(make, split5, tmp_path):
+    def strategy():
+        model = mlp()
+        return strategy_of(model, [SelectivePlasticityPlugin(), ReplayPlugin(50)], optimizer=make(model.parameters()))
+
+    whole = strategy()
+    for experience in split5.train_stream[:2]:
+        whole.train(experience)
+    save_checkpoint(whole, tmp_path / "saved.pkl")
+    resumed, first = maybe_load_checkpoint(strategy(), tmp_path / "saved.pkl")
+    assert first == 2 and type(resumed.optimizer) is make.func
+    for one in (whole, resumed):
+        torch.manual_seed(2)
+        one.train(split5.train_stream[2])
+    assert_equal(weights(resumed.model), weights(whole.model))
+
+
+def test_a_scheduler_goes_on_with_its_optimizer(split5, tmp_path):
+    def strategy():
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        scheduler = LRSchedulerPlugin(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), reset_lr=False)
+        return strategy_of(model, [scheduler], optimizer=optimizer)
+
+    whole = strategy()
+    whole.train(split5.train_stream[0])
+    save_checkpoint(whole, tmp_path / "saved.pkl")
+    resumed, _ = maybe_load_checkpoint(strategy(), tmp_path / "saved.pkl")
+    resumed.train(split5.train_stream[1])
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(0.02 * 0.25)
+
+
+def test_other_copies_of_torchs_optimizers_are_left_alone():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    assert b"avalanche_sp" not in pickle.dumps(optimizer)
+    assert type(copy.deepcopy(optimizer)) is torch.optim.SGD
+
+
+def documented():
+    """The document's blocks of Python: loop, save and load."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "checkpoints.md").read_text(), re.DOTALL | re.M)
+
+
+def test_the_documents_state_without_code_goes_on_bit_for_bit(split5, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def strategy():
+        model = mlp()
+        optimizer = SelectivePlasticityOptimizer.for_continual_learning(model.parameters())
+        return strategy_of(model, [ConsolidationPlugin()], optimizer=optimizer)
+
+    _, save, load = documented()
+    whole, resumed = strategy(), strategy()
+    for experience in split5.train_stream[:2]:
+        whole.train(experience)
+    exec(save, {"strategy": whole, "torch": torch})
+    exec(load, {"strategy": resumed, "torch": torch})
+    for one in (whole, resumed):
+        torch.manual_seed(2)
+        one.train(split5.train_stream[2])
+    assert_equal(weights(resumed.model), weights(whole.model))
+    assert_equal(resumed.optimizer.state_dict()["state"], whole.optimizer.state_dict()["state"])
+
+
+def test_after_loading_the_strategy_holds_other_objects(split2, tmp_path):
+    """Why the document says to take everything from the strategy."""
+    strategy = everything(tmp_path)
+    strategy.train(split2.train_stream[0])
+    save_checkpoint(strategy, tmp_path / "run.pkl")
+    again = everything(tmp_path)
+    model, evaluator = again.model, again.evaluator
+    resumed, _ = maybe_load_checkpoint(again, tmp_path / "run.pkl")
+    assert resumed is again and resumed.model is not model and resumed.evaluator is not evaluator
+    assert_equal(weights(resumed.model), weights(strategy.model))
+
+
 def test_the_documents_loop_goes_on_where_it_stopped(split2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (loop,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "checkpoints.md").read_text(), re.DOTALL | re.M)
     for _ in range(2):
         names = {"strategy": everything(tmp_path), "benchmark": split2}
-        exec(loop, names)
+        exec(documented()[0], names)
         assert names["strategy"].clock.train_exp_counter == 2
     assert names["first"] == 2
 
@@ -153,9 +260,10 @@ def resumable(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     from mid_experience_checkpoint import ResumableNaive
 
-    def strategy(name, every=7):
+    def strategy(name, every=7, policy=None):
         path = tmp_path / name / "run.pkl"
-        return everything(tmp_path / name, partial(ResumableNaive, checkpoint=path, every=every), epochs=2)
+        made = partial(ResumableNaive, checkpoint=path, every=every)
+        return everything(tmp_path / name, made, epochs=2, policy=policy and policy())
 
     return strategy
 
@@ -178,9 +286,10 @@ def go_on(strategy, benchmark, stop_at=None):
     return began
 
 
-def test_a_strategy_resumes_bit_for_bit_in_the_middle_of_an_experience(resumable, split5):
+@pytest.mark.parametrize("policy", [None, lambda: GaussianBuffer(50, stored=10)], ids=["stored", "drawn"])
+def test_a_strategy_resumes_bit_for_bit_in_the_middle_of_an_experience(resumable, split5, policy):
     benchmark = sliced(split5, 300, 100)  # 10 iterations an epoch, 20 an experience
-    whole, stopped, began = resumable("whole"), resumable("stopped"), []
+    whole, stopped, began = resumable("whole", policy=policy), resumable("stopped", policy=policy), []
     torch.manual_seed(1)
     go_on(whole, benchmark)
     torch.manual_seed(1)
@@ -188,7 +297,7 @@ def test_a_strategy_resumes_bit_for_bit_in_the_middle_of_an_experience(resumable
         began.append(go_on(stopped, benchmark, stop_at))
         torch.manual_seed(99)
         if stop_at is not None:
-            stopped = resumable("stopped")
+            stopped = resumable("stopped", policy=policy)
     assert began == [0, 7, 7, 17, 27, 37, 37]
     assert_equal(state(stopped), state(whole))
 

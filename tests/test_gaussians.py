@@ -3,12 +3,14 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
-from avalanche.benchmarks.utils import AvalancheDataset
+from avalanche.benchmarks import class_incremental_benchmark
+from avalanche.benchmarks.utils import AvalancheDataset, as_classification_dataset
 from avalanche.benchmarks.utils.classification_dataset import _make_taskaware_classification_dataset
-from avalanche.training.plugins import ReplayPlugin, SupervisedPlugin
-from torch.utils.data import TensorDataset
+from avalanche.training.plugins import SupervisedPlugin
+from torch.utils.data import DataLoader, TensorDataset
 
 from avalanche_sp import GaussianBuffer, JointReplayLoss, OneHotMSELoss, SelectivePlasticityPlugin
 from avalanche_sp.data import TensorClassificationDataset, TensorSource, benchmark_of
@@ -43,9 +45,12 @@ def covariance(gaussian):
     [
         ({"max_size": 0}, r"Invalid max_size value: 0 \(allowed: an integer, 1 or more\)"),
         ({"gaussians": 0}, r"Invalid gaussians value: 0 \(allowed: an integer, 1 or more\)"),
-        ({"components": -1}, r"Invalid components value: -1 \(allowed: an integer, 0 or more\)"),
-        ({"stored": -1}, r"Invalid stored value: -1 \(allowed: an integer, 0 or more\)"),
-        ({"components": 2.5}, r"Invalid components value: 2.5 \(allowed: an integer, 0 or more\)"),
+        ({"max_bytes": 0}, r"Invalid max_bytes value: 0 \(allowed: an integer, 1 or more\)"),
+        ({"max_bytes": 2.5}, r"Invalid max_bytes value: 2.5 \(allowed: an integer, 1 or more\)"),
+        ({"max_size": "200"}, r"Invalid max_size value: '200' \(allowed: an integer, 1 or more\)"),
+        ({"gaussians": None}, r"Invalid gaussians value: None \(allowed: an integer, 1 or more\)"),
+        ({"stored": -1}, r"Invalid stored value: -1 \(allowed: an integer, 0 to 1999\)"),
+        ({"max_size": 50, "stored": 50}, r"Invalid stored value: 50 \(allowed: an integer, 0 to 49\)"),
     ],
 )
 def test_bad_arguments_are_named(kwargs, message):
@@ -122,25 +127,129 @@ def test_inputs_may_have_any_scale(split2, scale):
     torch.testing.assert_close(merged.mean / scale, x.mean(0), rtol=0, atol=1e-3)
 
 
-def test_memory_is_bounded_however_many_experiences_come(permuted3):
-    three = [remembering(permuted3, n, components=64) for n in (1, 2, 3)]
-    assert [sum(len(g.components.scale) for known in b.classes for g in known) for b in three] == [60, 60, 60]
-    assert [len(b.classes) for b in three] == [10, 20, 30]
-    assert [len(known) for known in three[2].classes] == [1] * 30
-    # 397 bytes a component and two bytes for each number of a mean.
-    assert [b.state_bytes for b in three] == [60 * (392 + 4) + n * 10 * 784 * 2 for n in (1, 2, 3)]
+COMPONENT, MEAN = 392 + 4, 2 * 784  # bytes, of 784 pixels
+
+
+def components(buffer):
+    return [[len(g.components.scale) for g in known] for known in buffer.classes]
+
+
+def test_ten_classes_take_190_kilobytes_and_further_ones_as_much_each(split5, permuted3):
+    buffer = remembering(split5)
+    assert components(buffer) == [[8] * 4] * 10
+    assert buffer.state_bytes == 10 * 4 * (MEAN + 8 * COMPONENT) == 189_440
+    assert remembering(split5, 1).state_bytes <= 189_440
+    later = remembering(permuted3)  # a cluster of fewer than 8 samples has fewer components
+    assert [len(known) for known in later.classes] == [4] * 30
+    assert 0.9 * 3 * 189_440 < later.state_bytes <= 3 * 189_440
+
+
+@pytest.mark.parametrize("max_bytes", [60_000, 100_000, 500_000])
+def test_memory_is_bounded_however_many_experiences_come(permuted3, max_bytes):
+    three = [remembering(permuted3, n, max_bytes=max_bytes) for n in (1, 2, 3)]
+    for n, buffer in enumerate(three, 1):
+        assert len(buffer.classes) == 10 * n
+        assert buffer.state_bytes <= max_bytes
+        assert max_bytes == 500_000 or 0.8 * max_bytes < buffer.state_bytes  # 60 samples have not so many components
+    assert [len(b.classes[0]) for b in three] == {60_000: [1, 1, 1], 100_000: [2, 1, 1], 500_000: [4, 4, 3]}[max_bytes]
+
+
+def test_a_bound_that_the_means_alone_exceed_is_named(permuted3):
+    buffer = GaussianBuffer(max_bytes=np.int64(20 * MEAN))
+    for experience in permuted3.train_stream[:2]:
+        buffer.post_adapt(None, experience)
+    assert components(buffer) == [[0]] * 20
+    with pytest.raises(ValueError, match=r"Invalid max_bytes value: 31360 \(allowed for 30 classes: 47040 or more"):
+        buffer.post_adapt(None, permuted3.train_stream[2])
+    assert len(buffer.classes) == 20 and len(buffer.buffer) > 0
 
 
 def test_gaussians_are_merged_as_classes_come(split5):
-    numbers = [len(remembering(split5, n, components=96).classes[0]) for n in range(1, 6)]
+    numbers = [len(remembering(split5, n, max_bytes=60_000).classes[0]) for n in range(1, 6)]
     assert numbers == [4, 3, 2, 1, 1]
-    buffer = remembering(split5, components=96)
+    buffer = remembering(split5, max_bytes=60_000)
     assert [g.label for known in buffer.classes for g in known] == list(range(10))
     assert sum(g.samples for known in buffer.classes for g in known) == 5 * 600
 
 
+@pytest.mark.parametrize(
+    "max_size, stored", [(1, 0), (7, 0), (10, 0), (11, 0), (40, 0), (500, 0), (7, 5), (15, 5), (40, 39), (500, 100)]
+)
+def test_it_never_has_more_rows_than_its_size(split5, max_size, stored):
+    buffer = remembering(split5, max_size=max_size, stored=stored)
+    assert 0 < len(buffer.buffer) <= max_size
+    labels = [int(y) for _, y, _ in buffer.buffer]
+    if max_size - stored >= 10:
+        assert set(labels) == set(range(10))  # no class is forgotten
+    buffer.resize(None, 3)
+    assert 0 < len(buffer.buffer) <= 3
+
+
+def test_its_own_size_is_the_only_one_to_give():
+    buffer = GaussianBuffer(300)
+    plugin = buffer.replay_plugin(batch_size_mem=16)
+    assert plugin.storage_policy is buffer and plugin.mem_size == 300 and plugin.batch_size_mem == 16
+
+
+def test_it_is_updated_from_a_dataset_as_avalanches_buffers_are(split2):
+    told, shown = GaussianBuffer(stored=20), remembering(split2, 1, stored=20)
+    told.update_from_dataset(split2.train_stream[0].dataset)
+    torch.testing.assert_close(told.classes[2][1].mean, shown.classes[2][1].mean, rtol=0, atol=0)
+    assert told.state_bytes == shown.state_bytes and len(told.buffer) == len(shown.buffer)
+
+
+def without_task_labels(n=400):
+    """Avalanche's own benchmark: pairs of input and label."""
+    y = torch.arange(n) % 8
+    data = TensorDataset(torch.randn(n, 20) + 5 * torch.nn.functional.one_hot(y, 20), y)
+    data.targets = y.tolist()
+    data = as_classification_dataset(data)
+    return class_incremental_benchmark({"train": data, "test": data}, num_experiences=2)
+
+
+@pytest.mark.parametrize("stored", [0, 10])
+def test_samples_need_no_task_label(stored):
+    torch.manual_seed(0)
+    model, seen = torch.nn.Linear(20, 8), Seen()
+    buffer = GaussianBuffer(40, stored=stored)
+    strategy = strategy_of(model, [SelectivePlasticityPlugin(), buffer.replay_plugin(batch_size_mem=16), seen])
+    benchmark = without_task_labels()
+    for experience in benchmark.train_stream:
+        strategy.train(experience)
+    assert {len(row) for row in buffer.buffer} == {2} and set(buffer.buffer.targets.uniques) == set(range(8))
+    labels = torch.cat(seen.labels)
+    assert len(labels) and set(labels.tolist()) == set(benchmark.train_stream[0].classes_in_this_experience)
+    assert (torch.cat(seen.replayed).argmax(1) == labels).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_draws_are_new_in_each_epoch_with_any_number_of_workers(split2, workers):
+    buffer = remembering(split2, 1, max_size=60).buffer
+    epochs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        loader = DataLoader(buffer, batch_size=10, num_workers=workers, collate_fn=buffer.collate_fn)
+        epochs.append([torch.cat([x for x, *_ in loader]).flatten(1) for _ in range(2)])
+    assert torch.equal(epochs[0][0], epochs[1][0]) and torch.equal(epochs[0][1], epochs[1][1])  # with the same seed
+    assert len(torch.cat(epochs[0]).unique(dim=0)) == 2 * len(buffer)  # no two are the same
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_draws_have_the_samples_data_type_and_not_the_default_one(split2, dtype):
+    torch.set_default_dtype(torch.float16)
+    try:
+        torch.manual_seed(0)
+        assert remembering(split2, 1).buffer.read_batch([0, 1])[0].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    x, y, _ = split2.train_stream[0].dataset.read_batch(list(range(100)))
+    buffer = GaussianBuffer(20)
+    buffer.update_from_dataset(TensorClassificationDataset.from_source(TensorSource(x.to(dtype), y)))
+    assert buffer.buffer.read_batch([0, 1])[0].dtype == dtype
+
+
 def test_its_length_follows_what_the_components_explain(split2):
-    rough, fine = remembering(split2, 1, components=40), remembering(split2, 1, components=800)
+    rough, fine = remembering(split2, 1, max_bytes=20_000), remembering(split2, 1, max_bytes=400_000)
     assert 0.4 * 2000 < len(rough.buffer) < 0.75 * 2000
     assert 0.9 * 2000 < len(fine.buffer) <= 2000
     fine.resize(None, 50)
@@ -150,14 +259,12 @@ def test_its_length_follows_what_the_components_explain(split2):
 
 def test_draws_are_new_in_each_batch_and_the_same_in_each_run(split2):
     first, again = remembering(split2, 1), remembering(split2, 1)
-    before = torch.get_rng_state()
+    torch.manual_seed(0)
     some = [first.buffer.read_batch([0, 1, 500]) for _ in range(2)]
-    assert torch.equal(torch.get_rng_state(), before)
     assert not torch.equal(some[0][0], some[1][0]) and torch.equal(some[0][1], some[1][1])
+    torch.manual_seed(0)
     for batch in some:
         assert torch.equal(again.buffer.read_batch([0, 1, 500])[0], batch[0])
-    later = pickle.loads(pickle.dumps(first))
-    assert torch.equal(first.buffer.read_batch([7])[0], later.buffer.read_batch([7])[0])
 
 
 def test_no_sample_is_kept(split2):
@@ -172,7 +279,7 @@ def test_no_sample_is_kept(split2):
 
 def test_stored_samples_stand_beside_what_is_drawn(split5):
     torch.manual_seed(0)
-    buffer = remembering(split5, 3, stored=60)
+    buffer = remembering(split5, 3, max_size=2060, stored=60)
     drawn = remembering(split5, 3)
     assert len(buffer.buffer) == len(drawn.buffer) + 60
     x, y, _ = buffer.buffer.read_batch(list(range(len(buffer.buffer))))
@@ -202,7 +309,7 @@ def trained(benchmark, experiences=2):
     model, seen = mlp(), Seen()
     plugins = [
         SelectivePlasticityPlugin(),
-        ReplayPlugin(200, batch_size_mem=32, storage_policy=GaussianBuffer(200)),
+        GaussianBuffer(200).replay_plugin(batch_size_mem=32),
         seen,
     ]
     strategy = strategy_of(model, plugins, criterion=JointReplayLoss(OneHotMSELoss()))
@@ -234,7 +341,7 @@ def test_it_keeps_what_training_without_it_forgets(split2):
         return float((model(x).argmax(1) == y).float().mean())
 
     assert kept([]) < 0.1
-    assert kept([ReplayPlugin(500, storage_policy=GaussianBuffer(500))]) > 0.6
+    assert kept([GaussianBuffer(500).replay_plugin()]) > 0.6
 
 
 def test_a_task_label_is_drawn_with_its_classes(split2):
@@ -257,7 +364,7 @@ def test_beside_avalanches_own_datasets_which_are_read_sample_by_sample(split2):
         data.targets = y.tolist()
         tasks.append(_make_taskaware_classification_dataset(data, task_labels=0))
     seen = Seen()
-    replay = ReplayPlugin(200, batch_size_mem=16, storage_policy=GaussianBuffer(200))
+    replay = GaussianBuffer(200).replay_plugin(batch_size_mem=16)
     model = mlp()
     strategy = strategy_of(model, [SelectivePlasticityPlugin(), replay, seen], batch=16)
     for experience in benchmark_of(tasks, tasks).train_stream:

@@ -19,6 +19,17 @@ def test_one_hot_squared_error_by_hand():
     assert loss == pytest.approx(((0.25 + 0 + 1) + (1 + 1 + 0)) / 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_one_hot_squared_error_takes_any_integer_labels(dtype):
+    outputs, labels = torch.randn(4, 10), torch.tensor([1, 2, 3, 9])
+    assert torch.equal(OneHotMSELoss()(outputs, labels.to(dtype)), OneHotMSELoss()(outputs, labels))
+
+
+def test_one_hot_squared_error_refuses_labels_that_are_no_integers():
+    with pytest.raises(TypeError, match=r"Invalid targets: torch.float32 \(allowed: class labels, integers\)"):
+        OneHotMSELoss()(torch.randn(4, 10), torch.ones(4))
+
+
 @pytest.mark.parametrize(
     "trust, gated, weights",
     [
@@ -107,7 +118,7 @@ def test_on_an_online_stream_it_follows_what_the_plugin_found(split5):
     assert sorted(set(seen)) == [(0, 0), (1, 2), (2, 6), (3, 8)]  # the second lies across the boundary
 
 
-@pytest.mark.parametrize("trust", [-1, 1.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("trust", [-1, 1.5, float("nan"), float("inf"), "1"])
 def test_a_trust_out_of_range_is_named(trust):
     with pytest.raises(ValueError, match=r"Invalid trust value: .* \(allowed: 0 to 1, or None\)"):
         JointReplayLoss(OneHotMSELoss(), trust)

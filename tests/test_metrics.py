@@ -177,6 +177,80 @@ def test_accuracy_matrix_to_csv_leaves_what_was_not_evaluated_empty(split2, tmp_
     assert header == "trained_on,0,1" and row.startswith("0,,")
 
 
+def measures(metrics, stream="test"):
+    ending = f"_Percent/eval_phase/{stream}_stream"
+    return {name.removesuffix(ending): value for name, value in metrics.items() if name.endswith(ending)}
+
+
+def test_one_evaluation_at_the_end_is_enough_for_acc(split5):
+    metric = AccuracyMatrix()
+    strategy = strategy_with([], [metric])
+    for experience in split5.train_stream:
+        strategy.train(experience)
+    found = measures(strategy.eval(split5.test_stream))
+    assert found == {"ACC": pytest.approx(metric.result()[-1].mean())}
+    assert 10 < found["ACC"] < 100 and np.isnan(metric.result()[:-1]).all()
+
+
+def test_evaluating_what_was_trained_on_gives_each_measure_every_time(split5):
+    """What lies above the diagonal enters none of them."""
+    metric = AccuracyMatrix()
+    strategy = strategy_with([], [metric])
+    for experience in split5.train_stream[:3]:
+        strategy.train(experience)
+        found = measures(strategy.eval(split5.test_stream[: experience.current_experience + 1]))
+        matrix = metric.result()
+        assert found["ACC"] == pytest.approx(matrix[-1].mean())
+        assert found["BWT"] == pytest.approx(avalanche_sp.backward_transfer(matrix))
+        assert set(found) == {"ACC", "BWT", "Forgetting", "LearningAccuracy"}
+    assert np.isnan(matrix[0, 1:]).all()
+
+
+def test_a_matrix_is_of_one_stream(split2):
+    test, trained_on = AccuracyMatrix(), AccuracyMatrix("train")
+    strategy = strategy_with([], [test, trained_on])
+    for experience in split2.train_stream:
+        strategy.train(experience)
+        before = strategy.eval(split2.test_stream)
+        matrix = test.result()
+        after = strategy.eval(split2.train_stream)
+        np.testing.assert_array_equal(test.result(), matrix)
+        assert measures(after) == measures(before)
+    assert measures(after, "train")["ACC"] == pytest.approx(trained_on.result()[-1].mean())
+    assert not np.array_equal(test.result(), trained_on.result())
+    assert [m.stream for m in selective_plasticity_metrics("valid") if isinstance(m, AccuracyMatrix)] == ["valid"]
+
+
+def test_a_partial_evaluation_leaves_no_stale_score(split5):
+    text, metric = io.StringIO(), AccuracyMatrix()
+    strategy = strategy_with([], [metric], [TextLogger(text)])
+    strategy.train(split5.train_stream[0])
+    assert "ACC" in measures(strategy.eval(split5.test_stream[:1]))
+    strategy.train(split5.train_stream[1])
+    found = measures(strategy.eval(split5.test_stream[:1]))
+    assert all(math.isnan(value) for value in found.values()) and len(found) == 4
+    found = measures(strategy.eval(split5.test_stream[1:2]))  # the rest of it, by the same network
+    assert found["ACC"] == pytest.approx(metric.result()[-1].mean()) and not math.isnan(found["BWT"])
+
+
+def test_a_row_is_of_one_network(split2):
+    """An evaluation in the middle of an experience is not mixed with one at its end."""
+    metric = AccuracyMatrix()
+
+    class Halfway(SupervisedPlugin):
+        def after_training_epoch(self, strategy, **kwargs):
+            if strategy.clock.train_exp_epochs == 0:
+                strategy.eval(split2.test_stream)
+                strategy.model.train()
+                assert not np.isnan(metric.result()[-1]).any()
+
+    strategy = strategy_with([Halfway()], [metric])
+    strategy.train_epochs = 2
+    strategy.train(split2.train_stream[0], eval_streams=[])
+    strategy.eval(split2.test_stream[:1])
+    assert metric.result().shape == (1, 1)
+
+
 def test_plot_of_an_accuracy_matrix():
     figure = Figure()
     ax = figure.subplots()

@@ -267,6 +267,11 @@ def test_closure_and_state_dict_resume_bit_for_bit(batch):
         ({"nonfinite": "ignore"}, "Invalid nonfinite value: 'ignore' (allowed: 'raise' or 'skip')"),
         ({"eps": -1e-8}, "Invalid eps value: -1e-08"),
         ({"weight_decay": -0.1}, "Invalid weight_decay value: -0.1"),
+        ({"lr": "0.1"}, "Invalid lr value: '0.1' (allowed: 0 or more)"),
+        ({"plasticity_k": None}, "Invalid plasticity_k value: None (allowed: 0 or more)"),
+        ({"trace_decay": "0.9"}, "Invalid trace_decay value: '0.9'"),
+        ({"surprise_weight": None}, "Invalid surprise_weight value: None"),
+        ({"alignment_threshold": "inf"}, "Invalid alignment_threshold value: 'inf'"),
     ],
 )
 def test_bad_arguments_are_named(kwargs, words):
@@ -280,8 +285,48 @@ def test_bad_arguments_are_named(kwargs, words):
 
 def test_bad_surprise_is_named():
     optimizer = SelectivePlasticityOptimizer([nn.Parameter(torch.ones(1))])
-    with pytest.raises(ValueError, match="Invalid surprise value: 2.0"):
-        optimizer.observe_surprise(2.0)
+    for bad in (2.0, "0.5", None):
+        with pytest.raises(ValueError, match=f"Invalid surprise value: {bad!r}"):
+            optimizer.observe_surprise(bad)
+
+
+def test_it_can_be_built_from_the_defaults_of_another(batch):
+    model = mlp()
+    first = SelectivePlasticityOptimizer(model.parameters(), lr=3e-3, plasticity_k=2, nonfinite="skip")
+    first.observe_surprise(0.5)
+    second = SelectivePlasticityOptimizer(model.parameters(), **first.defaults)
+    assert second.defaults == first.defaults
+    assert second.param_groups[0]["surprise"] == 0.0  # the surprise is of the stream, not a setting
+    train(model, second, *batch)
+
+
+@pytest.mark.parametrize(
+    "with_gate, expected",
+    [
+        (False, {"lr": 3e-3, "plasticity_k": 5.0, "beta1": 0.0, "eps": 1e-3}),
+        (True, {"lr": 1e-3, "plasticity_k": 1.0, "beta1": 0.0, "eps": 1e-3}),
+    ],
+)
+def test_presets_for_continual_learning(with_gate, expected):
+    p = nn.Parameter(torch.ones(1))
+    preset = SelectivePlasticityOptimizer.for_continual_learning([p], with_gate=with_gate)
+    assert preset.defaults == SelectivePlasticityOptimizer([p], **expected).defaults
+    changed = SelectivePlasticityOptimizer.for_continual_learning([p], with_gate=with_gate, lr=0.1, weight_decay=0.2)
+    assert changed.defaults == {**preset.defaults, "lr": 0.1, "weight_decay": 0.2}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_step_count_does_not_depend_on_the_default_dtype(dtype):
+    p = nn.Parameter(torch.ones(4))
+    torch.set_default_dtype(dtype)
+    try:
+        optimizer = SelectivePlasticityOptimizer([p])
+        for _ in range(300):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[p]["step"].dtype == torch.float32 and optimizer.state[p]["step"] == 300
 
 
 @pytest.mark.parametrize(

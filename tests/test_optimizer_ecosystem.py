@@ -9,11 +9,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 from avalanche.models import IncrementalClassifier
+from avalanche.models.packnet import packnet_simple_mlp
+from avalanche.training import PackNet
 from torch import nn
 
-from avalanche_sp import ConsolidationPlugin, SelectivePlasticityOptimizer
+from avalanche_sp import ConsolidationPlugin, SelectivePlasticityOptimizer, split_mnist
 
-from conftest import mlp, strategy_of, weights
+from conftest import MNIST, mlp, sliced, strategy_of, weights
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +127,20 @@ def test_older_states_take_the_defaults(batch):
     assert fresh.param_groups[0]["nonfinite"] == "skip" and fresh.param_groups[0]["surprise"] == 0.0
 
 
+def test_a_state_that_lacks_settings_leaves_each_groups_own():
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = [{"params": [p], "plasticity_k": 2.0, "nonfinite": "skip"}, {"params": [q], "surprise_weight": 0.9}]
+    ours = SelectivePlasticityOptimizer(groups, plasticity_k=7.0)
+    ours.observe_surprise(0.5)
+    ours.load_state_dict(torch.optim.Adam([{"params": [p]}, {"params": [q]}], lr=0.25).state_dict())
+    names = ("lr", "plasticity_k", "surprise_weight", "nonfinite", "surprise")
+    assert [tuple(group[name] for name in names) for group in ours.param_groups] == [
+        (0.25, 2.0, 0.3, "skip", 0.5),
+        (0.25, 7.0, 0.9, "raise", 0.5),
+    ]
+    assert SelectivePlasticityOptimizer([p], **ours.defaults).defaults == ours.defaults
+
+
 @pytest.mark.parametrize("path", [{}, {"foreach": True}, {"foreach": False}], ids=str)
 def test_torch_save_resumes_bit_for_bit(batch, path, tmp_path):
     whole, first = mlp(), mlp()
@@ -180,6 +196,21 @@ def test_a_growing_head_keeps_what_its_old_units_hold(split5):
             after = optimizer.get_param_eligibility(model[3].classifier.weight)
             assert len(after) > len(before) and (after[: len(before)] >= before).all() and before.any()
     optimizer.get_diagnostics()
+
+
+def test_avalanches_packnet_builds_it_again_in_each_experience():
+    benchmark = sliced(split_mnist(5, return_task_id=True, dataset_root=MNIST), 128, 32)
+    torch.manual_seed(0)
+    model = packnet_simple_mlp(hidden_size=16)
+    first = SelectivePlasticityOptimizer(model.parameters(), lr=2e-3, plasticity_k=3)
+    strategy = PackNet(
+        model=model, optimizer=first, post_prune_epochs=1, prune_proportion=0.5, train_epochs=2, train_mb_size=64,
+        evaluator=None,
+    )  # fmt: skip
+    for experience in benchmark.train_stream[:2]:
+        strategy.train(experience)
+    assert strategy.optimizer is not first and strategy.optimizer.defaults == first.defaults
+    assert all(int(state["step"]) == 4 for state in strategy.optimizer.state.values() if state)
 
 
 def test_consolidation_plugin_needs_our_optimizer(split2):

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from avalanche.training.plugins import ReplayPlugin
@@ -163,6 +164,13 @@ def test_a_pattern_that_is_no_layers_is_named_before_anything_is_trained(split2)
         ({"openness": {"1": "0.2"}}, "Invalid openness value for the layers '1': '0.2'"),
         ({"pull_back": {"*": -1}}, "Invalid pull_back value for the layers '*': -1 (allowed: 0 or more)"),
         ({"rank": {"1": 8, "3": 2.5}}, "Invalid rank value for the layers '3': 2.5 (allowed: an integer, 1 or more;"),
+        ({"openness": "0.5"}, "Invalid openness value: '0.5' (allowed: greater than 0; math.inf is off)"),
+        ({"openness": None}, "Invalid openness value: None"),
+        ({"openness": [0.5]}, "Invalid openness value: [0.5]"),
+        ({"pull_back": "1"}, "Invalid pull_back value: '1' (allowed: 0 or more)"),
+        ({"pull_back": {"1": None}}, "Invalid pull_back value for the layers '1': None"),
+        ({"rank": "48"}, "Invalid rank value: '48'"),
+        ({"rank": np.float32(2.5)}, "2.5"),
         ({"rank": {1: 8}}, "Invalid rank pattern: 1 (allowed: a string, such as '1')"),
     ],
 )
@@ -170,6 +178,15 @@ def test_bad_values_are_named_at_construction(kwargs, words):
     with pytest.raises(ValueError) as error:
         SelectivePlasticityPlugin(**kwargs)
     assert words in str(error.value)
+
+
+def test_numpys_numbers_are_numbers():
+    plugin = SelectivePlasticityPlugin(
+        openness=np.float32(0.25), pull_back={"1": np.int64(2)}, rank={"1": np.int64(32), "*": np.float64(0.5)}
+    )
+    settings = (plugin.openness, plugin.pull_back, plugin.rank)
+    assert settings == (0.25, {"1": 2, "*": 1.0}, {"1": 32, "*": 0.5})
+    json.dumps(settings)  # they are Python's own then
 
 
 def test_settings_go_through_a_file(split2, tmp_path):

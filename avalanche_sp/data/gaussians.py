@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from numbers import Integral
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
+from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
 from avalanche.benchmarks.utils.utils import concat_datasets
+from avalanche.training.plugins import ReplayPlugin
 from avalanche.training.storage_policy import ExemplarsBuffer, ExperienceBalancedBuffer
 from sklearn.cluster import KMeans  # avalanche-lib requires it, too
 from torch import Tensor
 
+from avalanche_sp.arguments import check_number
 from avalanche_sp.data import TensorClassificationDataset, TensorSource
 from avalanche_sp.gate.packed import PackedRows
 from avalanche_sp.training.replay import SpreadBatches
@@ -22,6 +29,8 @@ __all__ = ["Gaussian", "GaussianBuffer"]
 _LOOKED_AT = 5000
 # With fewer components than so many for each, fewer Gaussians say more of a class.
 _LEAST_COMPONENTS = 8
+# The default number of bytes is that of so many classes at least, each with all its Gaussians of 8 components.
+_LEAST_CLASSES = 10
 
 
 @dataclass
@@ -84,31 +93,34 @@ class Gaussian:
 class GaussianBuffer(ExemplarsBuffer):
     """Storage policy for Avalanche's ``ReplayPlugin`` that need not store samples: a class is a mixture of Gaussians.
 
-    When an experience ends, the samples of each of its classes are clustered, and each cluster is summed up by its mean
-    and leading principal components. What is replayed is drawn from them, anew in every mini-batch: pseudo-rehearsal.
-    However many classes come, there are as many components at most. The more classes, the fewer each has, and
-    Gaussians that are left with few are merged. Components take four bits a number, means two bytes: 190 kB for the ten
-    classes of MNIST, as much as 60 images in single precision.
+    When an experience ends, the samples of each of its classes are clustered. Each cluster is described by its mean and
+    its leading principal components. Replay samples are drawn from these Gaussians, other ones in each mini-batch, with
+    torch's global random state: pseudo-rehearsal. A component takes four bits a number, a mean two bytes.
 
-    The buffer's length is ``max_size`` times the share of the classes' variance that their components explain. So where
-    they say little, a plugin that goes by the number of stored samples trusts them less.
+    The buffer's length is ``max_size`` times the share of the classes' variance that their components explain, and at
+    most ``max_size``. So if the components explain little, a plugin that goes by the number of stored samples trusts
+    them less.
 
-    It is for inputs of one shape that such a mixture says much of, such as centred digits, and for experiences that
-    hold many samples of a class: a class that comes again, in another experience, is summed up anew.
+    The method is for inputs of one shape that such a mixture describes well, such as centred digits, and for
+    experiences that hold many samples of a class: a class that comes again, in another experience, is described again.
 
     Args:
-        max_size: as many samples as what is drawn counts for at most, 1 or more (default 2000); to be the ``mem_size``
-            of the ``ReplayPlugin``, too.
-        gaussians: for each class of each experience, 1 or more (default 4). Fewer where that would leave any with fewer
-            than 8 components, but one.
-        components: of all Gaussians together, 0 or more (default 320).
-        stored: samples that are stored besides, as ``ReplayPlugin`` does by default: as many of each experience; 0 or
-            more (default 0). They are replayed in proportion, mixed with what is drawn.
+        max_size: upper bound on the number of rows of the buffer, 1 or more (default 2000). :meth:`replay_plugin` gives
+            it to Avalanche's plugin.
+        gaussians: number of Gaussians for each class of each experience, 1 or more (default 4). Fewer if they would
+            have fewer than 8 components each, but at least one.
+        max_bytes: upper bound on the memory of all Gaussians, divided equally among the classes: the more classes, the
+            fewer Gaussians and components each has. Default None: what all classes, or ten if they are fewer, take with
+            ``gaussians`` Gaussians of 8 components. That is 19 kB for a class of MNIST, as much as 6 images in single
+            precision.
+        stored: number of samples that are stored as well, as ``ReplayPlugin`` does by default: equally many of each
+            experience; 0 (default) to ``max_size - 1``. Drawn and stored samples are replayed in proportion.
 
     Raises:
-        ValueError: at construction for an argument out of range.
+        ValueError: at construction, for an argument out of range; at the end of an experience, if the means of the
+            classes alone take more than ``max_bytes``.
         TypeError: at the end of an experience whose targets aren't class labels.
-        FloatingPointError: likewise, for samples that are not finite.
+        FloatingPointError: at the end of an experience, for samples that are not finite.
 
     References:
         A. Robins: Catastrophic forgetting, rehearsal and pseudorehearsal, Connection Science 1995. B. Pfülb, A.
@@ -117,59 +129,98 @@ class GaussianBuffer(ExemplarsBuffer):
 
     Example::
 
-        plugins=[SelectivePlasticityPlugin(), ReplayPlugin(2000, storage_policy=GaussianBuffer(2000))]
+        plugins=[SelectivePlasticityPlugin(), GaussianBuffer().replay_plugin()]
 
-    With 200 stored samples: ``GaussianBuffer(2000, stored=200)``.
+    With 200 stored samples: ``GaussianBuffer(2200, stored=200)``.
     """
 
-    def __init__(self, max_size: int = 2000, gaussians: int = 4, components: int = 320, stored: int = 0):
-        arguments = {"max_size": max_size, "gaussians": gaussians, "components": components, "stored": stored}
-        for name, value in arguments.items():
-            least = 1 if name in ("max_size", "gaussians") else 0
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"Invalid {name} value: {value} (allowed: an integer, {least} or more)")
-        super().__init__(max_size)
-        self.gaussians = gaussians
-        self.components = components
+    def __init__(self, max_size: int = 2000, gaussians: int = 4, max_bytes: int | None = None, stored: int = 0):
+        _check_integer("max_size", max_size, 1)
+        _check_integer("gaussians", gaussians, 1)
+        if max_bytes is not None:
+            _check_integer("max_bytes", max_bytes, 1)
+        _check_integer("stored", stored, 0, int(max_size) - 1)
+        super().__init__(int(max_size))
+        self.gaussians = int(gaussians)
+        self.max_bytes = max_bytes
         self.classes: list[list[Gaussian]] = []
         """The Gaussians of each class of each experience, in the order in which they came."""
-        self.stored = ExperienceBalancedBuffer(stored, adaptive_size=True) if stored else None
+        self.stored = ExperienceBalancedBuffer(int(stored), adaptive_size=True) if stored else None
         """The storage policy of the stored samples; None if there are none."""
-        self._shape = torch.Size()
+        self._like = torch.empty(0)  # no samples, of the experiences' shape and data type
         self._tensor_labels = False  # whether the experiences' labels are tensors, one by one, or numbers
+        self._task_labels = True  # whether their samples have a task label
 
     @property
     def state_bytes(self) -> int:
         """Bytes that the Gaussians take."""
         return sum(gaussian.state_bytes for known in self.classes for gaussian in known)
 
-    @torch.no_grad()
+    def replay_plugin(self, **kwargs) -> ReplayPlugin:
+        """Avalanche's ``ReplayPlugin`` with this buffer, and ``max_size`` as its ``mem_size``.
+
+        Args:
+            kwargs: its other arguments, such as ``batch_size_mem``.
+        """
+        return ReplayPlugin(self.max_size, storage_policy=self, **kwargs)
+
     def post_adapt(self, agent, exp) -> None:
-        """Sums up an experience's classes."""
+        """Adds the classes of an experience."""
+        self.update_from_dataset(exp.dataset, agent)
+
+    @torch.no_grad()
+    def update_from_dataset(self, new_data: AvalancheDataset, strategy=None) -> None:
+        """Adds the classes of a dataset, as those of one experience."""
         with torch.random.fork_rng([]):  # a dataset's transforms may draw from it, too
-            x, labels, task_labels = _some_samples(exp.dataset)
-            self._tensor_labels = isinstance(exp.dataset[0][1], Tensor)
-        self._shape = x.shape[1:]
+            x, labels, task_labels = _some_samples(new_data)
+            sample = new_data[0]
+            has_task_labels, tensor_labels = len(sample) > 2, isinstance(sample[1], Tensor)
+        if not has_task_labels:
+            task_labels = torch.zeros_like(labels)
         kinds = torch.stack([task_labels, labels], dim=1)
         new = kinds.unique(dim=0)
-        each = self.components // (len(self.classes) + len(new))
-        number = min(max(each // _LEAST_COMPONENTS, 1), self.gaussians)
-        self.classes = [_fewer(known, number, each // number) for known in self.classes]
+        number, components = self._per_class(len(self.classes) + len(new), x)
+        self._like = x.new_empty(0, *x.shape[1:], dtype=x.dtype if x.is_floating_point() else torch.float32)
+        self._tensor_labels, self._task_labels = tensor_labels, has_task_labels
+        self.classes = [_fewer(known, number, components) for known in self.classes]
         for kind in new:
             of_it = x[(kinds == kind).all(1)].flatten(1).float()
             task_label, label = kind.tolist()
-            self.classes.append([Gaussian.of(c, label, task_label, each // number) for c in _clusters(of_it, number)])
+            self.classes.append([Gaussian.of(c, label, task_label, components) for c in _clusters(of_it, number)])
         if self.stored is not None:
-            self.stored.post_adapt(agent, exp)
+            self.stored.post_adapt(strategy, SimpleNamespace(dataset=new_data))
         self._rebuild()
 
     def resize(self, strategy, new_size: int) -> None:
-        """Lets what is drawn count for so many samples at most."""
+        """Sets ``max_size``."""
         self.max_size = new_size
+        if self.stored is not None and self.stored.buffer_groups:
+            self.stored.resize(strategy, min(self.stored.max_size, new_size))
         self._rebuild()
 
+    def _per_class(self, classes: int, x: Tensor) -> tuple[int, int]:
+        """Number of Gaussians of a class, and of components of a Gaussian, for samples like x (n, ...)."""
+        means = [_short(x.flatten(1).float().mean(0)), *(g.mean for known in self.classes for g in known)]
+        mean = means[0].numel() * max(m.element_size() for m in means)
+        component = PackedRows.of(x[:1].flatten(1).float()).state_bytes
+        total = self.max_bytes
+        if total is None:
+            total = max(classes, _LEAST_CLASSES) * self.gaussians * (mean + _LEAST_COMPONENTS * component)
+        if total < classes * mean:
+            raise ValueError(
+                f"Invalid max_bytes value: {total} (allowed for {classes} classes: {classes * mean} or more, which "
+                "their means take)"
+            )
+        for number in range(self.gaussians, 0, -1):
+            components = (total // (classes * number) - mean) // component
+            if components >= _LEAST_COMPONENTS:
+                break
+        return number, components
+
     def _rebuild(self) -> None:
-        by_task: dict[int, list[tuple[Gaussian, int]]] = {}
+        known_rows = len(self.stored.buffer) if self.stored is not None else 0
+        most = (self.max_size - known_rows) / max(len(self.classes), 1)  # rows of a class
+        quotas = []
         for known in self.classes:
             samples = sum(g.samples for g in known)
             center = torch.stack([g.samples / samples * g.mean.float() for g in known]).sum(0)
@@ -177,34 +228,49 @@ class GaussianBuffer(ExemplarsBuffer):
             within = sum(g.samples / samples * g.variance for g in known)
             explained = sum(g.samples / samples * g.explained for g in known)
             share = (explained + between) / (within + between) if within + between else 1.0
-            for g in known:  # at least one each, so that no class is forgotten
-                count = max(int(min(share, 1.0) * self.max_size / len(self.classes) * g.samples / samples), 1)
+            of_class = max(min(share, 1.0) * most, min(most, 1.0))  # so that no class is forgotten
+            quotas += [of_class * g.samples / samples for g in known]
+        by_task: dict[int, list[tuple[Gaussian, int]]] = {}
+        for g, count in zip((g for known in self.classes for g in known), _whole(quotas)):
+            if count:
                 by_task.setdefault(g.task_label, []).append((g, count))
-        drawn = [
-            TensorClassificationDataset.from_source(_Drawn(pairs, self._shape, self._tensor_labels), task_label)
-            for task_label, pairs in by_task.items()
-        ]
+        drawn: list[AvalancheDataset] = []
+        for task_label, counted in by_task.items():
+            source = _Drawn(counted, self._like, self._tensor_labels)
+            if self._task_labels:
+                drawn.append(TensorClassificationDataset.from_source(source, task_label))
+            else:
+                targets = DataAttribute(source.labels.tolist(), "targets")
+                drawn.append(ClassificationDataset([source], data_attributes=[targets]))
         if self.stored is not None:
             drawn.append(self.stored.buffer)
         self.buffer = drawn[0] if len(drawn) == 1 else concat_datasets(drawn)
 
 
-class _Drawn(TensorSource):
-    """Samples that are drawn when they are read, others each time: from Gaussians, so many of each."""
+def _check_integer(name: str, value, least: int, most: float = float("inf")) -> None:
+    words = f"an integer, {least} or more" if most == float("inf") else f"an integer, {least} to {most}"
+    check_number(f"{name} value", value, (lambda v: isinstance(v, Integral) and least <= int(v) <= most, words))
 
-    def __init__(self, counted: Sequence[tuple[Gaussian, int]], shape: torch.Size, tensor_labels: bool):
+
+def _whole(quotas: Iterable[float]) -> list[int]:
+    """Whole numbers in place of the quotas: the sum of the first ones is that of the first quotas, rounded down."""
+    ends = [int(end + 1e-6) for end in accumulate(quotas)]
+    return [end - begin for begin, end in zip([0, *ends], ends)]
+
+
+class _Drawn(TensorSource):
+    """Samples that are drawn when they are read, other ones each time: a number of each Gaussian."""
+
+    def __init__(self, counted: Sequence[tuple[Gaussian, int]], like: Tensor, tensor_labels: bool):
         which = torch.repeat_interleave(torch.arange(len(counted)), torch.tensor([n for _, n in counted]))
         labels = torch.tensor([g.label for g, _ in counted])[which]
-        super().__init__(torch.empty(0, *shape), labels, rows=torch.arange(len(labels)))
+        super().__init__(like, labels, rows=torch.arange(len(labels)))
         self.gaussians, self.which = [g for g, _ in counted], which
         self.tensor_labels = tensor_labels
-        self.reads = 0  # the seed of what is drawn next: the global random state is left alone
 
     def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(self.reads)
-        self.reads += 1
         read, which = self.which.index_select(0, indices).unique(return_inverse=True)
-        x = draw([self.gaussians[number] for number in read.tolist()], which, generator)
+        x = draw([self.gaussians[number] for number in read.tolist()], which)
         return x.to(self.images).view(len(x), *self.images.shape[1:]), self.labels.index_select(0, indices)
 
     def __getitem__(self, index: int):
@@ -212,13 +278,13 @@ class _Drawn(TensorSource):
         return x, torch.tensor(y) if self.tensor_labels else y
 
 
-def draw(gaussians: Sequence[Gaussian], which: Tensor, generator: torch.Generator) -> Tensor:
+def draw(gaussians: Sequence[Gaussian], which: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Samples of Gaussians, along their components; of a variance midway, in ratio, from theirs to all of it.
 
     Args:
         gaussians: at least one.
         which: of which of them each sample is to be, shape (n,).
-        generator: of random numbers.
+        generator: of random numbers (default: torch's global one).
 
     Returns:
         Shape (n, d).
@@ -234,7 +300,8 @@ def draw(gaussians: Sequence[Gaussian], which: Tensor, generator: torch.Generato
     each = counts[which]  # a sample is the sum of so many rows, weighed at random
     begins, first = each.cumsum(0) - each, (counts.cumsum(0) - counts)[which]
     places = torch.arange(int(each.sum()), device=rows.device) + torch.repeat_interleave(first - begins, each)
-    noise = torch.randn(len(places), generator=generator).to(rows) * torch.repeat_interleave(wider[which], each)
+    noise = torch.randn(len(places), generator=generator, dtype=rows.dtype).to(rows.device)
+    noise *= torch.repeat_interleave(wider[which], each)
     x = F.embedding_bag(places, rows, begins, mode="sum", per_sample_weights=noise)
     return x.add_(torch.stack([g.mean for g in gaussians])[which])
 

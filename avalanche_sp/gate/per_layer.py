@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import TypeAlias, TypeVar
 
 from torch import nn
 
+from avalanche_sp.arguments import AT_LEAST_0, Condition, check_number
 from avalanche_sp.gate.layers import GatedLayer, gated_layers
 
 __all__ = ["PerLayer", "per_layer", "value_of", "values_of", "check_patterns", "protected_layers"]
@@ -16,19 +18,18 @@ T = TypeVar("T", int, float)
 PerLayer: TypeAlias = T | Mapping[str, T]
 
 _INFINITE = float("inf")
-# By setting: what its values may be, in code and in words.
-_ALLOWED = {
+_ALLOWED: dict[str, Condition] = {
     "openness": (lambda v: v > 0, "greater than 0; math.inf is off"),
-    "pull_back": (lambda v: 0 <= v < _INFINITE, "0 or more"),
+    "pull_back": AT_LEAST_0,
     "rank": (
-        lambda v: v >= 1 if isinstance(v, int) else 0 < v < 1,
+        lambda v: (isinstance(v, Integral) and int(v) >= 1) or 0 < v < 1,
         "an integer, 1 or more; or a share of the energy, greater than 0 and less than 1",
     ),
 }
 
 
 def per_layer(name: str, values: PerLayer[T], default: T | None) -> PerLayer[T]:
-    """A setting as it was given; a mapping is copied, and its last pattern is for all other layers.
+    """A setting with numbers of Python's own types; a mapping is copied, and its last pattern is for all other layers.
 
     Args:
         name: the setting's, "openness", "pull_back" or "rank".
@@ -36,19 +37,20 @@ def per_layer(name: str, values: PerLayer[T], default: T | None) -> PerLayer[T]:
         default: for layers that no pattern matches; None leaves it to be said later.
 
     Raises:
-        ValueError: a value is out of range, or a pattern is not a string.
+        ValueError: a value is not a number or is out of range, or a pattern is not a string.
     """
-    allowed, words = _ALLOWED[name]
     if not isinstance(values, Mapping):
-        if not allowed(values):
-            raise ValueError(f"Invalid {name} value: {values} (allowed: {words})")
-        return values
-    for pattern, value in values.items():
+        return _number(name, values)
+    for pattern in values:
         if not isinstance(pattern, str):
             raise ValueError(f"Invalid {name} pattern: {pattern!r} (allowed: a string, such as {str(pattern)!r})")
-        if isinstance(value, (str, Mapping)) or not allowed(value):
-            raise ValueError(f"Invalid {name} value for the layers {pattern!r}: {value!r} (allowed: {words})")
-    return {**values} if default is None else {**values, "*": values.get("*", default)}
+    numbers = {pattern: _number(name, value, f" for the layers {pattern!r}") for pattern, value in values.items()}
+    return numbers if default is None else {**numbers, "*": numbers.get("*", default)}
+
+
+def _number(name: str, value, where: str = ""):
+    check_number(f"{name} value{where}", value, _ALLOWED[name])
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def value_of(values: PerLayer[T], layer: str) -> T:

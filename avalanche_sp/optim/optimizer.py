@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from avalanche_sp.arguments import AT_LEAST_0, Condition, check_number
 from avalanche_sp.optim.functional import (
     compiled_selective_plasticity,
     eligibility,
@@ -49,10 +50,10 @@ class SelectivePlasticityOptimizer(Optimizer):
     running trace forgets the past as fast as it learns the present. Without :meth:`consolidate` the state is Adam's
     own: step, exp_avg and exp_avg_sq.
 
-    **For continual learning** take ``beta1=0, eps=1e-3, lr=3e-3`` and :meth:`consolidate`, or lr 1e-3 and
-    ``plasticity_k=1`` beside a :class:`~avalanche_sp.SelectivePlasticityPlugin`. ``eps`` leads from Adam (1e-8) to SGD
-    (1, with SGD's learning rates): between them, without momentum, the gate holds most (``docs/experiments.md``). Where
-    ``eps`` is not small beside the gradient, the loss's scale matters as it does to SGD.
+    **For continual learning** use :meth:`for_continual_learning` and :meth:`consolidate`. The defaults of the class are
+    Adam's. ``eps`` leads from Adam (1e-8) to SGD (1, with SGD's learning rates). Between them, without momentum, the
+    gate protects most (``docs/experiments.md``). If ``eps`` is not small compared with the gradient, the loss's scale
+    matters as it does to SGD.
 
     Args:
         params: parameters or parameter groups; every setting below can be given per group.
@@ -122,26 +123,43 @@ class SelectivePlasticityOptimizer(Optimizer):
             "foreach": foreach,
             "fused": fused,
             "nonfinite": nonfinite,
-            "surprise": 0.0,
-            "differentiable": False,  # torch.optim.Optimizer looks for it
         }
         super().__init__(params, defaults)
 
+    @classmethod
+    def for_continual_learning(
+        cls, params: ParamsT, *, with_gate: bool = False, **settings
+    ) -> SelectivePlasticityOptimizer:
+        """An optimizer with the settings that this project recommends for a sequence of tasks.
+
+        Args:
+            params: parameters or parameter groups.
+            with_gate: False (default): the optimizer alone, with :meth:`consolidate` after each task; ``lr=3e-3,
+                beta1=0, eps=1e-3``. True: together with a :class:`~avalanche_sp.SelectivePlasticityPlugin`;
+                ``lr=1e-3, plasticity_k=1, beta1=0, eps=1e-3``.
+            settings: further arguments of the class. They take precedence.
+        """
+        preset = {"lr": 1e-3, "plasticity_k": 1.0} if with_gate else {"lr": 3e-3}
+        return cls(params, **{"beta1": 0.0, "eps": 1e-3, **preset, **settings})
+
     def add_param_group(self, param_group: dict) -> None:
         _validate({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        super().add_param_group({"surprise": 0.0, **param_group})
 
     def __setstate__(self, state: dict) -> None:
         """Takes states of older versions too, and Adam's: a run can switch from Adam to this in mid-training."""
+        before: list[dict] = self.__dict__.get("param_groups", [])  # none when an optimizer is unpickled
         super().__setstate__(state)
-        for group in self.param_groups:
+        self.defaults.pop("differentiable", None)  # torch adds it, and it is no argument here
+        for i, group in enumerate(self.param_groups):
+            own = before[i] if before else {}
             if "betas" in group:
                 group["beta1"], group["trace_decay"] = group.pop("betas")
                 if group["weight_decay"] != 0 and not group.get("decoupled_weight_decay", False):
                     warnings.warn("Adam's weight decay in this state goes on as decoupled weight decay", stacklevel=3)
                 for name in ("amsgrad", "capturable", "differentiable", "decoupled_weight_decay"):
                     group.pop(name, None)
-            for name, value in self.defaults.items():
+            for name, value in {**self.defaults, "surprise": 0.0, **own}.items():
                 group.setdefault(name, value)
             for p in group["params"]:
                 if "step" in self.state.get(p, {}):
@@ -182,12 +200,12 @@ class SelectivePlasticityOptimizer(Optimizer):
             value: a float in [0, 1], or a 0-dim tensor, which is clamped to [0, 1] without a device sync.
 
         Raises:
-            ValueError: a float out of range.
+            ValueError: not a number, or out of range.
         """
         if isinstance(value, Tensor):
             value = value.detach().clamp(0, 1)
-        elif not 0.0 <= value <= 1.0:
-            raise ValueError(f"Invalid surprise value: {value} (allowed: 0 to 1)")
+        else:
+            check_number("surprise value", value, _ALLOWED["surprise_weight"])
         for group in self.param_groups:
             group["surprise"] = value
 
@@ -261,7 +279,7 @@ class SelectivePlasticityOptimizer(Optimizer):
                 continue
             state = self.state[p]
             if "step" not in state:  # also the case for a head that has grown: Avalanche leaves it an empty state
-                state["step"] = torch.tensor(0.0)
+                state["step"] = torch.tensor(0.0, dtype=torch.float32)  # half precision would stop counting
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             params.append(p)
@@ -371,6 +389,15 @@ def _all_finite(values: list[Tensor]) -> bool:
     return bool(torch.stack([v.to(values[0].device) for v in values]).isfinite().all())
 
 
+_ALLOWED: dict[str, Condition] = {
+    **dict.fromkeys(("lr", "plasticity_k", "warmup_steps", "eps", "weight_decay"), AT_LEAST_0),
+    "trace_decay": (lambda v: 0.0 <= v < 1.0, "0 <= trace_decay < 1"),
+    "beta1": (lambda v: 0.0 <= v < 1.0, "0 <= beta1 < 1"),
+    "surprise_weight": (lambda v: 0.0 <= v <= 1.0, "0 to 1"),
+    "alignment_threshold": (lambda v: v > -math.inf, "a number, or math.inf"),
+}
+
+
 def _validate(group: dict) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor):
@@ -378,18 +405,9 @@ def _validate(group: dict) -> None:
             raise ValueError("lr as a Tensor is not supported for foreach=True")
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-    for name in ("lr", "plasticity_k", "warmup_steps", "eps", "weight_decay"):
-        if not 0.0 <= group[name] < math.inf:
-            raise ValueError(f"Invalid {name} value: {group[name]} (allowed: 0 or more)")
-    for name in ("trace_decay", "beta1"):
-        if not 0.0 <= group[name] < 1.0:
-            raise ValueError(f"Invalid {name} value: {group[name]} (allowed: 0 <= {name} < 1)")
-    if not 0.0 <= group["surprise_weight"] <= 1.0:
-        raise ValueError(f"Invalid surprise_weight value: {group['surprise_weight']} (allowed: 0 to 1)")
-    if not -math.inf < group["alignment_threshold"]:
-        raise ValueError(
-            f"Invalid alignment_threshold value: {group['alignment_threshold']} (allowed: a number, or math.inf)"
-        )
+        lr = lr.item()
+    for name, allowed in _ALLOWED.items():
+        check_number(f"{name} value", lr if name == "lr" else group[name], allowed)
     if group["nonfinite"] not in ("raise", "skip"):
         raise ValueError(f"Invalid nonfinite value: {group['nonfinite']!r} (allowed: 'raise' or 'skip')")
     if group["foreach"] and group["fused"]:

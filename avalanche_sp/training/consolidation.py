@@ -55,7 +55,7 @@ class ConsolidationPlugin(SupervisedPlugin):
 
     Example::
 
-        optimizer = SelectivePlasticityOptimizer(model.parameters(), lr=3e-3, beta1=0.0, eps=1e-3)
+        optimizer = SelectivePlasticityOptimizer.for_continual_learning(model.parameters())
         strategy = Naive(model=model, optimizer=optimizer, criterion=OneHotMSELoss(), train_mb_size=64,
                          plugins=[ConsolidationPlugin()])
     """

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from avalanche_sp.arguments import check_number
 from avalanche_sp.training.plugin import SelectivePlasticityPlugin
 from avalanche_sp.training.replay import memory_size, stream_rows
 
@@ -24,7 +25,10 @@ class OneHotMSELoss(nn.Module):
     stream's length leaves a remainder of a few samples, call ``strategy.train(experience, drop_last=True)``.
 
     Shape:
-        outputs (N, C), class labels (N,) int64; returns a 0-dim tensor.
+        outputs (N, C), class labels (N,) of any integer type; returns a 0-dim tensor.
+
+    Raises:
+        TypeError: when called with labels that are not integers.
 
     References:
         L. Hui, M. Belkin: Evaluation of neural architectures trained with square loss vs cross-entropy in
@@ -32,7 +36,9 @@ class OneHotMSELoss(nn.Module):
     """
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        one_hot = F.one_hot(targets, outputs.shape[-1]).to(outputs.dtype)
+        if targets.is_floating_point() or targets.is_complex():
+            raise TypeError(f"Invalid targets: {targets.dtype} (allowed: class labels, integers)")
+        one_hot = F.one_hot(targets.long(), outputs.shape[-1]).to(outputs.dtype)
         return F.mse_loss(outputs, one_hot, reduction="sum") / len(outputs)
 
 
@@ -58,8 +64,8 @@ class JointReplayLoss(SupervisedPlugin):
 
     def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor], trust: float | None = None):
         super().__init__()
-        if trust is not None and not 0 <= trust <= 1:
-            raise ValueError(f"Invalid trust value: {trust} (allowed: 0 to 1, or None)")
+        if trust is not None:
+            check_number("trust value", trust, (lambda v: 0 <= v <= 1, "0 to 1, or None"))
         self.criterion = criterion
         self.trust = trust
         self.samples_seen = 0

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
-from avalanche.evaluation.metric_utils import get_metric_name
+from avalanche.evaluation.metric_utils import get_metric_name, stream_type
 from avalanche.evaluation.metrics import Accuracy
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -80,16 +80,24 @@ def _square(matrix: ArrayLike) -> np.ndarray:
 
 
 class AccuracyMatrix(PluginMetric):
-    """Accuracy matrix R in percent, and ACC, BWT, forgetting and learning accuracy once it is square.
+    """Accuracy matrix R of one stream in percent, and ACC, BWT, forgetting and learning accuracy.
 
-    Evaluate on the whole test stream after each experience. A row is written by every evaluation and
-    overwritten by a later one during the same experience; evaluations before any training are left out.
+    Row i of R is evaluated after training on experience i and before any later training. An evaluation before any
+    training is left out. A measure is reported after an evaluation if R is square and has all the entries that the
+    measure is made of: one evaluation of all experiences at the end of training is enough for ACC. A measure that an
+    earlier evaluation had, and that a later one lacks, is reported as NaN.
+
+    Args:
+        stream: name of the stream (default "test"). Evaluations of other streams are left out.
     """
 
-    def __init__(self):
+    def __init__(self, stream: str = "test"):
         super().__init__()
+        self.stream = stream
         self._accuracy = Accuracy()
         self._rows: list[dict[int, float]] = []
+        self._evaluated = False  # the present evaluation has added to R
+        self._reported: set[str] = set()
 
     def __str__(self) -> str:
         return "AccuracyMatrix"
@@ -127,6 +135,9 @@ class AccuracyMatrix(PluginMetric):
     def before_training_exp(self, strategy) -> None:
         self._rows.append({})
 
+    def after_training_iteration(self, strategy) -> None:
+        self._rows[-1].clear()  # it was another network's
+
     def before_eval_exp(self, strategy) -> None:
         self._accuracy.reset()
 
@@ -134,22 +145,30 @@ class AccuracyMatrix(PluginMetric):
         self._accuracy.update(strategy.mb_output, strategy.mb_y)
 
     def after_eval_exp(self, strategy) -> None:
-        if self._rows:
+        if self._rows and stream_type(strategy.experience) == self.stream:
             self._rows[-1][strategy.experience.current_experience] = 100 * self._accuracy.result()
+            self._evaluated = True
 
     def after_eval(self, strategy) -> list[MetricValue]:
-        matrix = self.result()
-        if matrix.shape[0] != matrix.shape[1] or np.isnan(matrix).any() or not len(matrix):
+        if not self._evaluated:
             return []
+        self._evaluated = False
+        matrix = self.result()
         measures = {
             "ACC": average_accuracy,
             "BWT": backward_transfer,
             "Forgetting": average_forgetting,
             "LearningAccuracy": learning_accuracy,
         }
+        is_square = matrix.shape[0] == matrix.shape[1]
+        values = {name: f(matrix) if is_square else np.nan for name, f in measures.items()}
+        self._reported.update(name for name, value in values.items() if not np.isnan(value))
         return [
-            MetricValue(self, f"{name}_Percent/eval_phase/test_stream", f(matrix), strategy.clock.train_iterations)
-            for name, f in measures.items()
+            MetricValue(
+                self, f"{name}_Percent/eval_phase/{self.stream}_stream", values[name], strategy.clock.train_iterations
+            )
+            for name in measures
+            if name in self._reported
         ]
 
 
@@ -319,13 +338,17 @@ class FoundBoundaries(PluginMetric):
         return [MetricValue(self, name, self._found, plugin.consolidated_at[-1])]
 
 
-def selective_plasticity_metrics() -> list[PluginMetric]:
-    """All metrics of this module, ready for ``EvaluationPlugin(*selective_plasticity_metrics(), loggers=...)``."""
+def selective_plasticity_metrics(stream: str = "test") -> list[PluginMetric]:
+    """All metrics of this module, ready for ``EvaluationPlugin(*selective_plasticity_metrics(), loggers=...)``.
+
+    Args:
+        stream: name of the stream of the :class:`AccuracyMatrix` (default "test").
+    """
     return [
         GateOpenness(),
         PresynapticSurprise(),
         ClaimedRank(),
-        AccuracyMatrix(),
+        AccuracyMatrix(stream),
         FoundBoundaries(),
         Eligibility(),
         LossSurprise(),

@@ -179,8 +179,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             least = self.gate.settings.detection_start
             if 1 < self._steps < least and strategy.clock.train_exp_counter:
                 warnings.warn(
-                    f"selective plasticity: an experience of {self._steps} iterations is too short to find a change in "
-                    f"({least} are needed), and nothing is protected. Use consolidate='experience', or smaller batches.",
+                    f"selective plasticity: {self._steps} iterations are too few to find a change in ({least} are "
+                    "needed), and nothing is protected. Use consolidate='experience', or smaller batches.",
                     stacklevel=2,
                 )
         elif self.gate.boundaries == "experience" and self.gate.active:

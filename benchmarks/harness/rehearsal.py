@@ -32,8 +32,8 @@ def replay(run: Run) -> ReplayPlugin:
 
 def drawn_replay(run: Run) -> ReplayPlugin:
     """Avalanche's replay of samples drawn from Gaussians, and of stored ones where the run has a buffer."""
-    policy = GaussianBuffer(stored=run.replay_buffer)
-    return ReplayPlugin(policy.max_size, batch_size_mem=run.batch_size, storage_policy=policy)
+    policy = GaussianBuffer(2000 + run.replay_buffer, stored=run.replay_buffer)
+    return policy.replay_plugin(batch_size_mem=run.batch_size)
 
 
 class Reservoir(ReservoirSamplingBuffer):

@@ -1,0 +1,21 @@
+"""Validation of arguments that are numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, TypeAlias
+
+__all__ = ["AT_LEAST_0", "Condition", "check_number"]
+
+Condition: TypeAlias = tuple[Callable[[Any], bool], str]
+"""What holds for all values that are allowed, and the same in words."""
+
+AT_LEAST_0: Condition = (lambda v: 0 <= v < float("inf"), "0 or more")
+
+
+def check_number(name: str, value: Any, allowed: Condition) -> None:
+    """Raises ValueError if a value is not a number, Python's or numpy's, or is not allowed."""
+    holds, words = allowed
+    if not (isinstance(value, Real) and holds(value)):
+        raise ValueError(f"Invalid {name}: {value!r} (allowed: {words})")
