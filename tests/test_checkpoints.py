@@ -20,6 +20,7 @@ from avalanche.training import Naive
 from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin, ReplayPlugin, SupervisedPlugin
 
 from avalanche_sp import (
+    ConsolidationPlugin,
     GaussianBuffer,
     JointReplayLoss,
     MetricsCSVLogger,

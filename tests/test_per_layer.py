@@ -15,8 +15,24 @@ from avalanche_sp.gate.per_layer import value_of
 
 from conftest import mlp, strategy_of, weights
 
-EVERY_512_SAMPLES = Settings(stream_chunk=512)
 DEFAULTS = {"openness": 0.5, "pull_back": 1.0}
+
+
+class At:
+    """Finds a change after 30 iterations."""
+
+    def __init__(self):
+        self.seen, self.drift_detected = 0, False
+
+    def update(self, x):
+        self.seen += 1
+        self.drift_detected = self.seen == 10  # it is not asked about the first 20
+
+
+def found(consolidate):
+    """Arguments for boundaries that are found soon."""
+    detector = At() if consolidate == "surprise" else None
+    return {"consolidate": consolidate, "detector": detector, "settings": Settings(stream_chunk=512)}
 
 
 def trained(benchmark, plugin, optimizer=None, replay=(), model=None):
@@ -40,9 +56,10 @@ def test_a_mapping_to_equal_values_is_the_value_bit_for_bit(split2, consolidate,
             "rank": {"5": 10, "*": 10},
         },
     ):
-        plugin = SelectivePlasticityPlugin(**settings, consolidate=consolidate, settings=EVERY_512_SAMPLES)
+        plugin = SelectivePlasticityPlugin(**settings, **found(consolidate))
         memory = [ReplayPlugin(40)] if replay else []
         results.append(weights(trained(split2, plugin, replay=memory).model))
+        assert plugin.consolidated_at
     assert torch.equal(*results)
 
 
@@ -62,17 +79,6 @@ def test_the_first_pattern_that_matches_counts_and_others_take_the_default():
     assert {name: value_of(getattr(empty.gate, name), "any") for name in DEFAULTS} == DEFAULTS
 
 
-class Twice:
-    """Finds a change after 30 iterations."""
-
-    def __init__(self):
-        self.seen, self.drift_detected = 0, False
-
-    def update(self, x):
-        self.seen += 1
-        self.drift_detected = self.seen == 10
-
-
 @pytest.mark.parametrize("rank, kept", [(None, {}), ({"1": 8}, {"1": 8}), (5, {"1": 5, "3": 5, "5": 5})], ids=str)
 @pytest.mark.parametrize("consolidate, default", [("experience", 48), ("surprise", 64), ("continuous", 64)])
 def test_the_default_rank_depends_on_how_often_something_is_merged(split2, consolidate, default, rank, kept):
@@ -81,12 +87,7 @@ def test_the_default_rank_depends_on_how_often_something_is_merged(split2, conso
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(784, 80), nn.ReLU(), nn.Linear(80, 900), nn.ReLU(), nn.Linear(900, 10)
     )
-    plugin = SelectivePlasticityPlugin(
-        rank=rank,
-        consolidate=consolidate,
-        detector=Twice() if consolidate == "surprise" else None,
-        settings=EVERY_512_SAMPLES,
-    )
+    plugin = SelectivePlasticityPlugin(rank=rank, **found(consolidate))
     trained(split2, plugin, model=model)
     ranks = {name: memory.vectors.shape[1] for name, memory in plugin.layers.items()}
     assert ranks == {"1": default, "3": default, "5": 90, **kept}
@@ -134,11 +135,10 @@ def test_the_penalty_acts_on_the_layers_that_have_one(split2):
 @pytest.mark.parametrize("consolidate", ["experience", "continuous"])
 @pytest.mark.parametrize("optimizer", [None, SelectivePlasticityOptimizer])
 def test_a_layer_that_is_switched_off_keeps_nothing(split2, consolidate, optimizer):
-    kwargs = {"consolidate": consolidate, "settings": EVERY_512_SAMPLES}
-    plugin = SelectivePlasticityPlugin(openness={"3": math.inf}, **kwargs)
+    plugin = SelectivePlasticityPlugin(openness={"3": math.inf}, **found(consolidate))
     strategy = trained(split2, plugin, optimizer)
     assert plugin.gate.active and "3" not in plugin.layers
-    off = SelectivePlasticityPlugin(openness={"*": math.inf}, **kwargs)
+    off = SelectivePlasticityPlugin(openness={"*": math.inf}, **found(consolidate))
     without = trained(split2, SelectivePlasticityPlugin(openness=math.inf), optimizer)
     assert torch.equal(weights(trained(split2, off, optimizer).model), weights(without.model))
     assert not off.gate.active
@@ -184,7 +184,7 @@ def test_numpys_numbers_are_numbers():
     plugin = SelectivePlasticityPlugin(
         openness=np.float32(0.25), pull_back={"1": np.int64(2)}, rank={"1": np.int64(32), "*": np.float64(0.5)}
     )
-    settings = (plugin.openness, plugin.pull_back, plugin.rank)
+    settings = (plugin.gate.openness, plugin.gate.pull_back, plugin.gate.rank)
     assert settings == (0.25, {"1": 2, "*": 1.0}, {"1": 32, "*": 0.5})
     json.dumps(settings)  # they are Python's own then
 
