@@ -320,9 +320,11 @@ class PlasticityGate:
             stored: True for each row that is a stored sample, shape (batch,); None for no row.
 
         Raises:
-            ValueError: it is not a list of truth values.
+            ValueError: it is not a list of truth values, or no number of stored samples was given to :meth:`begin`.
         """
         self._rows = None if stored is None else StreamRows.unlike(stored)
+        if self._rows is not None and self._rows.count < self._rows.batch and not self._memory_size:
+            raise ValueError("Invalid call: no stored sample is known (allowed after begin(stored=...))")
 
     def observe(self, inputs: Any, outputs: Any, targets: Tensor, loss: Tensor, criterion: Criterion) -> None:
         """Tells the loss of the present batch, before the step: for boundaries that the gate finds, and for surprise.

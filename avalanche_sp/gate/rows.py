@@ -48,9 +48,18 @@ class StreamRows:
         return cls(len(mask), count, places)
 
     def of(self, x: Tensor) -> Tensor:
-        """The stream's part of a layer's input or output; a sample may have several rows, in sequence."""
+        """The stream's part of a layer's input or output; a sample may have several rows, in sequence.
+
+        Raises:
+            ValueError: it is of another mini-batch, whose size differs.
+        """
         if self.count == self.batch:
             return x
+        if len(x) % self.batch:
+            raise ValueError(
+                f"Invalid stored value: {self.batch} truth values for a mini-batch of {len(x)} (allowed: one for each "
+                "row of the mini-batch)"
+            )
         each = len(x) // self.batch
         if isinstance(self.rows, slice):
             return x[self.rows.start * each : self.rows.stop * each]
