@@ -1,0 +1,612 @@
+"""The engine in plain PyTorch loops: against Avalanche's, against itself, and against the slow reference."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from avalanche.training import Naive
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from avalanche_sp import OneHotMSELoss, PlasticityGate, SelectivePlasticityPlugin, Settings, reference
+from avalanche_sp.data import TensorClassificationDataset, TensorSource, benchmark_of
+from avalanche_sp.gate.layers import gated_layers, postsynaptic, presynaptic
+
+from conftest import weights
+
+MODELS = {
+    "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 5)),
+    "cnn": lambda: nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5)
+    ),
+}
+OPTIMIZERS = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.02),
+    "adam": lambda model: torch.optim.Adam(model.parameters(), lr=2e-3),
+}
+SIZE, BATCH = 192, 64  # samples of a task, and of a mini-batch of it
+
+
+def task(seed, size=SIZE):
+    """Images (size, 1, 8, 8) with a few strong directions, and their classes, 0 to 4."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(size, 6, generator=generator)
+    x = hidden @ torch.randn(6, 64, generator=generator) / 3 + 0.1 * torch.randn(size, 64, generator=generator)
+    return x.view(-1, 1, 8, 8), (hidden @ torch.randn(6, 5, generator=generator)).argmax(1)
+
+
+TASKS = [task(seed) for seed in range(3)]
+
+
+def made(model="mlp", optimizer="sgd", **kwargs):
+    """A network, its optimizer and its gate."""
+    torch.manual_seed(0)
+    model = MODELS[model]()
+    optimizer = OPTIMIZERS[optimizer](model)
+    return model, optimizer, PlasticityGate(model, optimizer, **kwargs)
+
+
+def epoch(model, optimizer, xy, criterion=OneHotMSELoss()):  # noqa: B008
+    for x, y in zip(*(t.split(BATCH) for t in xy)):
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+
+
+def learned(model="mlp", optimizer="sgd", **kwargs):
+    """The same after the first task, which is remembered."""
+    model, optimizer, gate = made(model, optimizer, **kwargs)
+    for _ in range(3):
+        epoch(model, optimizer, TASKS[0])
+    gate.consolidate(TensorDataset(*TASKS[0]), OneHotMSELoss())
+    return model, optimizer, gate
+
+
+def hooks(model, optimizer):
+    found = [h for m in model.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks)]
+    found += [h for p in model.parameters() for h in p._backward_hooks or ()]
+    return found + [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
+
+
+# -- Batches with stored samples ---------------------------------------------------------------------------------------
+
+MASKS = {
+    "first": torch.arange(BATCH) < 20,
+    "last": torch.arange(BATCH) >= 44,
+    "scattered": torch.arange(BATCH) % 3 == 0,
+}
+
+
+def mixed(mask):
+    """Mini-batches of the second task with samples of the first in the places of the mask."""
+    x, y = TASKS[1][0].clone(), TASKS[1][1].clone()
+    stored = mask.repeat(SIZE // BATCH)
+    x[stored], y[stored] = TASKS[0][0][stored], TASKS[0][1][stored]
+    return x, y
+
+
+# -- Loops -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("criterion", [OneHotMSELoss(), nn.CrossEntropyLoss()], ids=["squared", "cross-entropy"])
+def test_a_plain_loop_ends_where_avalanches_naive_does_bit_for_bit(name, optimizer, criterion):
+    model, step, gate = made(name, optimizer, openness=0.1)
+    for xy in TASKS:
+        for e in range(2):
+            gate.begin(SIZE, epoch=e)
+            epoch(model, step, xy, criterion)
+        gate.consolidate(TensorDataset(*xy), criterion)
+    torch.manual_seed(0)
+    other = MODELS[name]()
+    plugin = SelectivePlasticityPlugin(openness=0.1)
+    strategy = Naive(
+        model=other,
+        optimizer=OPTIMIZERS[optimizer](other),
+        criterion=criterion,
+        train_mb_size=BATCH,
+        train_epochs=2,
+        plugins=[plugin],
+        evaluator=None,
+    )
+    data = [TensorClassificationDataset.from_source(TensorSource(*xy)) for xy in TASKS]
+    for experience in benchmark_of(data, data).train_stream:
+        strategy.train(experience, shuffle=False)
+    assert torch.equal(weights(model), weights(other))
+    assert all(torch.equal(memory.vectors, plugin.layers[n].vectors) for n, memory in gate.memory.layers.items())
+
+
+def test_a_plain_loop_without_boundaries_ends_where_avalanches_naive_does_bit_for_bit():
+    settings, criterion = Settings(stream_chunk=256, stream_look=2), OneHotMSELoss()
+    model, step, gate = made(consolidate="continuous", settings=settings)
+    for xy in TASKS:
+        for x, y in zip(*(t.split(BATCH) for t in xy)):
+            step.zero_grad()
+            outputs = model(x)
+            loss = criterion(outputs, y)
+            loss.backward()
+            gate.observe(x, outputs, y, loss, criterion)
+            step.step()
+    torch.manual_seed(0)
+    other, plugin = MODELS["mlp"](), SelectivePlasticityPlugin(consolidate="continuous", settings=settings)
+    strategy = Naive(
+        model=other,
+        optimizer=OPTIMIZERS["sgd"](other),
+        criterion=criterion,
+        train_mb_size=BATCH,
+        plugins=[plugin],
+        evaluator=None,
+    )
+    data = [TensorClassificationDataset.from_source(TensorSource(*xy)) for xy in TASKS]
+    for experience in benchmark_of(data, data).train_stream:
+        strategy.train(experience, shuffle=False)
+    assert gate.memory.consolidations == len(plugin.consolidated_at) == 2
+    assert torch.equal(weights(model), weights(other))
+
+
+def test_the_first_task_is_learned_as_without_the_gate_and_the_second_is_not():
+    model, optimizer, _ = made()
+    torch.manual_seed(0)
+    plain = MODELS["mlp"]()
+    other = OPTIMIZERS["sgd"](plain)
+    for m, o in ((model, optimizer), (plain, other)):
+        epoch(m, o, TASKS[0])
+    assert torch.equal(weights(model), weights(plain))
+    model, optimizer, gate = learned()
+    plain = copy.deepcopy(model)
+    epoch(plain, OPTIMIZERS["sgd"](plain), TASKS[1])
+    epoch(model, optimizer, TASKS[1])
+    assert (weights(model) - weights(plain)).abs().max() > 1e-3
+
+
+def second_task(train, name="mlp", optimizer="sgd", mask=None, **kwargs):
+    """The weights after two epochs of the second task, each mini-batch of which is trained by ``train``."""
+    model, step, gate = learned(name, optimizer, **kwargs)
+    gate.begin(SIZE, stored=0 if mask is None else 30)
+    x, y = (torch.cat([t, t]) for t in (TASKS[1] if mask is None else mixed(mask)))
+    for number, batch in enumerate(zip(x.split(BATCH), y.split(BATCH))):
+        train(number, model, step, gate, mask, *batch)
+    return weights(model)
+
+
+def whole(number, model, optimizer, gate, mask, x, y):
+    gate.replayed(mask)
+    optimizer.zero_grad()
+    OneHotMSELoss()(model(x), y).backward()
+    optimizer.step()
+
+
+with_and_without_stored = pytest.mark.parametrize("mask", [None, *MASKS.values()], ids=["none stored", *MASKS])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@with_and_without_stored
+def test_four_backward_passes_of_16_end_where_one_of_64_does(name, optimizer, mask):
+    def in_parts(number, model, optimizer, gate, mask, x, y):
+        optimizer.zero_grad()
+        for i in range(4):
+            gate.replayed(mask[i::4] if mask is not None else None)
+            (OneHotMSELoss()(model(x[i::4]), y[i::4]) / 4).backward()
+        optimizer.step()
+
+    ends = [second_task(train, name, optimizer, mask) for train in (whole, in_parts)]
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@with_and_without_stored
+def test_a_grad_scaler_changes_rounding_alone_also_when_it_skips_a_step(optimizer, mask):
+    """The fifth loss is infinite."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=3)
+
+    def loss_of(number, model, x, y):
+        return OneHotMSELoss()(model(x), y) * (float("inf") if number == 4 else 1)
+
+    def scaled(number, model, optimizer, gate, mask, x, y):
+        gate.replayed(mask)
+        optimizer.zero_grad()
+        scaler.scale(loss_of(number, model, x, y)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    def skipping(number, model, optimizer, gate, mask, x, y):
+        gate.replayed(mask)
+        optimizer.zero_grad()
+        loss_of(number, model, x, y).backward()
+        if number != 4:
+            optimizer.step()
+
+    ends = [second_task(train, "cnn", optimizer, mask) for train in (skipping, scaled)]
+    assert scaler.get_scale() == 2.0**12  # it rose after three steps, and fell with the one that was skipped
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+@with_and_without_stored
+def test_a_fused_optimizer_that_unscales_by_itself_is_gated_alike(mask):
+    ends = []
+    for fused in (False, True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        model, _, gate = learned()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, fused=fused)
+        gate.attach(model, optimizer)
+        gate.begin(SIZE, stored=0 if mask is None else 30)
+        x, y = TASKS[1] if mask is None else mixed(mask)
+        for _ in range(4):
+            for a, b in zip(x.split(BATCH), y.split(BATCH)):
+                gate.replayed(mask)
+                optimizer.zero_grad()
+                scaler.scale(OneHotMSELoss()(model(a), b)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        ends.append(weights(model))
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+def whole_gates(gate, stored=0):
+    """Each layer's gate as a matrix, and the share that it lets through of stored samples."""
+    found = {}
+    for name, m in gate.memory.layers.items():
+        opening = 1 + (stored / gate.memory.classes / 12) ** 2
+        matrix = reference.gate_matrix(m.eigenvalues, m.vectors, m.mean_eigenvalue, opening * gate.openness / m.rows)
+        v = m.vectors.double()
+        beyond = len(v) - v.shape[1]
+        found[name] = matrix, float((matrix.trace() - (v.T @ matrix @ v).trace()) / beyond) if beyond else 1.0
+    return found
+
+
+def reference_gradients(model, gate, x, y, mask):
+    """By layer, the gated gradient of each mini-batch sample by itself: (out, d), with the bias last."""
+    inputs, outputs, handles = {}, {}, []
+
+    def note(name):
+        def hook(layer, args, output):
+            inputs[name], outputs[name] = args[0].detach(), output
+
+        return hook
+
+    other = copy.deepcopy(model)
+    layers = gated_layers(other)
+    handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
+    deltas = torch.autograd.grad(OneHotMSELoss()(other(x), y), [outputs[name] for name in layers])
+    for handle in handles:
+        handle.remove()
+    gates, gradients = whole_gates(gate, 0 if mask is None else 30), {}
+    for (name, layer), delta in zip(layers.items(), deltas):
+        rows, errors = presynaptic(layer, inputs[name]), postsynaptic(layer, delta)
+        matrix, opened = gates[name]
+        stored = None if mask is None else mask.repeat_interleave(len(rows) // len(x))
+        gradients[name] = reference.gated_gradient(errors, rows, matrix, stored, opened)
+    return gradients
+
+
+@pytest.mark.parametrize("rank", [5, 80], ids=["some kept", "all kept"])
+@pytest.mark.parametrize("name", MODELS)
+@with_and_without_stored
+def test_gradients_are_those_of_gating_each_stream_sample_by_itself(name, mask, rank):
+    model, optimizer, gate = learned(name, rank=rank, pull_back=0, settings=Settings(gated_vectors=80))
+    gate.begin(SIZE, stored=0 if mask is None else 30)
+    x, y = (t[:BATCH] for t in (TASKS[1] if mask is None else mixed(mask)))
+    expected = reference_gradients(model, gate, x, y, mask)
+    gated = {}
+    handle = optimizer.register_step_pre_hook(lambda *_: gated.update(copy.deepcopy(gradients_of(model))))
+    whole(0, model, optimizer, gate, mask, x, y)
+    handle.remove()
+    for layer, gradient in expected.items():
+        torch.testing.assert_close(gated[layer].double(), gradient, rtol=1e-4, atol=1e-5)
+        assert gradient.abs().max() > 1e-3
+
+
+def gradients_of(model):
+    layers = gated_layers(model)
+    return {
+        name: torch.cat([layer.weight.grad.flatten(1), layer.bias.grad.unsqueeze(1)], 1)
+        for name, layer in layers.items()
+    }
+
+
+@with_and_without_stored
+def test_gradient_clipping_scales_the_gated_step(mask):
+    """By the norm of the gradients as the loop sees them; a bound above it changes nothing."""
+    steps = []
+    for bound in (float("inf"), 0.01):
+        model, optimizer, gate = learned(pull_back=0, settings=Settings(look=1000))
+        gate.begin(SIZE, stored=0 if mask is None else 30)
+        x, y = (t[:BATCH] for t in (TASKS[1] if mask is None else mixed(mask)))
+        before = weights(model)
+        gate.replayed(mask)
+        OneHotMSELoss()(model(x), y).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), bound)
+        optimizer.step()
+        steps.append(weights(model) - before)
+    torch.testing.assert_close(steps[1] * norm / 0.01, steps[0], rtol=1e-2, atol=1e-5)
+    assert norm > 0.1
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+@with_and_without_stored
+def test_a_closure_is_gated_after_it_has_run(mask, keyword):
+    def by_closure(number, model, optimizer, gate, mask, x, y):
+        def closure():
+            optimizer.zero_grad()
+            loss = OneHotMSELoss()(model(x), y)
+            loss.backward()
+            return loss
+
+        gate.replayed(mask)
+        loss = optimizer.step(closure=closure) if keyword else optimizer.step(closure)
+        assert loss > 0
+
+    ends = [second_task(train, mask=mask) for train in (whole, by_closure)]
+    assert torch.equal(*ends)
+
+
+BLOCKED = """
+import sys
+for name in ("avalanche", "torchvision", "sklearn", "river"):
+    sys.modules[name] = None
+
+import torch
+from avalanche_sp.gate import PlasticityGate
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.1), torch.nn.CrossEntropyLoss()
+gate = PlasticityGate(model, optimizer)
+for task in range(2):
+    batches = [(torch.randn(16, 4) + task, torch.randint(2, (16,))) for _ in range(4)]
+    for x, y in batches:
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+    gate.consolidate(batches, criterion)
+assert gate.memory.samples == 128 and set(gate.memory.layers) == {"0", "2"}
+from avalanche_sp import SelectivePlasticityOptimizer, Settings
+assert not [name for name, module in sys.modules.items() if name.startswith("avalanche.") and module]
+"""
+
+
+def test_the_engine_works_without_avalanche():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", BLOCKED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# -- Saved, copied, closed ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [1, 4, 8, 13])
+@pytest.mark.parametrize("name, optimizer", [("mlp", "sgd"), ("cnn", "adam")])
+@with_and_without_stored
+def test_a_saved_state_goes_on_bit_for_bit_in_the_midst_of_an_experience(name, optimizer, mask, stop):
+    x, y = (torch.cat([t] * 6).split(BATCH) for t in (TASKS[1] if mask is None else mixed(mask)))
+
+    def train(run, batches):
+        for a, b in batches:
+            whole(0, *run, mask, a, b)
+        return weights(run[0])
+
+    run = learned(name, optimizer, openness=0.3)
+    run[2].begin(SIZE, stored=0 if mask is None else 30, epoch=1)
+    train(run, zip(x[:stop], y[:stop]))
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in run], file)
+    expected = train(run, zip(x[stop:], y[stop:]))
+    run[2].consolidate(TensorDataset(*TASKS[1]), OneHotMSELoss())
+    file.seek(0)
+    other = made(name, optimizer, openness=0.3)
+    for part, state in zip(other, torch.load(file, weights_only=True)):
+        part.load_state_dict(state)
+    assert torch.equal(train(other, zip(x[stop:], y[stop:])), expected)
+    other[2].consolidate(TensorDataset(*TASKS[1]), OneHotMSELoss())
+    assert torch.equal(weights(other[0]), weights(run[0]))
+    assert all(torch.equal(m.vectors, run[2].memory.layers[n].vectors) for n, m in other[2].memory.layers.items())
+
+
+def test_a_state_without_a_model_waits_for_one():
+    model, optimizer, gate = learned()
+    waiting = PlasticityGate()
+    waiting.load_state_dict(gate.state_dict())
+    other = copy.deepcopy(model)
+    step = OPTIMIZERS["sgd"](other)
+    waiting.attach(other, step)
+    for m, o in ((model, optimizer), (other, step)):
+        epoch(m, o, TASKS[1])
+    assert torch.equal(weights(model), weights(other))
+    assert gate.to("cpu") is gate and gate.state_bytes == waiting.state_bytes > 0
+
+
+@with_and_without_stored
+def test_close_leaves_no_hook_and_keeps_the_memory(mask):
+    model, optimizer, gate = learned()
+    gate.begin(SIZE, stored=0 if mask is None else 30)
+    whole(0, model, optimizer, gate, mask, *(t[:BATCH] for t in TASKS[1]))
+    assert hooks(model, optimizer)
+    gate.close()
+    assert not hooks(model, optimizer) and not gate.is_attached and set(gate.memory.layers) == {"1", "3"}
+    other = copy.deepcopy(model)
+    epoch(model, optimizer, TASKS[1])
+    epoch(other, OPTIMIZERS["sgd"](other), TASKS[1])
+    assert torch.equal(weights(model), weights(other))
+    with pytest.raises(ValueError, match="Invalid call: the gate has no model"):
+        gate.consolidate(TensorDataset(*TASKS[1]), OneHotMSELoss())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+@with_and_without_stored
+def test_the_hooks_of_a_copied_model_do_nothing(copied, mask):
+    model, optimizer, gate = learned("cnn")
+    gate.begin(SIZE, stored=0 if mask is None else 30)
+    other = copied(model)
+    clean = MODELS["cnn"]()
+    clean.load_state_dict(model.state_dict())
+    before, gradients = copy.deepcopy(gate.state_dict()), [p.grad.clone() for p in model.parameters()]
+    for m in (other, clean):
+        gate.replayed(mask)
+        OneHotMSELoss()(m(TASKS[1][0][:7]), TASKS[1][1][:7]).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(other.parameters(), clean.parameters()))
+    torch.testing.assert_close(gate.state_dict()["statistics"], before["statistics"], rtol=0, atol=0)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients))
+
+
+def test_a_pickled_gate_goes_on_with_its_model():
+    run = learned()
+    other = pickle.loads(pickle.dumps(run))
+    other[2].attach(*other[:2])
+    for model, optimizer, _ in (run, other):
+        epoch(model, optimizer, TASKS[1])
+    assert torch.equal(weights(run[0]), weights(other[0]))
+
+
+# -- Normalisation layers ----------------------------------------------------------------------------------------------
+
+
+def with_norms():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 8), nn.LayerNorm(8), nn.Linear(8, 5)
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, weight_decay=0.1)
+    return model, optimizer, PlasticityGate(model, optimizer)
+
+
+def norm_state(model):
+    return torch.cat([t.flatten().float() for i in (1, 4) for t in model[i].state_dict().values()]).clone()
+
+
+@pytest.mark.parametrize("stored", [0, 30])
+def test_normalisation_layers_are_frozen_after_the_first_experience_unless_there_are_stored_samples(stored):
+    model, optimizer, gate = with_norms()
+    states = [norm_state(model)]
+    for xy in TASKS[:2]:
+        gate.begin(SIZE, stored=stored)
+        epoch(model, optimizer, xy)
+        assert all(m.training for m in model.modules())
+        gate.consolidate(TensorDataset(*xy), OneHotMSELoss())
+        states.append(norm_state(model))
+        assert all(m.training for m in model.modules())
+    assert not torch.equal(states[0], states[1])
+    assert torch.equal(states[1], states[2]) == (stored == 0)
+
+
+def test_modes_are_restored_after_an_error_in_a_normalisation_layer():
+    model, optimizer, gate = with_norms()
+    epoch(model, optimizer, TASKS[0])
+    gate.consolidate(TensorDataset(*TASKS[0]), OneHotMSELoss())
+    with pytest.raises(ValueError):
+        model[1](torch.zeros(3))  # BatchNorm2d refuses it
+    assert all(m.training for m in model.modules())
+    before = norm_state(model)
+    epoch(model, optimizer, TASKS[1])
+    assert torch.equal(norm_state(model), before)
+    model[1].eval()  # by the loop itself
+    model(TASKS[1][0])
+    assert not model[1].training
+
+
+# -- Consolidation -----------------------------------------------------------------------------------------------------
+
+
+def test_an_iterable_of_more_samples_than_wanted_is_read_once_and_evenly():
+    model, optimizer, gate = made(consolidation_samples=100, rank=20)
+    x, y = task(5, 1280)
+    seen = []
+    model[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    gate.consolidate(iter(DataLoader(TensorDataset(x, y), 16)), OneHotMSELoss())
+    assert gate.memory.samples == 1280 and gate.memory.classes == len(y.unique())
+    used = torch.cat(seen[:-1])  # the last ones show which layers data feed
+    assert 50 < len(used) <= 100
+    places = [int((x == image).flatten(1).all(1).nonzero()) for image in used]
+    assert places == sorted(places) and max(b - a for a, b in zip(places, places[1:])) < 300 and places[-1] > 900
+    values, vectors, mean = reference.merged_eigenpairs([torch.cat([used.flatten(1), torch.ones(len(used), 1)], 1)], 20)
+    memory = gate.memory.layers["1"]
+    torch.testing.assert_close(memory.eigenvalues, values.float(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(memory.mean_eigenvalue, mean.float())
+
+
+def test_a_dataset_and_a_loader_of_it_are_remembered_alike():
+    model, optimizer, gate = made()
+    data = TensorDataset(*TASKS[0])
+    gate.consolidate(data, OneHotMSELoss())
+    first = gate.memory.layers["3"]
+    model, optimizer, gate = made()
+    gate.consolidate(DataLoader(data, 50), OneHotMSELoss())
+    assert torch.equal(first.vectors, gate.memory.layers["3"].vectors)
+
+
+def test_merged_memories_are_those_of_the_full_second_moment():
+    model, optimizer, gate = made(rank=65)
+    for xy in TASKS:
+        gate.consolidate(TensorDataset(*xy), OneHotMSELoss())
+    x = torch.cat([torch.cat([x.flatten(1), torch.ones(SIZE, 1)], 1) for x, _ in TASKS])
+    values, vectors, mean = reference.merged_eigenpairs([x], 65)
+    memory = gate.memory.layers["1"]
+    kept = memory.vectors @ memory.eigenvalues.diag() @ memory.vectors.T
+    torch.testing.assert_close(kept.double(), vectors @ values.diag() @ vectors.T, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(memory.mean_eigenvalue, mean.float())
+
+
+# -- Bad input ---------------------------------------------------------------------------------------------------------
+
+
+def bad(call, error, words):
+    return pytest.param(call, error, words, id=words)
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        bad(lambda g: PlasticityGate(g[0]), ValueError, "Invalid optimizer value: None"),
+        bad(lambda g: PlasticityGate(g[0], g[0]), TypeError, "Invalid optimizer: Sequential (allowed: a torch.optim"),
+        bad(
+            lambda g: PlasticityGate(nn.ReLU(), g[1]),
+            ValueError,
+            "Invalid model: ReLU has no trainable nn.Linear or nn.Conv2d layer",
+        ),
+        bad(lambda g: g[2].begin(samples=0), ValueError, "Invalid samples value: 0 (allowed: 1 or more)"),
+        bad(lambda g: g[2].begin(stored=-1), ValueError, "Invalid stored value: -1 (allowed: 0 or more)"),
+        bad(lambda g: g[2].begin(epoch=-1), ValueError, "Invalid epoch value: -1 (allowed: 0 or more)"),
+        bad(lambda g: g[2].replayed(torch.ones(4)), ValueError, "Invalid stored value: shape (4,), torch.float32"),
+        bad(lambda g: g[2].replayed(torch.ones(2, 2).bool()), ValueError, "Invalid stored value: shape (2, 2)"),
+        bad(lambda g: g[2].consolidate([], OneHotMSELoss()), ValueError, "Invalid data: no sample (allowed: one or"),
+        bad(
+            lambda g: g[2].consolidate(TensorDataset(torch.zeros(0, 64), torch.zeros(0)), OneHotMSELoss()),
+            ValueError,
+            "Invalid data: no sample",
+        ),
+        bad(
+            lambda g: PlasticityGate(*g[:2], consolidate="continuous").consolidate(TASKS, OneHotMSELoss()),
+            ValueError,
+            "Invalid call: with consolidate='continuous' the gate finds the boundaries",
+        ),
+        bad(lambda g: PlasticityGate().begin(), ValueError, "Invalid call: the gate has no model"),
+    ],
+)
+def test_bad_input_raises_one_clear_error_and_changes_nothing(call, error, words):
+    run = learned()
+    before = run[2].memory
+    with pytest.raises(error) as raised:
+        call(run)
+    assert words in str(raised.value)
+    assert run[2].memory is before
+
+
+def test_a_mask_of_another_mini_batch_raises_in_its_backward_pass():
+    model, optimizer, gate = learned()
+    gate.begin(SIZE, stored=30)
+    with pytest.raises(ValueError, match="Invalid stored value: 64 truth values for a mini-batch of 50"):
+        whole(0, model, optimizer, gate, MASKS["last"], *(t[:50] for t in TASKS[1]))
+
+
+def test_a_mask_needs_the_number_of_stored_samples():
+    """Else the gate would not be told that they replace it."""
+    model, optimizer, gate = learned()
+    with pytest.raises(
+        ValueError, match=r"Invalid call: no stored sample is known \(allowed after begin\(stored=...\)\)"
+    ):
+        gate.replayed(MASKS["last"])
+    gate.replayed(torch.zeros(BATCH, dtype=torch.bool))
