@@ -24,11 +24,10 @@ def quiet_avalanche():
         yield
 
 
-def sliced(benchmark, train=600, test=200):
-    """The first samples of every experience."""
-    return benchmark_of(
-        [e.dataset[:train] for e in benchmark.train_stream], [e.dataset[:test] for e in benchmark.test_stream]
-    )
+def sliced(benchmark, train=600, test=200, experiences=None):
+    """The first samples of every experience, or of the first few."""
+    streams = benchmark.train_stream[:experiences], benchmark.test_stream[:experiences]
+    return benchmark_of(*([e.dataset[:n] for e in stream] for stream, n in zip(streams, (train, test))))
 
 
 @pytest.fixture(scope="session")

@@ -289,7 +289,7 @@ def go_on(strategy, benchmark, stop_at=None):
 
 @pytest.mark.parametrize("policy", [None, lambda: GaussianBuffer(50, stored=10)], ids=["stored", "drawn"])
 def test_a_strategy_resumes_bit_for_bit_in_the_middle_of_an_experience(resumable, split5, policy):
-    benchmark = sliced(split5, 300, 100)  # 10 iterations an epoch, 20 an experience
+    benchmark = sliced(split5, 300, 100, experiences=3)  # 10 iterations an epoch, 20 an experience
     whole, stopped, began = resumable("whole", policy=policy), resumable("stopped", policy=policy), []
     torch.manual_seed(1)
     go_on(whole, benchmark)

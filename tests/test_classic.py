@@ -41,7 +41,7 @@ def test_split_mnist_holds_every_image_once(n):
         assert experience.task_labels == [0] and not t.any()
         expected = int(sum((raw.targets == c).sum() for c in classes))
         assert len(x) == expected
-        total += x.double().sum().item()
+        total += x.sum(dtype=torch.float64).item()
     expected = ((raw.data.double() / 255 - 0.1307) / 0.3081).mean().item()
     assert total / raw.data.numel() == pytest.approx(expected, abs=1e-6)
     assert sum(len(e.dataset) for e in benchmark.test_stream) == 10000

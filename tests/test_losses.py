@@ -112,8 +112,8 @@ def test_on_an_online_stream_it_follows_what_the_plugin_found(split5):
             torch.testing.assert_close(strategy.loss.squeeze(), expected)
 
     criterion = Check(nn.CrossEntropyLoss())
-    strategy = strategy_of(mlp(), [ReplayPlugin(50), gate], batch=10, criterion=criterion)
-    for experience in split_online_stream(split5.train_stream[:2], 10, seed=0):
+    strategy = strategy_of(mlp(), [ReplayPlugin(50), gate], batch=20, criterion=criterion)
+    for experience in split_online_stream(split5.train_stream[:2], 20, seed=0):
         strategy.train(experience)
     assert sorted(set(seen)) == [(0, 0), (1, 2), (2, 6), (3, 8)]  # the second lies across the boundary
 
