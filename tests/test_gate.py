@@ -302,6 +302,39 @@ def test_gradients_are_those_of_gating_each_stream_sample_by_itself(name, mask, 
         assert gradient.abs().max() > 1e-3
 
 
+@with_and_without_stored
+def test_the_gradient_of_a_layer_that_is_used_twice_is_gated_for_both_uses(mask):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.last = nn.Linear(64, 64), nn.Linear(64, 5)
+
+        def forward(self, x):
+            return self.last(self.shared(self.shared(x.flatten(1)).relu()).relu())
+
+    torch.manual_seed(0)
+    model = Twice()
+    optimizer = OPTIMIZERS["sgd"](model)
+    gate = PlasticityGate(model, optimizer, rank=70, pull_back=0, settings=Settings(gated_vectors=70))
+    epoch(model, optimizer, TASKS[0])
+    gate.consolidate(TensorDataset(*TASKS[0]), OneHotMSELoss())
+    gate.begin(SIZE, stored=0 if mask is None else 30)
+    x, y = (t[:BATCH] for t in (TASKS[1] if mask is None else mixed(mask)))
+    weight, bias = model.shared.weight.detach(), model.shared.bias.detach()
+    first = (x.flatten(1) @ weight.T + bias).requires_grad_()
+    second = first.relu() @ weight.T + bias
+    deltas = torch.autograd.grad(OneHotMSELoss()(model.last(second.relu()), y), [first, second])
+    matrix, opened = whole_gates(gate, 0 if mask is None else 30)["shared"]
+    expected = sum(
+        reference.gated_gradient(delta, nn.functional.pad(rows.detach(), (0, 1), value=1), matrix, mask, opened)
+        for delta, rows in zip(deltas, (x.flatten(1), first.relu()))
+    )
+    gated = {}
+    optimizer.register_step_pre_hook(lambda *_: gated.update(copy.deepcopy(gradients_of(model))))
+    whole(0, model, optimizer, gate, mask, x, y)
+    torch.testing.assert_close(gated["shared"].double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def gradients_of(model):
     layers = gated_layers(model)
     return {
