@@ -8,8 +8,7 @@ from avalanche.models.packnet import PackNetModel
 from torch import nn
 
 from avalanche_sp import SelectivePlasticityPlugin
-from avalanche_sp.layers import gated_layers, weights_and_bias
-from avalanche_sp.packed import PackedRows
+from harness.internals import PackedRows, gated_layers, weights_and_bias
 from harness.settings import NETWORKS
 
 CHANNELS = (16, 32)

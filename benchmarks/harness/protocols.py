@@ -107,7 +107,7 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
 
 def overrides_of(
     benchmark: str, protocol: str | None, strategy: str, buffer: int, own: Iterable[tuple[str, float]]
-) -> tuple[tuple[str, float], ...]:
-    """A run's overrides: the protocol's published settings, if there is one, and over them those of one's own."""
+) -> dict[str, float]:
+    """A run's overrides: the protocol's published settings, if there are any, then one's own."""
     published = PROTOCOLS[benchmark][protocol].settings_of(strategy, buffer) if protocol else {}
-    return tuple(sorted({**published, **dict(own)}.items()))
+    return {**published, **dict(own)}

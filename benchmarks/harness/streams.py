@@ -11,7 +11,7 @@ from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.benchmarks.utils import AvalancheDataset
 
 from avalanche_sp import split_mnist
-from avalanche_sp.classic import TensorClassificationDataset, TensorSource
+from harness.internals import TensorClassificationDataset, TensorSource
 from harness.settings import Run, in_mini_batches
 
 BLURRED = 20  # of each task's samples, one in so many is exchanged with each neighbour's

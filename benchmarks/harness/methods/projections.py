@@ -6,11 +6,11 @@ gradient [dW, db], shape (out, d + 1), is projected from the right. Their papers
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
-
-from avalanche_sp.layers import presynaptic
 
 
 class GradientProjection(SupervisedPlugin):
@@ -137,13 +137,12 @@ def layer_inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """The input (n, d) of each linear layer for the samples ``x``, with a column of ones for a bias."""
     inputs: dict[str, Tensor] = {}
 
-    def recorder(name: str):
-        def hook(layer, args):
-            inputs[name] = presynaptic(layer, args[0])
+    def record(name: str, layer: nn.Linear, args: tuple) -> None:
+        rows = args[0].reshape(-1, layer.in_features)
+        inputs[name] = rows if layer.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
-        return hook
-
-    handles = [layer.register_forward_pre_hook(recorder(name)) for name, layer in linear_layers(model).items()]
+    layers = linear_layers(model).items()
+    handles = [layer.register_forward_pre_hook(partial(record, name)) for name, layer in layers]
     try:
         model(x)
     finally:

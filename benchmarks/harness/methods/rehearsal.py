@@ -6,32 +6,32 @@ import copy
 
 import torch
 from avalanche.benchmarks.utils import AvalancheDataset
-from avalanche.training import Cumulative
 from avalanche.training.plugins import AGEMPlugin, GDumbPlugin, GEMPlugin, ReplayPlugin, SupervisedPlugin
 from avalanche.training.storage_policy import ReservoirSamplingBuffer
 from torch import nn
 
 from avalanche_sp import GaussianBuffer
-from avalanche_sp.classic import TensorClassificationDataset, TensorSource
-from avalanche_sp.replay import stream_rows
+from harness.internals import TensorClassificationDataset, TensorSource, stream_rows
 from harness.settings import Run, in_mini_batches
 
 
-def memory_batch(run: Run) -> int:
-    """Stored samples in a batch: as many as the stream's. Never more than there are: such a batch is never filled,
-    and as runs drop incomplete batches the memory would not be seen."""
-    return min(run.batch_size, run.replay_buffer)
+def memory_of(run: Run) -> dict[str, int]:
+    """Avalanche's arguments of a memory.
+
+    A batch has as many stored samples as stream samples, but never more than there are: Avalanche would never fill
+    such a batch, and as runs drop incomplete batches the memory would not be seen.
+    """
+    return {"mem_size": run.replay_buffer, "batch_size_mem": min(run.batch_size, run.replay_buffer)}
 
 
 def replay(run: Run) -> ReplayPlugin:
-    """Avalanche's replay. Where an experience is one mini-batch, its memory is a random part of the whole stream: the
+    """Avalanche's replay. If an experience is one mini-batch, its memory is a random part of the whole stream: the
     default, as much of each experience, would be the first samples."""
-    policy = Reservoir(run.replay_buffer) if in_mini_batches(run) else None
-    return ReplayPlugin(run.replay_buffer, batch_size_mem=memory_batch(run), storage_policy=policy)
+    return ReplayPlugin(**memory_of(run), storage_policy=Reservoir(run.replay_buffer) if in_mini_batches(run) else None)
 
 
-def drawn_replay(run: Run) -> ReplayPlugin:
-    """Avalanche's replay of samples drawn from Gaussians, and of stored ones where the run has a buffer."""
+def gaussian_replay(run: Run) -> ReplayPlugin:
+    """Avalanche's replay of samples drawn from Gaussians, and of stored ones if the run has a buffer."""
     policy = GaussianBuffer(stored=run.replay_buffer)
     return ReplayPlugin(policy.max_size, batch_size_mem=run.batch_size, storage_policy=policy)
 
@@ -52,7 +52,7 @@ def averaged_gem(run: Run) -> AGEMPlugin:
     The memory is divided among the tasks that are old when the last one is learned: then all of it is in use, as in
     replay. Upstream draws from each old task alike, so a batch holds at least one sample of each.
     """
-    return AGEMPlugin(_share(run), sample_size=max(memory_batch(run), run.n_tasks - 1))
+    return AGEMPlugin(_share(run), sample_size=max(memory_of(run)["batch_size_mem"], run.n_tasks - 1))
 
 
 def gradient_episodic_memory(run: Run, memory_strength: float) -> GEMPlugin:
@@ -139,26 +139,3 @@ class ConstantGate(SupervisedPlugin):
             factor = torch.ones(len(strategy.mb_x), 1)
             factor[:stream] = self.gate
             strategy.mb_output.register_hook(lambda error: error * factor)
-
-
-def stored_bytes(method) -> int:
-    """What the samples take that a plugin or strategy keeps: inputs, 8 bytes a label, and what else is stored with
-    them, such as DER's outputs. A-GEM and GEM store the last task's too, which nothing uses: these don't count."""
-    if isinstance(method, GEMPlugin):
-        tasks = sorted(method.memory_x)[:-1]
-        return sum(t.numel() * t.element_size() for m in (method.memory_x, method.memory_y) for t in map(m.get, tasks))
-    if isinstance(method, AGEMPlugin):
-        return sum(map(_dataset_bytes, method.buffers[:-1]))
-    if isinstance(method, Cumulative):
-        return _dataset_bytes(method.dataset)
-    policy = getattr(method, "storage_policy", None)
-    if isinstance(policy, GaussianBuffer):
-        return policy.state_bytes + (_dataset_bytes(policy.stored.buffer) if policy.stored is not None else 0)
-    return 0 if policy is None else _dataset_bytes(policy.buffer)
-
-
-def _dataset_bytes(dataset: AvalancheDataset) -> int:
-    if not len(dataset):
-        return 0
-    x, _, _, *more = dataset[0]
-    return len(dataset) * (8 + sum(t.numel() * t.element_size() for t in (x, *more) if isinstance(t, torch.Tensor)))

@@ -6,7 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from avalanche_sp import SelectivePlasticityOptimizer
-from avalanche_sp.gates import resistance
+from harness.internals import resistance
 
 
 class RandomGate(SelectivePlasticityOptimizer):
