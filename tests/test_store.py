@@ -26,10 +26,11 @@ def row(acc=90.0, **settings):
 def test_a_key_is_the_settings_and_the_version_whatever_their_order(monkeypatch):
     key = key_of(SETTINGS)
     assert key == key_of(dict(reversed(SETTINGS.items())))
+    assert key == key_of(SETTINGS | {"stream": "tasks", "overrides": {}})  # usual values count as left out
     assert len({key, key_of(SETTINGS | {"seed": 1}), key_of(SETTINGS | {"lr": 0.2}), key_of(SETTINGS | {"x": 0})}) == 4
     other = key_of(SETTINGS | {"strategy": "ewc"})
-    monkeypatch.setitem(stores.ALGORITHM_VERSION, "sp", stores.ALGORITHM_VERSION["sp"] + 1)
-    assert key_of(SETTINGS) != key == key_of(SETTINGS, stores.ALGORITHM_VERSION["sp"] - 1)
+    monkeypatch.setitem(stores.ALGORITHM_VERSION, "ours", stores.ALGORITHM_VERSION["ours"] + 1)
+    assert key_of(SETTINGS) != key == key_of(SETTINGS, stores.ALGORITHM_VERSION["ours"] - 1)
     assert key_of(SETTINGS | {"strategy": "ewc"}) == other  # of another family
 
 
@@ -45,7 +46,7 @@ def test_a_row_comes_back_as_settings_and_figures(tmp_path):
     run = frame[frame.strategy == "sp-both"].iloc[0]
     assert run.arguments == "lr=0.1 openness=inf" and run.plugins == "replay sp"
     assert (run.acc, run.accuracy_matrix, run.torch) == (90.0, [[99.0, 0.0], [90.0, 1.0]], "2.14")
-    assert run.version == stores.ALGORITHM_VERSION["sp"] and run.finished.endswith("Z")
+    assert run.version == stores.ALGORITHM_VERSION["ours"] and run.finished.endswith("Z")
 
 
 def test_of_two_rows_with_one_key_the_last_counts_and_a_failure_never(tmp_path):
@@ -61,7 +62,7 @@ def test_of_two_rows_with_one_key_the_last_counts_and_a_failure_never(tmp_path):
 def test_a_row_of_an_older_algorithm_keeps_its_version_and_is_not_of_the_present_one(tmp_path, monkeypatch):
     store = Store(tmp_path)
     store.append(row(1.0))
-    monkeypatch.setitem(stores.ALGORITHM_VERSION, "sp", stores.ALGORITHM_VERSION["sp"] + 1)
+    monkeypatch.setitem(stores.ALGORITHM_VERSION, "ours", stores.ALGORITHM_VERSION["ours"] + 1)
     assert key_of(SETTINGS) not in store.keys()
     store.append(row(2.0))
     frame = store.frame()

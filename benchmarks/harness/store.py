@@ -8,8 +8,7 @@ A line holds four mappings of a run:
      "finished": "2026-11-26T17:12:14Z"}
 
 The settings include the values that a strategy trains with (learning rate, loss, arguments of the plugin), so that
-another learning rate is another run. A setting with its usual value may be left out: so a new setting makes no stored
-run stale.
+another learning rate is another run. Settings in USUAL may be left out: so a new setting makes no stored run stale.
 """
 
 from __future__ import annotations
@@ -29,23 +28,27 @@ try:
 except ImportError:  # Windows: one process for each store
     fcntl = None  # type: ignore[assignment]
 
-# Versions of the algorithms, by the first part of a strategy's name. Raise a number by hand if a change of the code
-# gives other results for the same settings and seed: other equations, other random numbers, another order of the data.
-# Never for a docstring, a comment, a new name or a faster way to the same numbers. "" is every other strategy: raise it
-# if the benchmarks, the networks or the training loop change.
-ALGORITHM_VERSION = {"sp": 1, "": 1}
+# Settings that most runs share, and that a row may leave out.
+USUAL = {"train_per_task": None, "overrides": {}, "stream": "tasks", "task_incremental": False, "validation": False}
+
+# Versions of the algorithms: of the ones of this project ("ours") and of all others with the training loop they share.
+# Raise a number by hand if a change of the code gives other results for the same settings and seed: other equations,
+# other random numbers, another order of the data. Never for a docstring, a comment, a new name or a faster way to the
+# same numbers. A change of the training loop, the networks or the benchmarks raises both.
+ALGORITHM_VERSION = {"ours": 2, "others": 1}
 
 
 def version_of(strategy: str) -> int:
     """Present version of the strategy's algorithm."""
-    return ALGORITHM_VERSION.get(strategy.partition("-")[0], ALGORITHM_VERSION[""])
+    return ALGORITHM_VERSION["ours" if strategy.startswith("sp") or "gaussian" in strategy else "others"]
 
 
 def key_of(settings: Mapping, version: int | None = None) -> str:
     """Identifies a run: its settings with the seed, and the version of its algorithm, by default the present one."""
     if version is None:
         version = version_of(settings["strategy"])
-    text = json.dumps(settings, sort_keys=True)
+    unusual = {name: value for name, value in settings.items() if name not in USUAL or value != USUAL[name]}
+    text = json.dumps(unusual, sort_keys=True)
     return f"{hashlib.sha256(text.encode()).hexdigest()[:16]}-{version}"
 
 
@@ -124,16 +127,17 @@ class Store:
         figures stay Python objects.
         """
         rows = {
-            key: {name: _as_text(value) for name, value in row["settings"].items()}
+            key: {name: as_text(value) for name, value in {**USUAL, **row["settings"]}.items()}
             | row["figures"]
             | {"version": row["versions"]["algorithm"], "torch": row["versions"].get("torch")}
             | {"finished": row.get("finished")}
             for key, row in self.finished().items()
         }
-        return pd.DataFrame.from_dict(rows, orient="index")
+        return pd.DataFrame(list(rows.values()), index=list(rows))
 
 
-def _as_text(value):
+def as_text(value):
+    """A setting as tables show it and runs are grouped by it."""
     if isinstance(value, Mapping):
         return " ".join(f"{name}={number:g}" for name, number in sorted(value.items()))
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else value
