@@ -7,7 +7,6 @@ import os
 import sys
 from pathlib import Path
 
-from harness.jobs import run_all
 from harness.protocols import PROTOCOLS, overrides_of
 from harness.settings import MNIST, NETWORKS, ROOT, STRATEGIES, TASK_INCREMENTAL, USES_REPLAY, Run, strategies_of
 
@@ -148,25 +147,27 @@ def check_against(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def compare(runs: list[Run], args: argparse.Namespace) -> int:
     """Runs what is missing, writes and prints the report; the script's exit status."""
-    results = args.output / "results.jsonl"
-    where = f"on {args.scheduler}" if args.scheduler else f"{args.jobs} at a time"
-    print(f"{len(runs)} runs, {where}; results go to {results}", flush=True)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        records, failed = run_all(runs, results, args.dataset_root, args.jobs, args.scheduler)
-        if records:
-            from harness.report import write_report  # here, as scipy is slow to load
+    from harness.jobs import run_all  # here, as torch and pandas are slow to load
+    from harness.store import Store
 
-            for path in write_report(records, args.output, args.against):
+    where = f"on {args.scheduler}" if args.scheduler else f"{args.jobs} at a time"
+    print(f"{len(runs)} runs, {where}; results go to {args.output}", flush=True)
+    try:
+        store = Store(args.output)
+        keys, failed = run_all(runs, store, args.dataset_root, args.jobs, args.scheduler)
+        if keys:
+            from harness.report import report
+
+            for path in report(store.frame().loc[keys], args.output, args.against):
                 print(path)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. {_go_on(results)}", file=sys.stderr)
+        print(f"\nInterrupted. {_go_on(args.output)}", file=sys.stderr)
         return 130
     except (OSError, ImportError) as error:  # a full disk, no such scheduler, or no Dask
-        print(f"\nStopped: {error}. {_go_on(results)}", file=sys.stderr)
+        print(f"\nStopped: {error}. {_go_on(args.output)}", file=sys.stderr)
         return 1
     if failed:
-        print(f"{failed} of {len(runs)} runs failed: their errors are in {results}", file=sys.stderr)
+        print(f"{failed} of {len(runs)} runs failed: their errors are in {args.output}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -14,6 +14,8 @@ from tqdm import tqdm
 from harness.executors import open_executor, prepared, result_of
 from harness.files import append_lines
 from harness.settings import Run, code_fingerprint
+from harness.store import Store, key_of
+from harness.strategies import recipe_of
 
 
 def read_results(path: Path) -> list[dict]:
@@ -46,75 +48,88 @@ def _is_finished(record: dict, path: Path) -> bool:
 
 def run_all(
     runs: list[Run],
-    results: Path,
+    store: Store,
     dataset_root: str,
     jobs: int,
     scheduler: str | None = None,
     keeps_curve: Callable[[Run], bool] = lambda run: True,
-) -> tuple[list[dict], int]:
-    """Finishes every run that ``results`` doesn't hold yet.
+) -> tuple[list[str], int]:
+    """Finishes every run that the store does not hold yet.
 
     Args:
-        runs: what is to be in the results.
-        results: the file, made if it isn't there.
+        runs: the runs that the store shall hold.
+        store: where their rows go.
         dataset_root: folder with MNIST, as the workers see it.
         jobs: processes, without a scheduler.
         scheduler: address of a Dask scheduler, whose workers then do the runs.
-        keeps_curve: whether a run's accuracy curve, most of its record and of the time that measuring takes, is to be
-            in the results. Without it there is no worst case either.
+        keeps_curve: whether a run's accuracy curve, most of its row and of the time that measuring takes, is stored.
+            Without it there is no worst case either.
 
     Returns:
-        The records of ``runs``, in their order, and the number of runs that failed. A failed run is recorded with
-        its error and tried again by the next start.
+        The keys of the runs that are finished, in the order of ``runs``, and the number of runs that failed. A failed
+        run is stored with its error and tried again by the next start.
 
     Raises:
-        OSError: results can't be written, or the scheduler is not there (any more). What was finished is kept.
+        OSError: a row can't be written, or the scheduler is not there (any more). The finished runs are kept.
     """
-    code = code_fingerprint()
-    done = {r["key"]: r for r in read_results(results) if "error" not in r}
-    todo = [run for run in runs if run.key(code) not in done]
+    keys = {run: key_of(settings_of(run)) for run in runs}
+    done = store.keys()
+    todo = [run for run in runs if keys[run] not in done]
     if len(todo) < len(runs):
-        print(f"{len(runs) - len(todo)} of {len(runs)} runs are already in {results}")
+        print(f"{len(runs) - len(todo)} of {len(runs)} runs are already in {store.path}")
     failed = 0
     if todo:
         with open_executor(min(jobs, len(todo)), scheduler) as executor:
             try:
-                failed = _run_missing(todo, code, done, results, dataset_root, executor, keeps_curve)
+                failed = _run_missing(todo, store, dataset_root, executor, keeps_curve)
             except BaseException:
                 executor.shutdown(wait=False)
                 raise
-    return [done[run.key(code)] for run in runs if run.key(code) in done], failed
+    done = store.keys()
+    return [keys[run] for run in runs if keys[run] in done], failed
 
 
-def _run_missing(
-    todo: list[Run], code: str, done: dict, results: Path, dataset_root: str, executor, keeps_curve
-) -> int:
-    failed = 0
+def settings_of(run: Run) -> dict:
+    """All that decides a run's result: its settings, and what its strategy trains with."""
+    recipe = recipe_of(run)
+    trained = {name: getattr(recipe, name) for name in ("optimizer", "lr", "loss", "joint_weight", "model", "template")}
+    arguments = recipe.settings | recipe.optimizer_settings
+    return run.to_json() | trained | {"plugins": list(recipe.plugins), "arguments": arguments}
+
+
+def _run_missing(todo: list[Run], store: Store, dataset_root: str, executor, keeps_curve) -> int:
+    code, failed = code_fingerprint(), 0
     patience = 0.5 if sys.stdout.isatty() else 10  # seconds between updates: few lines in a log file
     with tqdm(total=len(todo), unit="run", file=sys.stdout, mininterval=patience) as progress:
         futures = {executor.submit(_execute, run, dataset_root, code, keeps_curve(run)): run for run in todo}
         for future in as_completed(futures):
             run = futures[future]
-            record = _record(future, run, code)
-            append_result(results, record)
-            if "error" in record:
+            row = row_of(run, _record(future))
+            store.append(row)
+            if "error" in row:
                 failed += 1
-                progress.write(f"FAILED {run.strategy}, seed {run.seed}: {record['error'].splitlines()[-1]}")
-            else:
-                done[record["key"]] = record
+                progress.write(f"FAILED {run.strategy}, seed {run.seed}: {row['error'].splitlines()[-1]}")
             progress.set_postfix_str(f"{run.strategy}, seed {run.seed}", refresh=False)
             progress.update()
     return failed
 
 
-def _record(future: Future, run: Run, code: str) -> dict:
+def row_of(run: Run, record: dict) -> dict:
+    """The store's row of a run: ``record`` is what ``run.execute`` returned, or holds the "error" that ended it."""
+    if "error" in record:
+        return {"settings": settings_of(run), "error": record["error"]}
+    others = ("key", "run", "recipe", "versions", "finished")
+    figures = {name: value for name, value in record.items() if name not in others and value not in (None, [])}
+    return {"settings": settings_of(run), "figures": figures, "versions": record["versions"]}
+
+
+def _record(future: Future) -> dict:
     try:
         return result_of(future)
     except ConnectionError:
         raise
     except Exception as error:  # its process died, again and again, or could not even begin
-        text = "".join(traceback.format_exception_only(error)).strip()
-        return {"key": run.key(code), "run": run.to_json(), "error": text}
+        return {"error": "".join(traceback.format_exception_only(error)).strip()}
 
 
 def _execute(run: Run, dataset_root: str, code: str, watch: bool) -> dict:
@@ -124,4 +139,4 @@ def _execute(run: Run, dataset_root: str, code: str, watch: bool) -> dict:
 
             return execute(run, dataset_root, run.key(code), watch=watch)
     except Exception:
-        return {"key": run.key(code), "run": run.to_json(), "error": traceback.format_exc()}
+        return {"error": traceback.format_exc()}

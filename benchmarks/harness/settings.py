@@ -93,15 +93,6 @@ def strategies_of(benchmark: str, task_incremental: bool = False) -> tuple[str, 
     return TASK_INCREMENTAL if task_incremental else STRATEGIES + STUDIES[benchmark]
 
 
-def position(strategy: str, replay_buffer: int) -> tuple:
-    """Sort key of tables and figures: by buffer, then as listed; the upper bounds last."""
-    more = (*STUDIES.values(), TASK_INCREMENTAL)
-    others = tuple(dict.fromkeys(name for names in more for name in names if name not in _REPLAY))
-    ours = STRATEGIES.index("sp-replay")  # last of those with replay
-    names = STRATEGIES[:ours] + _REPLAY + STRATEGIES[ours:] + others
-    return strategy in BOUNDS, replay_buffer, names.index(strategy)
-
-
 @dataclass(frozen=True)
 class Run:
     """One training of one strategy on one benchmark with one seed.

@@ -12,10 +12,10 @@ import pandas as pd
 from harness.protocols import PROTOCOLS, overrides_of
 from harness.recipes import RECIPES
 from harness.settings import STRATEGIES, TASK_INCREMENTAL, USES_REPLAY
-from harness.store import USUAL, as_text
+from harness.store import USUAL_RUN, as_text
 
 # The settings that tell runs apart; the rest of a run's settings follows from them.
-IDENTITY = ["benchmark", "strategy", "n_tasks", "epochs", "batch_size", "replay_buffer", "network", *USUAL]
+IDENTITY = ["benchmark", "strategy", "n_tasks", "epochs", "batch_size", "replay_buffer", "network", *USUAL_RUN]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Study:
         """Settings of each row with each of its buffers, without the seed; "label" is its name in tables."""
         return [
             {"label": row.label or row.strategy, "epochs": 1, "batch_size": 64, "network": "256-256"}
-            | {**USUAL, **self.settings, **row.changes, "strategy": row.strategy, "replay_buffer": buffer}
+            | {**USUAL_RUN, **self.settings, **row.changes, "strategy": row.strategy, "replay_buffer": buffer}
             | {"overrides": self._overrides(row, buffer)}
             for row in self.rows
             for buffer in ((row.buffers or self.buffers) if row.strategy in USES_REPLAY else (0,))
@@ -84,6 +84,9 @@ class Study:
         """Settings of its runs, with the seed. Seeds outermost: a study cut short is a whole one with fewer seeds."""
         cells = [{name: value for name, value in cell.items() if name != "label"} for cell in self.cells()]
         return [{**cell, "seed": seed} for seed in range(seeds) for cell in cells]
+
+    def keeps_curve(self, run) -> bool:
+        return run.replay_buffer in self.curves
 
     def _overrides(self, row: Row, buffer: int) -> dict[str, float]:
         own = {**self.settings.get("overrides", {}), **row.changes.get("overrides", {})}

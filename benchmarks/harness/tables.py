@@ -55,8 +55,9 @@ def title(runs: pd.DataFrame) -> str:
     """Benchmark, tasks and images of runs that are no study."""
     run = runs.iloc[0]
     name = {"split-mnist": "Split MNIST", "permuted-mnist": "Permuted MNIST"}[run.benchmark]
-    images = f" of {run.train_per_task:,.0f} images" if run.train_per_task > 0 else ""
-    return f"{name}, {run.n_tasks} tasks{images}" + (", validation images" if run.validation else "")
+    images = f" of {run.train_per_task:,.0f} images" if pd.notna(run.train_per_task) else ""
+    heads = ", a head for each" if run.task_incremental else ""
+    return f"{name}, {run.n_tasks} tasks{images}{heads}" + (", validation images" if run.validation else "")
 
 
 # -- Cells: the runs of one row with one number of stored samples -----------------------------------------------------
@@ -97,8 +98,7 @@ def _all_tasks(cell: pd.DataFrame) -> str:
 
 def _trained_with(cell: pd.DataFrame) -> str:
     run = cell.iloc[0]
-    arguments = f"; {run.arguments}" if isinstance(run.get("arguments"), str) else ""
-    return f"{run.optimizer} {run.lr:g}, {run.loss}{arguments}"
+    return f"{run.optimizer} {run.lr:g}, {run.loss}" + (f"; {run.arguments}" if run.arguments else "")
 
 
 # -- Comparisons, paired by seed --------------------------------------------------------------------------------------
