@@ -54,7 +54,7 @@ def test_holms_correction_is_that_of_the_definition():
 
 def test_the_signed_rank_test_is_scipys_with_ties_and_zeros_too():
     rng = np.random.default_rng(0)
-    for n in (2, 5, 9, 10, 13, 20):
+    for n in (2, 5, 9, 20):
         for digits in (0, 1, 6):
             differences = np.round(rng.normal(0.5, 1, n), digits)
             if differences.any():

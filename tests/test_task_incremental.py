@@ -136,6 +136,6 @@ def test_the_report_says_what_it_is_of(short, tmp_path, capsys):
     names = {path.name for path in report(frame, tmp_path)}
     assert names == {"table.md", "acc.png", "training.png"}
     out = capsys.readouterr().out
-    assert "**Split MNIST, 5 tasks, a head for each**: 2 epochs, batch 64, " in out and "| packnet " in out
+    assert "**Split MNIST, 5 tasks, a head for each**: 2 epochs, batch 16, " in out and "| packnet " in out
     packnet = frame[frame.strategy == "packnet"]
     assert "training.png" not in {path.name for path in report(packnet, tmp_path)}  # it has no curve

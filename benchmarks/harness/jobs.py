@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, as_completed
-from pathlib import Path
 
 from tqdm import tqdm
 
 from harness.executors import open_executor, prepared, result_of
-from harness.files import append_lines
 from harness.settings import Run, code_fingerprint
 from harness.store import Store, key_of
 from harness.strategies import recipe_of
-
-
-def read_results(path: Path) -> list[dict]:
-    """All records in a results file. A last line that a kill cut short is left out."""
-    records = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
-def append_result(path: Path, record: dict) -> None:
-    """One line, in one write, on disk before this returns; several processes may append to one file.
-
-    A run that another process has finished in the meantime is not written again.
-
-    Raises:
-        OSError: it could not be written (a full disk, say). The file is as it was.
-    """
-    append_lines(path, json.dumps(record, separators=(",", ":")) + "\n", unless=lambda: _is_finished(record, path))
-
-
-def _is_finished(record: dict, path: Path) -> bool:
-    if "key" not in record or "error" in record:
-        return False
-    return any(r.get("key") == record["key"] and "error" not in r for r in read_results(path))
 
 
 def run_all(

@@ -80,7 +80,7 @@ def execute(
     after_experience: Callable[[np.ndarray], None] | None = None,
     watch: bool = True,
 ) -> dict:
-    """Trains the run and returns its record, as it is written to ``results.jsonl``.
+    """Trains the run and returns its record, of which ``jobs.row_of`` makes a row of the store.
 
     Args:
         after_experience: called after each experience with the accuracy matrix so far; what it raises ends the run.

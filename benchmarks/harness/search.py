@@ -27,8 +27,9 @@ from optuna.trial import TrialState
 
 from harness import files
 from harness.executors import prepared
-from harness.jobs import append_result
+from harness.jobs import row_of
 from harness.settings import Run
+from harness.store import Store
 
 # The ranges of trace_decay, plasticity_k and warmup_steps are the original method's.
 RANGES: dict[str, BaseDistribution] = {
@@ -290,6 +291,6 @@ def _run(search: Search, trial: optuna.Trial) -> float:
         except (FloatingPointError, torch.linalg.LinAlgError) as error:
             trial.set_user_attr("diverged", str(error))
             return 0.0
-        append_result(search.output / "results.jsonl", record)
+        Store(search.output / "runs").append(row_of(run, record))
         accs.append(record["acc"])
     return float(np.mean(accs))
