@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,7 +11,6 @@ import pytest
 import torch
 from avalanche.training import Naive
 from avalanche.training.plugins import SynapticIntelligencePlugin
-from scipy import stats
 from torch import nn
 
 from conftest import MNIST, ROOT, mlp
@@ -20,13 +18,12 @@ from conftest import MNIST, ROOT, mlp
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from harness import strategies as recipes  # noqa: E402
-from harness.jobs import append_result, read_results, run_all  # noqa: E402
+from harness.jobs import run_all  # noqa: E402
 from harness.legacy import LegacyReplay  # noqa: E402
 from harness.networks import build_network  # noqa: E402
-from harness.report import differences, summarize, table  # noqa: E402
 from harness.run import build_benchmark, execute  # noqa: E402
-from harness.settings import STRATEGIES, STUDIES, USES_REPLAY, Run, code_fingerprint  # noqa: E402
-from harness.statistics import interval  # noqa: E402
+from harness.settings import STRATEGIES, STUDIES, USES_REPLAY, Run  # noqa: E402
+from harness.store import Store  # noqa: E402
 
 
 def make_run(strategy="naive-sgd", benchmark="permuted-mnist", **kwargs):
@@ -171,81 +168,27 @@ def test_avalanches_si_measures_nothing_on_a_cpu_and_ours_does(split2):
 
 
 def test_finished_runs_are_kept_and_not_run_again(tmp_path):
-    results = tmp_path / "results.jsonl"
-    runs = [make_run(seed=s, train_per_task=100) for s in (0, 1)]
-    records, failed = run_all(runs[:1], results, str(MNIST), jobs=1)
-    assert failed == 0 and len(read_results(results)) == 1
-    with open(results, "a") as file:
-        file.write('{"key": "cut sho')  # as a kill in the middle of a write leaves it
-    records, failed = run_all(runs, results, str(MNIST), jobs=2)
-    assert failed == 0 and [r["run"]["seed"] for r in records] == [0, 1]
-    assert len(read_results(results)) == 2
-    again, _ = run_all(runs, results, str(MNIST), jobs=2)
-    assert again == records and len(read_results(results)) == 2
-
-
-def test_a_result_of_other_code_or_settings_is_not_reused():
-    run = make_run()
-    keys = {run.key("code a"), run.key("code b"), make_run(epochs=2).key("code a"), make_run(seed=1).key("code a")}
-    assert len(keys) == 4
-    assert run.key(code_fingerprint()) == make_run().key(code_fingerprint())
+    store, runs = Store(tmp_path), [make_run(seed=s, train_per_task=100) for s in (0, 1)]
+    keys, failed = run_all(runs[:1], store, str(MNIST), jobs=1)
+    assert failed == 0 and len(store.frame()) == 1
+    with open(tmp_path / "permuted-mnist.jsonl", "a") as file:
+        file.write('{"settings": {"cut sho')  # as a kill in the middle of a write leaves it
+    keys, failed = run_all(runs, store, str(MNIST), jobs=2)
+    frame = store.frame()
+    assert failed == 0 and frame.loc[keys].seed.tolist() == [0, 1] and len(frame) == 2
+    assert run_all(runs, store, str(MNIST), jobs=2) == (keys, 0)
+    assert len(list(store.rows())) == 2
+    assert frame.accuracy_matrix.iloc[0] == execute(runs[0], str(MNIST), "key")["accuracy_matrix"]
 
 
 def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path, capsys):
-    results = tmp_path / "results.jsonl"
+    store = Store(tmp_path)
     bad, good = make_run(seed=5, overrides=(("lr", 1e30),), strategy="sp"), make_run(train_per_task=100)
-    records, failed = run_all([bad, good], results, str(MNIST), jobs=1)
-    assert failed == 1 and [r["run"]["strategy"] for r in records] == ["naive-sgd"]
-    errors = [r for r in read_results(results) if "error" in r]
-    assert len(errors) == 1 and "FloatingPointError: the loss is" in errors[0]["error"]
+    keys, failed = run_all([bad, good], store, str(MNIST), jobs=1)
+    assert failed == 1 and store.frame().loc[keys].strategy.tolist() == ["naive-sgd"]
+    errors = [row["error"] for row in store.rows() if "error" in row]
+    assert len(errors) == 1 and "FloatingPointError: the loss is" in errors[0]
     assert "FAILED sp, seed 5" in capsys.readouterr().out
-
-
-def test_append_result_starts_a_new_line_after_one_cut_short(tmp_path):
-    path = tmp_path / "r.jsonl"
-    path.write_text('{"a": 1}\n{"b"')
-    append_result(path, {"c": 2})
-    assert read_results(path) == [{"a": 1}, {"c": 2}]
-
-
-def test_interval_by_hand():
-    value = interval([1.0, 2.0, 3.0])
-    assert value["mean"] == 2.0
-    assert value["ci95"] == pytest.approx(4.302653 * 1.0 / math.sqrt(3), rel=1e-5)
-    assert interval([5.0]) == {"mean": 5.0, "ci95": None}
-
-
-def test_summary_has_what_it_promises():
-    records = [execute(make_run(seed=s, train_per_task=100), str(MNIST), "key") for s in (0, 1)]
-    (summary,) = summarize(records)
-    for name in ("benchmark", "strategy", "n_tasks", "epochs", "replay_buffer", "loss", "optimizer"):
-        assert name in summary
-    assert summary["seeds"] == [0, 1]
-    for measure in ("acc", "bwt", "forgetting", "learning_acc"):
-        assert set(summary[measure]) == {"mean", "ci95"}
-        assert summary[measure]["mean"] == pytest.approx(np.mean([r[measure] for r in records]))
-    assert np.mean(summary["task_acc"]) == pytest.approx(summary["acc"]["mean"], abs=1e-3)
-    assert f"{summary['acc']['mean']:.1f} ± {summary['acc']['ci95']:.1f}" in table([summary])
-
-
-def test_differences_are_paired_by_seed():
-    rng = np.random.default_rng(0)
-    luck, gains = rng.normal(0, 5, 8), {"naive-sgd": 0.0, "ewc": -0.1, "sp": 3.0}
-    noise = {name: rng.normal(0, 0.5, 8) for name in gains}
-    records = [
-        {"run": {"strategy": n, "replay_buffer": 0, "seed": s}, "acc": 80 + luck[s] + gain + noise[n][s]}
-        for n, gain in gains.items()
-        for s in range(8)
-    ]
-    ewc, sp = differences(records, "naive-sgd")
-    values = 3 + noise["sp"] - noise["naive-sgd"]
-    assert (ewc["strategy"], sp["strategy"], sp["seeds"]) == ("ewc", "sp", 8)
-    assert sp["mean"] == pytest.approx(values.mean())
-    assert sp["ci95"] == pytest.approx(stats.t.ppf(0.975, 7) * values.std(ddof=1) / math.sqrt(8))
-    assert sp["p"] == pytest.approx(2 / 2**8 * 2)  # every pair agrees; the smaller of two p's is doubled
-    assert ewc["p"] == pytest.approx(max(sp["p"], stats.wilcoxon(noise["ewc"] - 0.1 - noise["naive-sgd"]).pvalue))
-    with pytest.raises(ValueError, match="Invalid against: mas"):
-        differences(records, "mas")
 
 
 # -- Scripts ---------------------------------------------------------------------------------------------------------
@@ -268,14 +211,13 @@ def test_a_script_ends_with_table_results_and_figures(tmp_path):
     done = script("permuted_mnist.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert "sp-replay" in done.stdout and "Warning" not in done.stderr
-    for name in ("summary.json", "table.md", "acc.png", "training.png"):
+    for name in ("table.md", "acc.png", "training.png"):
         assert str(tmp_path / name) in done.stdout
         assert (tmp_path / name).stat().st_size > 0
     assert (tmp_path / "table.md").read_text() in done.stdout
     assert "ACC minus that of naive-sgd" in done.stdout
-    records = read_results(tmp_path / "results.jsonl")
-    assert sorted(r["run"]["seed"] for r in records) == [3, 3, 4, 4]
-    assert all(r["versions"]["torch"] == importlib.metadata.version("torch") for r in records)
+    frame = Store(tmp_path).frame()
+    assert sorted(frame.seed) == [3, 3, 4, 4] and set(frame.torch) == {importlib.metadata.version("torch")}
     again = script("permuted_mnist.py", *arguments)
     assert "4 of 4 runs are already in" in again.stdout
 

@@ -22,12 +22,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import hyperparameter_search  # noqa: E402
 import permuted_mnist  # noqa: E402
-from test_sweeps import lines, started, wait_until  # noqa: E402
+from test_sweeps import started, wait_until  # noqa: E402
 
 from harness import files, search  # noqa: E402
-from harness.jobs import read_results  # noqa: E402
 from harness.run import execute  # noqa: E402
 from harness.settings import STRATEGIES, STUDIES, Run, code_fingerprint  # noqa: E402
+from harness.store import Store  # noqa: E402
 from harness.strategies import recipe_of  # noqa: E402
 
 TINY = ["--benchmark", "permuted-mnist", "--tasks", "2", "--train-per-task", "200", "--seeds", "1", "--jobs", "1"]
@@ -50,7 +50,7 @@ def warnings_as_they_were(monkeypatch):
 def test_a_search_in_two_processes_loses_one_and_goes_on(tmp_path, capsys):
     arguments = [*TINY, "--strategy", "sp-consolidated", "--output", str(tmp_path)]
     one, other = (started("hyperparameter_search.py", *arguments, "--trials", "10") for _ in range(2))
-    wait_until(lambda: len(lines(tmp_path / "results.jsonl")) >= 3)
+    wait_until(lambda: len(list(Store(tmp_path / "runs").rows())) >= 3)
     os.killpg(one.pid, signal.SIGKILL)
     one.communicate()
     _, err = other.communicate()
@@ -70,17 +70,18 @@ def test_a_search_in_two_processes_loses_one_and_goes_on(tmp_path, capsys):
     assert len(more) == 12 and [t for t in more if t in trials] == trials
     assert (tmp_path / "importances.png").stat().st_size > 0 and set(best["importances"]) == set(best["settings"])
     assert 1.0 == pytest.approx(sum(best["importances"].values()))
-    records = read_results(tmp_path / "results.jsonl")
-    assert all(r["run"]["validation"] and r["run"]["seed"] >= 100 for r in records)
-    assert best["value"] in [r["acc"] for r in records if r["run"]["overrides"] == best["settings"]]
+    rows = list(Store(tmp_path / "runs").rows())
+    assert all(r["settings"]["validation"] and r["settings"]["seed"] >= 100 for r in rows)
+    assert best["value"] in [r["figures"]["acc"] for r in rows if r["settings"]["overrides"] == best["settings"]]
 
     assert best["command"] in capsys.readouterr().out
     python, script, *rest = shlex.split(best["command"])
     assert (python, ROOT / script) == ("python", ROOT / "benchmarks" / "permuted_mnist.py")
     assert permuted_mnist.main([*rest, "--seeds", "1"]) == 0
-    (record,) = read_results(tmp_path / "best" / "results.jsonl")
-    assert record["run"]["overrides"] == best["settings"] and record["run"]["seed"] == 0
-    assert not record["run"]["validation"] and record["recipe"]["lr"] == best["settings"]["lr"]
+    (row,) = Store(tmp_path / "best").rows()
+    settings = row["settings"]
+    assert settings["overrides"] == best["settings"] and settings["seed"] == 0
+    assert "validation" not in settings and settings["lr"] == best["settings"]["lr"]
 
 
 def test_trials_of_killed_processes_are_let_go_and_those_of_living_ones_count(tmp_path):

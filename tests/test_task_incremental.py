@@ -17,9 +17,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import split_mnist as script  # noqa: E402
 
 from harness import run as runs  # noqa: E402
+from harness.jobs import row_of  # noqa: E402
 from harness.networks import build_network, network_bytes  # noqa: E402
-from harness.report import summarize, title, write_report  # noqa: E402
+from harness.report import report  # noqa: E402
 from harness.settings import TASK_INCREMENTAL, USES_REPLAY, Run  # noqa: E402
+from harness.store import Store  # noqa: E402
 from harness.strategies import build_model, build_strategy, recipe_of  # noqa: E402
 
 NETWORK = "100-100"
@@ -126,10 +128,14 @@ def test_bad_arguments_are_named(arguments, words, capsys):
 
 
 def test_the_report_says_what_it_is_of(short, tmp_path, capsys):
-    records = [runs.execute(run_of(strategy), str(MNIST), "key") for strategy in ("packnet", "naive-sgd")]
-    assert ", 5 tasks, a head for each task, 2 epochs" in title(records)
-    assert all(row["task_incremental"] for row in summarize(records))
-    paths = write_report(records, tmp_path)
-    assert {path.name for path in paths} == {"summary.json", "table.md", "acc.png", "training.png"}
-    assert "packnet" in capsys.readouterr().out
-    assert "training.png" not in {path.name for path in write_report(records[:1], tmp_path)}  # it has no curve
+    store = Store(tmp_path / "store")
+    for run in map(run_of, ("packnet", "naive-sgd")):
+        store.append(row_of(run, runs.execute(run, str(MNIST), "key")))
+    frame = store.frame()
+    assert frame.task_incremental.all()
+    names = {path.name for path in report(frame, tmp_path)}
+    assert names == {"table.md", "acc.png", "training.png"}
+    out = capsys.readouterr().out
+    assert "**Split MNIST, 5 tasks, a head for each**: 2 epochs, batch 16, " in out and "| packnet " in out
+    packnet = frame[frame.strategy == "packnet"]
+    assert "training.png" not in {path.name for path in report(packnet, tmp_path)}  # it has no curve

@@ -28,8 +28,10 @@ try:
 except ImportError:  # Windows: one process for each store
     fcntl = None  # type: ignore[assignment]
 
-# Settings that most runs share, and that a row may leave out.
-USUAL = {"train_per_task": None, "overrides": {}, "stream": "tasks", "task_incremental": False, "validation": False}
+# Settings that most runs share, and that a row may leave out: of a run, and of what its strategy trains with.
+USUAL_RUN = {"train_per_task": None, "overrides": {}, "stream": "tasks", "task_incremental": False, "validation": False}
+USUAL_TRAINING = {"plugins": [], "arguments": {}, "joint_weight": False, "model": "network", "template": "naive"}
+USUAL = USUAL_RUN | USUAL_TRAINING
 
 # Versions of the algorithms: of the ones of this project ("ours") and of all others with the training loop they share.
 # Raise a number by hand if a change of the code gives other results for the same settings and seed: other equations,
@@ -47,9 +49,12 @@ def key_of(settings: Mapping, version: int | None = None) -> str:
     """Identifies a run: its settings with the seed, and the version of its algorithm, by default the present one."""
     if version is None:
         version = version_of(settings["strategy"])
-    unusual = {name: value for name, value in settings.items() if name not in USUAL or value != USUAL[name]}
-    text = json.dumps(unusual, sort_keys=True)
+    text = json.dumps(without_usual(settings), sort_keys=True)
     return f"{hashlib.sha256(text.encode()).hexdigest()[:16]}-{version}"
+
+
+def without_usual(settings: Mapping) -> dict:
+    return {name: value for name, value in settings.items() if name not in USUAL or value != USUAL[name]}
 
 
 class Store:
@@ -81,10 +86,11 @@ class Store:
         Raises:
             OSError: the row could not be written (a full disk, for example). The rows before it are as they were.
         """
-        settings = row["settings"]
+        settings = without_usual(row["settings"])
         versions = {"algorithm": version_of(settings["strategy"]), **row.get("versions", {})}
-        finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        line = json.dumps({"finished": finished, **row, "versions": versions}, separators=(",", ":")) + "\n"
+        finished = row.get("finished", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+        whole = {**row, "settings": settings, "versions": versions, "finished": finished}
+        line = json.dumps(whole, separators=(",", ":")) + "\n"
         path = self.path / f"{settings['benchmark']}.jsonl"
         try:
             with open(path, "a+b") as file:
