@@ -3,62 +3,62 @@
 python benchmarks/results.py --studies buffers_split5 --strategies sp-replay --seeds 3 --jobs 2
 """
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import tables
-from harness.cli import add_workers, names_of, positive
+from harness.cli import Names, Where, parsed, status
 from harness.settings import Run
+from harness.studies import STUDIES
 
 
-def parser() -> argparse.ArgumentParser:
-    from harness.studies import STUDIES  # here, as pandas is slow to load
+@dataclass(frozen=True)
+class Settings(Where):
+    """What is trained.
 
-    strategies = tuple(dict.fromkeys(row.strategy for study in STUDIES.values() for row in study.rows))
-    p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    names = tuple(STUDIES)
-    studies = names_of("study", names)
-    p.add_argument("--studies", type=studies, default=list(names), metavar="A,B", help=f"allowed: {', '.join(names)}")
-    p.add_argument("--strategies", type=names_of("strategy", strategies), metavar="A,B", help="train only these")
-    p.add_argument("--seeds", type=positive, help="number of seeds (default: each study's own)")
-    p.add_argument("--output", type=Path, default=tables.RESULTS, help="folder of the stored results")
-    add_workers(p)
-    return p
+    Attributes:
+        studies: names of harness/studies.py
+        strategies: train only these; all by default
+        seeds: number of seeds; None: each study's own
+        output: folder of the stored results
+    """
+
+    studies: Names = tuple(STUDIES)
+    strategies: Names = ()
+    seeds: int | None = None
+    output: Path = tables.RESULTS
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(1, "seeds")
+        self.one_of("studies", tuple(STUDIES))
+        self.one_of("strategies", {row.strategy for study in STUDIES.values() for row in study.rows})
+
+    def runs(self, study: str) -> list[Run]:
+        runs = [Run(**settings) for settings in STUDIES[study].runs(self.seeds or STUDIES[study].seeds)]
+        return [run for run in runs if not self.strategies or run.strategy in self.strategies]
 
 
-def run_of(settings: dict) -> Run:
-    return Run(**settings | {"overrides": tuple(settings["overrides"].items())})
+def train(settings: Settings) -> int:
+    from harness.jobs import run_all
+    from harness.store import Store
+
+    store, failed = Store(settings.output), 0
+    for name in settings.studies:
+        runs, curves = settings.runs(name), STUDIES[name].keeps_curve
+        print(f"{name}: {len(runs)} runs", flush=True)
+        failed += run_all(runs, store, settings.dataset_root, settings.jobs, settings.scheduler, curves)
+    if failed:
+        print(f"{failed} runs failed; the same command tries them again", file=sys.stderr)
+    if settings.output == tables.RESULTS:
+        tables.main([])
+    return 1 if failed else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    from harness.jobs import run_all
-    from harness.store import Store
-    from harness.studies import STUDIES
-
-    failed = 0
-    try:
-        store = Store(args.output)
-        for name in args.studies:
-            study = STUDIES[name]
-            runs = [run_of(settings) for settings in study.runs(args.seeds or study.seeds)]
-            runs = [run for run in runs if args.strategies is None or run.strategy in args.strategies]
-            print(f"{name}: {len(runs)} runs", flush=True)
-            failed += run_all(runs, store, args.dataset_root, args.jobs, args.scheduler, study.keeps_curve)[1]
-    except KeyboardInterrupt:
-        print("\nInterrupted. Finished runs are kept; the same command goes on from there.", file=sys.stderr)
-        return 130
-    except (OSError, ImportError) as error:  # a full disk, no such scheduler, or no Dask
-        print(f"\nStopped: {error}. Finished runs are kept; the same command goes on from there.", file=sys.stderr)
-        return 1
-    if failed:
-        print(f"{failed} runs failed; the same command tries them again", file=sys.stderr)
-    if args.output == tables.RESULTS:
-        tables.main([])
-    return 1 if failed else 0
+    settings = parsed(Settings, argv, __doc__)
+    return status(lambda: train(settings), "Finished runs are kept; the same command goes on from there.")
 
 
 if __name__ == "__main__":

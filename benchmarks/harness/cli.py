@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar
@@ -86,6 +86,11 @@ class Where:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"Invalid {name}: {value} (allowed: {least} or more)")
+
+    def one_of(self, name: str, allowed: Iterable[str]) -> None:
+        for value in getattr(self, name):
+            if value not in allowed:
+                raise ValueError(f"Invalid {name}: {value} (allowed: {', '.join(allowed)})")
 
 
 @dataclass(frozen=True)
@@ -221,48 +226,39 @@ def about(*benchmarks: str) -> str:
     return "strategies:\n" + "\n".join(f"  {name:<21} {line}" for name, line in ABOUT.items() if name in names)
 
 
-def compare(settings: Comparison) -> int:
-    """Trains what is missing, then writes and prints the report.
+def status(work: Callable[[], int], go_on: str) -> int:
+    """The exit status of ``work``: its own, 130 after Ctrl-C, 1 after an error.
 
-    Returns:
-        The script's exit status: 1 if runs failed or it was stopped by an error, 130 after Ctrl-C.
+    Args:
+        go_on: where the results so far are.
     """
-    from harness.jobs import run_all
-    from harness.store import Store
-
-    runs = settings.runs()
-    go_on = f"Finished runs are in {settings.output}; the same command goes on from there."
     try:
-        store = Store(settings.output)
-        where = f"on {settings.scheduler}" if settings.scheduler else f"{settings.jobs} at a time"
-        print(f"{len(runs)} runs, {where}; results go to {settings.output}", flush=True)
-        failed = run_all(runs, store, str(settings.dataset_root), settings.jobs, settings.scheduler)
+        return work()
     except KeyboardInterrupt:
         print(f"\nInterrupted. {go_on}", file=sys.stderr)
         return 130
-    except (OSError, ImportError) as error:  # a full disk, no such scheduler, or no Dask
-        print(f"\nStopped: {error}", file=sys.stderr)
+    except Exception as error:  # a full disk, no such scheduler, no Dask, or a search's run
+        print(f"\nStopped: {error}. {go_on}", file=sys.stderr)
         return 1
-    report(store, runs, settings.against)
-    if failed:
-        print(f"{failed} of {len(runs)} runs failed: their errors are in {settings.output}", file=sys.stderr)
-    return 1 if failed else 0
 
 
-def report(store, runs: list[Run], against: str | None) -> None:
-    """Prints the table of the finished runs and writes it, with figures, to the folder of the store."""
-    from harness.figures import acc_by_strategy, accuracy_in_training  # here, as they are slow to load
-    from harness.store import key_of
-    from harness.tables import listing, minus
+def compare(settings: Comparison) -> int:
+    """Trains what is missing, then writes and prints the report; the script's exit status."""
+    from harness.jobs import run_all  # here, as pandas is slow to load
+    from harness.store import Store, key_of
 
-    frame, keys = store.frame(), [key_of(run.settings()) for run in runs]
-    rows = frame.loc[[key for key in keys if key in frame.index]]
-    if rows.empty:
-        return
-    rows = rows.assign(label=rows["strategy"])
-    text = listing(rows, None) + (f"\n{minus(rows, None, against)}" if against else "")
-    print(text)
-    (store.path / "table.md").write_text(text)
-    print(store.path / "table.md", acc_by_strategy(rows, store.path / "acc.png"), sep="\n")
-    if "curve" in rows and rows["curve"].notna().any():
-        print(accuracy_in_training(rows[rows["curve"].notna()], store.path / "training.png"))
+    def work() -> int:
+        store, runs = Store(settings.output), settings.runs()
+        where = f"on {settings.scheduler}" if settings.scheduler else f"{settings.jobs} at a time"
+        print(f"{len(runs)} runs, {where}; results go to {settings.output}", flush=True)
+        failed = run_all(runs, store, settings.dataset_root, settings.jobs, settings.scheduler)
+        if failed:
+            print(f"{failed} of {len(runs)} runs failed: their errors are in {settings.output}", file=sys.stderr)
+        frame = store.frame()
+        if keys := [key for key in map(key_of, (run.settings() for run in runs)) if key in frame.index]:
+            from harness.report import report
+
+            print(*report(frame.loc[keys], settings.output, settings.against), sep="\n")
+        return 1 if failed else 0
+
+    return status(work, f"Finished runs are in {settings.output}; the same command goes on from there.")

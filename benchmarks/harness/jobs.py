@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
 from contextlib import closing, contextmanager
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import TypeVar
 from unittest import mock
 
@@ -28,7 +29,7 @@ ATTEMPTS = 3  # of a job whose process dies; Dask has as many
 def run_all(
     runs: Sequence[Run],
     store: Store,
-    dataset_root: str,
+    dataset_root: Path,
     jobs: int,
     scheduler: str | None = None,
     keeps_curve: Callable[[Run], bool] = lambda run: True,
@@ -56,7 +57,7 @@ def run_all(
     failed = 0
     patience = 0.5 if sys.stdout.isatty() else 10  # seconds between updates: few lines in a log file
     with tqdm(total=len(missing), unit="run", file=sys.stdout, mininterval=patience) as progress:
-        tasks = [(run, dataset_root, keeps_curve(run)) for run in missing]
+        tasks = [(run, str(dataset_root), keeps_curve(run)) for run in missing]
         with closing(in_parallel(_train, tasks, jobs, scheduler)) as finished:
             for (run, *_), row in finished:
                 if isinstance(row, Exception):

@@ -7,8 +7,10 @@ import json
 import shlex
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import optuna
@@ -20,10 +22,11 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 
-from harness.jobs import worker
+from harness.cli import Network, Overrides, Where, merged
+from harness.jobs import in_parallel, worker
 from harness.recipes import USES_REPLAY, recipe_of
 from harness.recipes.recipe import OPTIMIZER_NUMBERS
-from harness.settings import MNIST, Run
+from harness.settings import MNIST, ROOT, Run
 from harness.store import Store, key_of
 
 # The ranges of trace_decay, plasticity_k and warmup_steps are the original method's.
@@ -50,38 +53,69 @@ COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
-class Search:
-    """One study. Searches with equal settings and the same version of the algorithm are one study.
+class Search(Where):
+    """A search. Equal ones, of the same version of the algorithm, are one study.
 
     Attributes:
-        run: benchmark, strategy and protocol. Its seed is the first one; its overrides are held fixed.
-        seeds: runs of a trial, with seeds from the run's up; the trial's value is their mean ACC.
-        trials: number of trials that end, of the whole study, whoever runs them.
-        output: folder of the results and of the study.
-        dataset_root: folder with MNIST.
-        storage: URL of a database for Optuna; None: a file in ``output``.
-
-    Raises:
-        ValueError: for runs that don't score on validation images, for reported seeds, and if nothing is searched.
+        strategy: its name
+        benchmark: what is learned
+        trials: of the whole study, with those that are already finished
+        tasks: experiences; by default 2 of split-mnist, 10 of permuted-mnist
+        train_per_task: training images a task of permuted-mnist; None: all 50000
+        epochs: epochs an experience
+        batch_size: stream samples in a mini-batch
+        network: hidden widths, or a small CNN
+        replay_buffer: stored samples, of a strategy with replay
+        seeds: runs of a trial, whose value is their mean ACC on validation images
+        first_seed: the first of their seeds
+        set: settings that are held fixed, such as lr=0.1
+        storage: URL of a database for Optuna; None: a file in the output folder
     """
 
-    run: Run
-    seeds: int
-    trials: int
-    output: Path
-    dataset_root: str
+    strategy: str = "sp"
+    benchmark: Literal["split-mnist", "permuted-mnist"] = "split-mnist"
+    trials: int = 50
+    tasks: int | None = None
+    train_per_task: int | None = None
+    epochs: int = 1
+    batch_size: int = 64
+    network: Network = "256-256"
+    replay_buffer: int = 200
+    seeds: int = 2
+    first_seed: int = FIRST_SEED
+    set: Overrides = ()
     storage: str | None = None
+    output: Path = ROOT / "results" / "search"
 
     def __post_init__(self):
-        if not self.run.validation:
-            raise ValueError("Invalid validation: False (allowed: True, a search never sees test images)")
-        if self.run.seed < FIRST_SEED:
-            raise ValueError(f"Invalid first_seed: {self.run.seed} (allowed: {FIRST_SEED} or more, never reported)")
-        for name in ("seeds", "trials"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Invalid {name}: {getattr(self, name)} (allowed: 1 or more)")
+        super().__post_init__()
+        self.at_least(1, "trials", "tasks", "train_per_task", "epochs", "batch_size", "replay_buffer", "seeds")
+        if self.first_seed < FIRST_SEED:
+            raise ValueError(f"Invalid first_seed: {self.first_seed} (allowed: {FIRST_SEED} or more, never reported)")
+        if self.benchmark == "split-mnist":
+            if self.tasks not in (None, 2, 5, 10):
+                raise ValueError(f"Invalid tasks: {self.tasks} (allowed on split-mnist: 2, 5, 10)")
+            if self.train_per_task is not None:
+                raise ValueError(f"Invalid train_per_task: {self.train_per_task} (allowed on permuted-mnist alone)")
         if not self.space():
             raise ValueError("Invalid set: every setting is held fixed (allowed: one or more left to search)")
+
+    @property
+    def run(self) -> Run:
+        """A trial's first run, without what is searched."""
+        return Run(
+            benchmark=self.benchmark,
+            strategy=self.strategy,
+            n_tasks=self.tasks or {"split-mnist": 2, "permuted-mnist": 10}[self.benchmark],
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            replay_buffer=self.replay_buffer if self.strategy in USES_REPLAY else 0,
+            seed=self.first_seed,
+            train_per_task=self.train_per_task,
+            network=self.network,
+            validation=True,
+            overrides=merged(self.set),
+        )
 
     def space(self) -> dict[str, BaseDistribution]:
         """What is searched: the learning rate, and each setting of the strategy with a range that isn't held fixed."""
@@ -97,20 +131,40 @@ class Search:
     def study(self, seed: int | None = None) -> optuna.Study:
         """The study, made if it isn't there.
 
-        Raises:
-            OSError: it can't be written.
+        Args:
+            seed: of the sampler; None: a fresh one.
         """
-        settings = {**self.run.settings(), "seeds": self.seeds}
+        key = key_of({**self.run.settings(), "seeds": self.seeds})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.create_study(
                 storage=self.storage or JournalStorage(JournalFileBackend(str(self.output / "study.log"))),
-                study_name=f"{self.run.benchmark} {self.run.strategy} {key_of(settings)}",
+                study_name=f"{self.benchmark} {self.strategy} {key}",
                 direction="maximize",
                 sampler=TPESampler(seed=seed, multivariate=True, constant_liar=True),
                 pruner=MedianPruner(n_startup_trials=5, n_warmup_steps=1),  # the first task alone forgets nothing
                 load_if_exists=True,
             )
+
+
+def search(settings: Search) -> list[Path]:
+    """Runs the trials that the study lacks, and writes the report; returns its paths.
+
+    Raises:
+        OSError: the study or the results can't be written, or there is no scheduler (any more).
+        Exception: from a run, or from the database's driver.
+    """
+    Store(settings.output)  # it can be written
+    study = settings.study()
+    print(f"{settings.trials} trials of {settings.seeds} runs; results go to {settings.output}", flush=True)
+    # One worker repeats its draws. Several, and a second command on the study, must not draw the same.
+    alone = settings.jobs == 1 and not study.trials
+    tasks = [(settings, settings.first_seed if alone else None)] * settings.jobs
+    with closing(in_parallel(work, tasks, settings.jobs, settings.scheduler)) as workers:
+        for _, error in workers:
+            if error is not None:
+                raise error
+    return write_report(settings, settings.study())
 
 
 def work(task: tuple[Search, int | None]) -> None:
@@ -157,10 +211,10 @@ def _objective(search: Search) -> Callable[[optuna.Trial], float]:
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        for seed in range(search.run.seed, search.run.seed + search.seeds):
+        for seed in range(search.first_seed, search.first_seed + search.seeds):
             run = replace(search.run, seed=seed, overrides={**search.run.overrides, **found})
             try:
-                row = execute(run, search.dataset_root, after_experience, curve=False)
+                row = execute(run, str(search.dataset_root), after_experience, curve=False)
             except (FloatingPointError, LinAlgError) as error:
                 trial.set_user_attr("diverged", str(error))
                 return 0.0
@@ -227,7 +281,7 @@ def command_of(search: Search, settings: dict[str, float]) -> str:
         words += ["--replay-buffer", run.replay_buffer]
     if run.train_per_task is not None:
         words += ["--train-per-task", run.train_per_task]
-    if search.dataset_root != str(MNIST):
+    if search.dataset_root != MNIST:
         words += ["--dataset-root", search.dataset_root]
     words += ["--set", *(f"{name}={value!r}" for name, value in settings.items())]
     return shlex.join(map(str, [*words, "--output", search.output / "best"]))

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from harness.protocols import PROTOCOLS, overrides_of
-from harness.recipes import RECIPES
+from harness.recipes.split_mnist import RECIPES
 from harness.settings import STRATEGIES, TASK_INCREMENTAL, USES_REPLAY
 from harness.store import USUAL_RUN, as_text
 
@@ -188,7 +188,7 @@ _FIVE_EPOCHS = {
 }
 _STEP_ALONE = {"openness": 1e9, "pull_back": 0.0}
 _NO_GATE, _NO_PLUGIN = {"plasticity_k": 0.0}, {"openness": math.inf}
-_RATES = {name: RECIPES["split-mnist"][5][name].lr for name in ("sp", ALONE, "sp-gaussian", "joint")}
+_RATES = {name: RECIPES[name].at(5, 60000).lr for name in ("sp", ALONE, "sp-gaussian", "joint")}
 _CHANGES = {
     "as tuned": lambda rate: {},
     "learning rate x 3": lambda rate: {"overrides": {"lr": 3 * rate}},
