@@ -2,18 +2,14 @@
 
 import json
 import re
-import sys
 
 import pytest
 
 import avalanche_sp
+import tables
+from harness.studies import STUDIES
 
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import tables  # noqa: E402
-from harness.studies import STUDIES  # noqa: E402
 
 README = ROOT / "README.md"
 

@@ -1,6 +1,5 @@
 """The comparison's other methods without replay compute what their papers say: GPM, OWM, LwF, and a ridge readout."""
 
-import sys
 
 import pytest
 import torch
@@ -9,23 +8,20 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
 from avalanche_sp import OneHotMSELoss
-
-from conftest import MNIST, ROOT, mlp, strategy_of
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from harness.networks import build_network, gate_bytes, network_bytes  # noqa: E402
-from harness.projections import (  # noqa: E402
+from harness.networks import build_network, gate_bytes, network_bytes
+from harness.projections import (
     GradientProjectionMemory,
     OrthogonalWeightsModification,
     extend_basis,
     layer_inputs,
     linear_layers,
 )
-from harness.ridge import StreamingRidge, build_random_features, stored_bytes  # noqa: E402
-from harness.run import execute, memory_bytes  # noqa: E402
-from harness.settings import Run  # noqa: E402
-from harness.strategies import build_model, learning_without_forgetting  # noqa: E402
+from harness.ridge import StreamingRidge, build_random_features, stored_bytes
+from harness.run import execute, memory_bytes
+from harness.settings import Run
+from harness.strategies import build_model, learning_without_forgetting
+
+from conftest import MNIST, mlp, strategy_of
 
 
 def images(experience, n=None):

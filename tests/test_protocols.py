@@ -1,18 +1,13 @@
 """Protocols by name: what they set, and that the command line goes first."""
 
-import sys
 
 import pytest
 
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from harness.cli import parsed, parser, runs_of  # noqa: E402
-from harness.networks import build_network  # noqa: E402
-from harness.protocols import PROTOCOLS  # noqa: E402
-from harness.settings import NETWORKS, STRATEGIES, STUDIES  # noqa: E402
-from harness.strategies import recipe_of  # noqa: E402
+from harness.cli import parsed, parser, runs_of
+from harness.networks import build_network
+from harness.protocols import PROTOCOLS
+from harness.settings import NETWORKS, STRATEGIES, STUDIES
+from harness.strategies import recipe_of
 
 EVERY = [(benchmark, name) for benchmark, protocols in PROTOCOLS.items() for name in protocols]
 

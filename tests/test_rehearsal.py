@@ -2,7 +2,6 @@
 
 import copy
 import random
-import sys
 
 import pytest
 import torch
@@ -10,15 +9,12 @@ from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin, Supervise
 from torch import nn
 
 from avalanche_sp import AccuracyMatrix, GaussianBuffer, SelectivePlasticityPlugin
+from harness.rehearsal import ConstantGate, MemoryDistillation, stored_bytes
+from harness.run import execute, memory_bytes
+from harness.settings import USES_REPLAY, Run
+from harness.strategies import build_strategy
 
-from conftest import MNIST, ROOT, mlp, weights
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from harness.rehearsal import ConstantGate, MemoryDistillation, stored_bytes  # noqa: E402
-from harness.run import execute, memory_bytes  # noqa: E402
-from harness.settings import USES_REPLAY, Run  # noqa: E402
-from harness.strategies import build_strategy  # noqa: E402
+from conftest import MNIST, mlp, weights
 
 SAMPLE = 784 * 4 + 8  # bytes: an image and its label
 NETWORK = 4 * sum(p.numel() for p in mlp().parameters())

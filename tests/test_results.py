@@ -9,20 +9,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import results
+import tables as command
+from harness import tables
+from harness.jobs import settings_of
+from harness.networks import build_network
+from harness.run import worst_case
+from harness.settings import strategies_of
+from harness.statistics import bootstrap, holm, rank_biserial, student, wilcoxon
+from harness.store import Store, key_of, version_of
+from harness.studies import STUDIES, Row, Study, newest
+
 from conftest import MNIST, ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import results  # noqa: E402
-import tables as command  # noqa: E402
-from harness import tables  # noqa: E402
-from harness.jobs import settings_of  # noqa: E402
-from harness.networks import build_network  # noqa: E402
-from harness.run import worst_case  # noqa: E402
-from harness.settings import strategies_of  # noqa: E402
-from harness.statistics import bootstrap, holm, rank_biserial, student, wilcoxon  # noqa: E402
-from harness.store import Store, key_of, version_of  # noqa: E402
-from harness.studies import STUDIES, Row, Study, newest  # noqa: E402
 
 
 @pytest.fixture(scope="module")

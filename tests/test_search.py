@@ -5,30 +5,26 @@ import json
 import os
 import shlex
 import signal
-import sys
 import warnings
 
 import pytest
 
 pytest.importorskip("optuna")
 
-import optuna  # noqa: E402
-from optuna.distributions import FloatDistribution  # noqa: E402
-from optuna.trial import TrialState, create_trial  # noqa: E402
+import optuna
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState, create_trial
+from test_sweeps import started, wait_until
 
-from conftest import MNIST, ROOT  # noqa: E402
+import hyperparameter_search
+import permuted_mnist
+from harness import files, search
+from harness.run import execute
+from harness.settings import STRATEGIES, STUDIES, Run, code_fingerprint
+from harness.store import Store
+from harness.strategies import recipe_of
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import hyperparameter_search  # noqa: E402
-import permuted_mnist  # noqa: E402
-from test_sweeps import started, wait_until  # noqa: E402
-
-from harness import files, search  # noqa: E402
-from harness.run import execute  # noqa: E402
-from harness.settings import STRATEGIES, STUDIES, Run, code_fingerprint  # noqa: E402
-from harness.store import Store  # noqa: E402
-from harness.strategies import recipe_of  # noqa: E402
+from conftest import MNIST, ROOT
 
 TINY = ["--benchmark", "permuted-mnist", "--tasks", "2", "--train-per-task", "200", "--seeds", "1", "--jobs", "1"]
 

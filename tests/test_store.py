@@ -9,12 +9,10 @@ import time
 
 import pytest
 
+from harness import store as stores
+from harness.store import Store, key_of
+
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from harness import store as stores  # noqa: E402
-from harness.store import Store, key_of  # noqa: E402
 
 SETTINGS = {"benchmark": "split-mnist", "strategy": "sp-both", "n_tasks": 5, "seed": 0, "lr": 0.1}
 

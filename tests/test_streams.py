@@ -1,16 +1,13 @@
 """Streams without clean boundaries, and how finding them is counted."""
 
-import sys
 
 import numpy as np
 
-from conftest import MNIST, ROOT
+from harness.run import build_benchmark, execute
+from harness.settings import Run
+from harness.streams import swaps
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from harness.run import build_benchmark, execute  # noqa: E402
-from harness.settings import Run  # noqa: E402
-from harness.streams import swaps  # noqa: E402
+from conftest import MNIST
 
 
 def run_of(strategy="sp", **kwargs):

@@ -1,28 +1,23 @@
 """Task-incremental Split MNIST: a head for each task, and the methods that are told which."""
 
 import random
-import sys
 
 import numpy as np
 import pytest
 import torch
 from avalanche.training.plugins import EvaluationPlugin
 
+import split_mnist as script
 from avalanche_sp import AccuracyMatrix, split_mnist
+from harness import run as runs
+from harness.jobs import row_of
+from harness.networks import build_network, network_bytes
+from harness.report import report
+from harness.settings import TASK_INCREMENTAL, USES_REPLAY, Run
+from harness.store import Store
+from harness.strategies import build_model, build_strategy, recipe_of
 
-from conftest import MNIST, ROOT, sliced
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import split_mnist as script  # noqa: E402
-
-from harness import run as runs  # noqa: E402
-from harness.jobs import row_of  # noqa: E402
-from harness.networks import build_network, network_bytes  # noqa: E402
-from harness.report import report  # noqa: E402
-from harness.settings import TASK_INCREMENTAL, USES_REPLAY, Run  # noqa: E402
-from harness.store import Store  # noqa: E402
-from harness.strategies import build_model, build_strategy, recipe_of  # noqa: E402
+from conftest import MNIST, sliced
 
 NETWORK = "100-100"
 SHORT = {"si": (("strength", 10.0),)}  # as it is tuned, so few images don't outweigh it

@@ -193,8 +193,8 @@ class PermutedMNIST(Comparison):
     train_per_task: int | None = None
 
     def __post_init__(self):
-        super().__post_init__()
         self.at_least(1, "train_per_task")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)

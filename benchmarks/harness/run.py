@@ -68,14 +68,18 @@ class AccuracyCurve(SupervisedPlugin):
         self.points.append({"experience": self._experience, "iteration": iteration, "task_acc": accuracies})
         self.seconds += time.perf_counter() - start
 
-    def worst_case(self) -> float | None:
-        """Mean over the old tasks of the lowest accuracy after their own experience; None if no task is old.
 
-        M. De Lange et al.: Continual evaluation for lifelong learning, ICLR 2023, min-ACC.
-        """
-        last = self.points[-1]["experience"]
-        lowest = [min(p["task_acc"][task] for p in self.points if p["experience"] > task) for task in range(last)]
-        return float(np.mean(lowest)) if lowest else None
+def worst_case(points: list[dict]) -> float | None:
+    """Mean over the old tasks of their lowest accuracy after their own experience; None if no task is old.
+
+    M. De Lange et al.: Continual evaluation for lifelong learning, ICLR 2023, min-ACC.
+
+    Args:
+        points: of an accuracy curve.
+    """
+    old = range(points[-1]["experience"])
+    lowest = [min(p["task_acc"][task] for p in points if p["experience"] > task) for task in old]
+    return float(np.mean(lowest)) if lowest else None
 
 
 def execute(
@@ -132,13 +136,13 @@ def execute(
         "seconds": seconds - watch.seconds,
         "extra_memory_bytes": extra_memory_bytes(strategy, plugins, build_network(run.network, run.heads)),
     }
+    if watch.points:
+        figures["curve"] = watch.points
     if accuracy.shape[0] == accuracy.shape[1]:
         figures["bwt"] = backward_transfer(accuracy)
         figures["forgetting"] = average_forgetting(accuracy)
         figures["learning_acc"] = learning_accuracy(accuracy)
-    if watch.points:
-        figures["curve"] = watch.points
-        figures["min_acc"] = watch.worst_case() if "bwt" in figures else None
+        figures |= {"min_acc": worst_case(watch.points)} if watch.points and len(accuracy) > 1 else {}
     if gate is not None:
         figures |= {"consolidated_at": gate.consolidated_at, "claimed_rank": ranks}
     return {"settings": settings, "figures": figures, "versions": versions()}
