@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from avalanche_sp import SelectivePlasticityOptimizer
-from harness.controls import UPGD, ConstantGate, RandomGate
-from harness.legacy import LegacySelectivePlasticity
+from harness.methods.controls import UPGD, ConstantGate, RandomGate
+from harness.methods.legacy import LegacySelectivePlasticity
 
 
 def consolidated(cls, tasks=3):

@@ -9,8 +9,9 @@ import sys
 import time
 import warnings
 
-import permuted_mnist
 import pytest
+
+import permuted_mnist
 from harness.jobs import ATTEMPTS, in_parallel, run_all
 from harness.run import execute
 from harness.settings import Run

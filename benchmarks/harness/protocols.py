@@ -43,12 +43,12 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
     "split-mnist": {
         # Half of each batch is replayed: 64 new samples and 64 stored ones.
         "original": Protocol(
-            {"tasks": 2, "epochs": 5, "batch_size": 64, "network": "256-256", "replay_buffer": [2000]},
+            {"tasks": 2, "epochs": 5, "batch_size": 64, "network": "256-256", "replay_buffer": (2000,)},
             {"replay-gaussian": {"lr": 1e-3}},
             source="the method's first publication: docs/original.md",
         ),
         "mammoth": Protocol(
-            {"tasks": 5, "epochs": 1, "batch_size": 10, "network": "100-100", "replay_buffer": [200, 500, 5120]},
+            {"tasks": 5, "epochs": 1, "batch_size": 10, "network": "100-100", "replay_buffer": (200, 500, 5120)},
             {"replay-sgd": {"lr": {200: 0.01, 500: 0.1, 5120: 0.1}}},
             {("replay-sgd", 200): 80.4, ("replay-sgd", 500): 86.1, ("replay-sgd", 5120): 93.4, ("joint", 0): 95.6},
             _MAMMOTH,
@@ -64,7 +64,7 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
     },
     "permuted-mnist": {
         "mammoth": Protocol(
-            {"tasks": 20, "epochs": 1, "batch_size": 128, "network": "100-100", "replay_buffer": [200, 500, 5120]},
+            {"tasks": 20, "epochs": 1, "batch_size": 128, "network": "100-100", "replay_buffer": (200, 500, 5120)},
             {
                 "replay-sgd": {"lr": 0.022},
                 "der++": {
@@ -80,7 +80,7 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
             "are between 0 and 1 there and normalised here, where their mean square is 9 times as large.",
         ),
         "gpm": Protocol(
-            {"tasks": 10, "epochs": 5, "batch_size": 10, "network": "100-100", "replay_buffer": [1000]},
+            {"tasks": 10, "epochs": 5, "batch_size": 10, "network": "100-100", "replay_buffer": (1000,)},
             {
                 "replay-sgd": {"lr": 0.01},
                 "gpm": {"lr": 0.01, "epsilon": 0.95, "epsilon_hidden": 0.99},

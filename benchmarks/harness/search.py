@@ -128,11 +128,15 @@ class Search(Where):
         ranges = {"lr": rate} | {name: values for name, values in RANGES.items() if name in names}
         return {name: values for name, values in ranges.items() if name not in self.run.overrides}
 
-    def study(self, seed: int | None = None) -> optuna.Study:
+    def study(self, seed: int | None = None, *, new: bool = False) -> optuna.Study:
         """The study, made if it isn't there.
 
         Args:
             seed: of the sampler; None: a fresh one.
+            new: it must not be there.
+
+        Raises:
+            DuplicatedStudyError: it is there, with ``new``.
         """
         key = key_of({**self.run.settings(), "seeds": self.seeds})
         with warnings.catch_warnings():
@@ -143,7 +147,7 @@ class Search(Where):
                 direction="maximize",
                 sampler=TPESampler(seed=seed, multivariate=True, constant_liar=True),
                 pruner=MedianPruner(n_startup_trials=5, n_warmup_steps=1),  # the first task alone forgets nothing
-                load_if_exists=True,
+                load_if_exists=not new,
             )
 
 
@@ -155,11 +159,13 @@ def search(settings: Search) -> list[Path]:
         Exception: from a run, or from the database's driver.
     """
     Store(settings.output)  # it can be written
-    study = settings.study()
     print(f"{settings.trials} trials of {settings.seeds} runs; results go to {settings.output}", flush=True)
-    # One worker repeats its draws. Several, and a second command on the study, must not draw the same.
-    alone = settings.jobs == 1 and not study.trials
-    tasks = [(settings, settings.first_seed if alone else None)] * settings.jobs
+    seed = settings.first_seed if settings.jobs == 1 else None
+    try:
+        settings.study(new=True)
+    except optuna.exceptions.DuplicatedStudyError:
+        seed = None  # another command on the study must not draw the same, nor must several workers
+    tasks = [(settings, seed)] * settings.jobs
     with closing(in_parallel(work, tasks, settings.jobs, settings.scheduler)) as workers:
         for _, error in workers:
             if error is not None:
