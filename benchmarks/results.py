@@ -29,10 +29,6 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def run_of(settings: dict) -> Run:
-    return Run(**settings | {"overrides": tuple(settings["overrides"].items())})
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from harness.jobs import run_all
@@ -44,10 +40,10 @@ def main(argv: list[str] | None = None) -> int:
         store = Store(args.output)
         for name in args.studies:
             study = STUDIES[name]
-            runs = [run_of(settings) for settings in study.runs(args.seeds or study.seeds)]
+            runs = [Run(**settings) for settings in study.runs(args.seeds or study.seeds)]
             runs = [run for run in runs if args.strategies is None or run.strategy in args.strategies]
             print(f"{name}: {len(runs)} runs", flush=True)
-            failed += run_all(runs, store, args.dataset_root, args.jobs, args.scheduler, study.keeps_curve)[1]
+            failed += run_all(runs, store, args.dataset_root, args.jobs, args.scheduler, study.keeps_curve)
     except KeyboardInterrupt:
         print("\nInterrupted. Finished runs are kept; the same command goes on from there.", file=sys.stderr)
         return 130

@@ -23,7 +23,7 @@ from harness.legacy import LegacyReplay  # noqa: E402
 from harness.networks import build_network  # noqa: E402
 from harness.run import build_benchmark, execute  # noqa: E402
 from harness.settings import STRATEGIES, STUDIES, USES_REPLAY, Run  # noqa: E402
-from harness.store import Store  # noqa: E402
+from harness.store import Store, key_of  # noqa: E402
 
 
 def make_run(strategy="naive-sgd", benchmark="permuted-mnist", **kwargs):
@@ -169,14 +169,13 @@ def test_avalanches_si_measures_nothing_on_a_cpu_and_ours_does(split2):
 
 def test_finished_runs_are_kept_and_not_run_again(tmp_path):
     store, runs = Store(tmp_path), [make_run(seed=s, train_per_task=100) for s in (0, 1)]
-    keys, failed = run_all(runs[:1], store, str(MNIST), jobs=1)
-    assert failed == 0 and len(store.frame()) == 1
+    assert run_all(runs[:1], store, str(MNIST), jobs=1) == 0 and len(store.frame()) == 1
     with open(tmp_path / "permuted-mnist.jsonl", "a") as file:
         file.write('{"settings": {"cut sho')  # as a kill in the middle of a write leaves it
-    keys, failed = run_all(runs, store, str(MNIST), jobs=2)
+    assert run_all(runs, store, str(MNIST), jobs=2) == 0
     frame = store.frame()
-    assert failed == 0 and frame.loc[keys].seed.tolist() == [0, 1] and len(frame) == 2
-    assert run_all(runs, store, str(MNIST), jobs=2) == (keys, 0)
+    assert frame.index.tolist() == [key_of(run.settings()) for run in runs]
+    assert run_all(runs, store, str(MNIST), jobs=2) == 0
     assert len(list(store.rows())) == 2
     assert frame.accuracy_matrix.iloc[0] == execute(runs[0], str(MNIST), "key")["accuracy_matrix"]
 
@@ -184,8 +183,7 @@ def test_finished_runs_are_kept_and_not_run_again(tmp_path):
 def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path, capsys):
     store = Store(tmp_path)
     bad, good = make_run(seed=5, overrides=(("lr", 1e30),), strategy="sp"), make_run(train_per_task=100)
-    keys, failed = run_all([bad, good], store, str(MNIST), jobs=1)
-    assert failed == 1 and store.frame().loc[keys].strategy.tolist() == ["naive-sgd"]
+    assert run_all([bad, good], store, str(MNIST), jobs=1) == 1 and store.frame().strategy.tolist() == ["naive-sgd"]
     errors = [row["error"] for row in store.rows() if "error" in row]
     assert len(errors) == 1 and "FloatingPointError: the loss is" in errors[0]
     assert "FAILED sp, seed 5" in capsys.readouterr().out

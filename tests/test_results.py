@@ -16,10 +16,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import results  # noqa: E402
 import tables as command  # noqa: E402
 from harness import tables  # noqa: E402
-from harness.jobs import settings_of  # noqa: E402
 from harness.networks import build_network  # noqa: E402
 from harness.run import worst_case  # noqa: E402
-from harness.settings import strategies_of  # noqa: E402
+from harness.settings import Run, strategies_of  # noqa: E402
 from harness.statistics import bootstrap, holm, rank_biserial, student, wilcoxon  # noqa: E402
 from harness.store import Store, key_of, version_of  # noqa: E402
 from harness.studies import STUDIES, Row, Study, newest  # noqa: E402
@@ -267,7 +266,7 @@ def test_stored_runs_are_found_by_the_settings_of_present_ones():
     keys = Store(command.RESULTS).keys()
     for name in ("buffers_split2", "compare", "ablations_split5", "protocol_mammoth_split", "boundaries_returning"):
         for settings in STUDIES[name].runs(3):
-            assert key_of(settings_of(results.run_of(settings))) in keys, settings
+            assert key_of(Run(**settings).settings()) in keys, settings
 
 
 def test_no_run_is_stored_twice():
@@ -278,11 +277,11 @@ def test_no_run_is_stored_twice():
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_is_of_strategies_and_settings_that_exist(name):
-    runs = [results.run_of(settings) for settings in STUDIES[name].runs(2)]
+    runs = [Run(**settings) for settings in STUDIES[name].runs(2)]
     assert len(set(runs)) == len(runs)
     for run in runs:
         assert run.strategy in strategies_of(run.benchmark, run.task_incremental)
-        assert key_of(settings_of(run)) == key_of(json.loads(json.dumps(settings_of(run))))
+        assert key_of(run.settings()) == key_of(json.loads(json.dumps(run.settings())))
         build_network(run.network)
 
 

@@ -117,11 +117,9 @@ def acc_by_buffer(frame: pd.DataFrame, path: Path) -> Path:
     return _save(figure, path)
 
 
-def accuracy_in_training(runs: pd.DataFrame, path: Path) -> Path | None:
-    """Small multiples: accuracy of each task during training, mean over seeds; nothing if no run has a curve."""
-    panels = list(cells(runs[runs["curve"].map(bool) & runs["curve"].notna()])) if "curve" in runs else []
-    if not panels:
-        return None
+def accuracy_in_training(runs: pd.DataFrame, path: Path) -> Path:
+    """Small multiples: accuracy of each task during training, mean over the seeds that have a curve."""
+    panels = list(cells(runs[runs["curve"].notna()]))
     panels.sort(key=lambda panel: (panel[0] in BOUNDS, panel[1]))
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)

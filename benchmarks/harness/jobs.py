@@ -12,7 +12,6 @@ from tqdm import tqdm
 from harness.executors import open_executor, prepared, result_of
 from harness.settings import Run, code_fingerprint
 from harness.store import Store, key_of
-from harness.strategies import recipe_of
 
 
 def run_all(
@@ -22,7 +21,7 @@ def run_all(
     jobs: int,
     scheduler: str | None = None,
     keeps_curve: Callable[[Run], bool] = lambda run: True,
-) -> tuple[list[str], int]:
+) -> int:
     """Finishes every run that the store does not hold yet.
 
     Args:
@@ -35,13 +34,12 @@ def run_all(
             Without it there is no worst case either.
 
     Returns:
-        The keys of the runs that are finished, in the order of ``runs``, and the number of runs that failed. A failed
-        run is stored with its error and tried again by the next start.
+        The number of runs that failed. A failed run is stored with its error and tried again by the next start.
 
     Raises:
         OSError: a row can't be written, or the scheduler is not there (any more). The finished runs are kept.
     """
-    keys = {run: key_of(settings_of(run)) for run in runs}
+    keys = {run: key_of(run.settings()) for run in runs}
     done = store.keys()
     todo = [run for run in runs if keys[run] not in done]
     if len(todo) < len(runs):
@@ -54,16 +52,7 @@ def run_all(
             except BaseException:
                 executor.shutdown(wait=False)
                 raise
-    done = store.keys()
-    return [keys[run] for run in runs if keys[run] in done], failed
-
-
-def settings_of(run: Run) -> dict:
-    """All that decides a run's result: its settings, and what its strategy trains with."""
-    recipe = recipe_of(run)
-    trained = {name: getattr(recipe, name) for name in ("optimizer", "lr", "loss", "joint_weight", "model", "template")}
-    arguments = recipe.settings | recipe.optimizer_settings
-    return run.to_json() | trained | {"plugins": list(recipe.plugins), "arguments": arguments}
+    return failed
 
 
 def _run_missing(todo: list[Run], store: Store, dataset_root: str, executor, keeps_curve) -> int:
@@ -86,10 +75,10 @@ def _run_missing(todo: list[Run], store: Store, dataset_root: str, executor, kee
 def row_of(run: Run, record: dict) -> dict:
     """The store's row of a run: ``record`` is what ``run.execute`` returned, or holds the "error" that ended it."""
     if "error" in record:
-        return {"settings": settings_of(run), "error": record["error"]}
+        return {"settings": run.settings(), "error": record["error"]}
     others = ("key", "run", "recipe", "versions", "finished")
     figures = {name: value for name, value in record.items() if name not in others and value not in (None, [])}
-    return {"settings": settings_of(run), "figures": figures, "versions": record["versions"]}
+    return {"settings": run.settings(), "figures": figures, "versions": record["versions"]}
 
 
 def _record(future: Future) -> dict:
