@@ -21,7 +21,7 @@ from harness.run import worst_case  # noqa: E402
 from harness.settings import Run, strategies_of  # noqa: E402
 from harness.statistics import bootstrap, holm, rank_biserial, student, wilcoxon  # noqa: E402
 from harness.store import Store, key_of, version_of  # noqa: E402
-from harness.studies import STUDIES, Row, Study, newest  # noqa: E402
+from harness.studies import RATES, STUDIES, Row, Study, newest  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +283,10 @@ def test_every_study_is_of_strategies_and_settings_that_exist(name):
         assert run.strategy in strategies_of(run.benchmark, run.task_incremental)
         assert key_of(run.settings()) == key_of(json.loads(json.dumps(run.settings())))
         build_network(run.network)
+
+
+def test_rates_are_changed_from_the_tuned_ones():
+    assert RATES == {name: Run("split-mnist", name, 5, 1, 64, 0, 0).settings()["lr"] for name in RATES}
 
 
 def test_training_then_nothing_to_train(tmp_path, monkeypatch, capsys):

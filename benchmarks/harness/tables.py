@@ -306,8 +306,7 @@ def overview(frame: pd.DataFrame) -> str:
     return markdown(
         {"stored samples": stored, "method": method, "strategy": f"`{strategy}`"}
         | {name: column.get(strategy, "-") for name, column in columns.items()}
-        for stored, methods in METHODS.items()
-        for strategy, method in methods.items()
+        for strategy, (stored, method) in METHODS.items()
     )
 
 
