@@ -194,6 +194,12 @@ def test_accuracy_minus_that_of_a_reference_has_its_interval(runs):
     assert rows["joint"]["p (Holm)"] == f"{2 / 2**10 * 9:.3f}"
 
 
+def test_a_single_strategy_is_compared_with_none(runs):
+    alone = runs[runs["strategy"] == "sp-both"]
+    assert rows_of(tables.minus(alone, STUDY, "sp-both")) == {}
+    assert tables.against_others(alone, "sp-both") == {}
+
+
 def test_a_caption_counts_the_runs_of_an_older_version(runs):
     older = runs.assign(version=runs["version"].where(runs["strategy"] != "sp-both", 0))
     assert tables.caption("A study", older).endswith("10 seeds; 10 runs of an older version.\n\n")
