@@ -121,7 +121,7 @@ def differences(ours: pd.Series, others: pd.DataFrame) -> pd.DataFrame:
     """
     gains = [row[~np.isnan(row)] for row in ours.to_numpy() - others.to_numpy()]
     found = pd.DataFrame({"gains": gains, "other": others.mean(axis=1)}, index=others.index)
-    found = found[[len(gain) > 1 for gain in gains]]
+    found = found.loc[[len(gain) > 1 for gain in gains]]
     return found.assign(mean=found["gains"].map(np.mean), p=holm(list(map(wilcoxon, found["gains"]))))
 
 
