@@ -17,9 +17,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import split_mnist as script  # noqa: E402
 
 from harness import run as runs  # noqa: E402
-from harness.cli import report  # noqa: E402
 from harness.jobs import row_of  # noqa: E402
 from harness.networks import build_network, network_bytes  # noqa: E402
+from harness.report import report  # noqa: E402
 from harness.settings import TASK_INCREMENTAL, USES_REPLAY, Run  # noqa: E402
 from harness.store import Store  # noqa: E402
 from harness.strategies import build_model, build_strategy, recipe_of  # noqa: E402
@@ -131,9 +131,9 @@ def test_the_report_says_what_it_is_of(short, tmp_path, capsys):
     store = Store(tmp_path / "store")
     for run in map(run_of, ("packnet", "naive-sgd")):
         store.append(row_of(run, runs.execute(run, str(MNIST), "key")))
-    report(store, [run_of("packnet"), run_of("naive-sgd")], None)
+    frame = store.frame()
+    assert {path.name for path in report(frame, tmp_path)} == {"table.md", "acc.png", "training.png"}
     out = capsys.readouterr().out
     assert "**Split MNIST, 5 tasks, a head for each**: 2 epochs, batch 16, " in out and "| naive-sgd " in out
-    assert all(str(store.path / name) in out for name in ("table.md", "acc.png", "training.png"))
-    report(store, [run_of("packnet")], None)  # which has no curve
-    assert "| packnet " in (out := capsys.readouterr().out) and "training.png" not in out
+    packnet = frame[frame.strategy == "packnet"]
+    assert "training.png" not in {path.name for path in report(packnet, tmp_path)}  # it has no curve

@@ -148,14 +148,17 @@ def check_against(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def compare(runs: list[Run], args: argparse.Namespace) -> int:
     """Runs what is missing, writes and prints the report; the script's exit status."""
     from harness.jobs import run_all  # here, as torch and pandas are slow to load
-    from harness.store import Store
+    from harness.report import report
+    from harness.store import Store, key_of
 
     where = f"on {args.scheduler}" if args.scheduler else f"{args.jobs} at a time"
     print(f"{len(runs)} runs, {where}; results go to {args.output}", flush=True)
     try:
         store = Store(args.output)
         failed = run_all(runs, store, args.dataset_root, args.jobs, args.scheduler)
-        report(store, runs, args.against)
+        frame = store.frame()
+        if keys := [key for key in map(key_of, (run.settings() for run in runs)) if key in frame.index]:
+            print(*report(frame.loc[keys], args.output, args.against), sep="\n")
     except KeyboardInterrupt:
         print(f"\nInterrupted. {_go_on(args.output)}", file=sys.stderr)
         return 130
@@ -165,25 +168,6 @@ def compare(runs: list[Run], args: argparse.Namespace) -> int:
     if failed:
         print(f"{failed} of {len(runs)} runs failed: their errors are in {args.output}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def report(store, runs: list[Run], against: str | None) -> None:
-    """Prints the table of the finished runs and writes it, with figures, to the folder of the store."""
-    from harness.figures import acc_by_strategy, accuracy_in_training  # here, as they are slow to load
-    from harness.store import key_of
-    from harness.tables import listing, minus
-
-    frame, keys = store.frame(), [key_of(run.settings()) for run in runs]
-    rows = frame.loc[[key for key in keys if key in frame.index]]
-    if rows.empty:
-        return
-    rows = rows.assign(label=rows["strategy"])
-    text = listing(rows, None) + (f"\n{minus(rows, None, against)}" if against else "")
-    print(f"\n{text}")
-    (store.path / "table.md").write_text(text)
-    print(store.path / "table.md", acc_by_strategy(rows, store.path / "acc.png"), sep="\n")
-    if "curve" in rows and rows["curve"].notna().any():
-        print(accuracy_in_training(rows, store.path / "training.png"))
 
 
 def _go_on(results: Path) -> str:
