@@ -156,7 +156,7 @@ def test_the_difference_table_marks_what_is_significant(runs):
 def test_the_best_of_the_others_is_found(runs):
     row = rows_of(tables.best(runs, STUDY, "sp-replay"))["50"]
     mean = runs.loc[(runs["strategy"] == "der++") & (runs["replay_buffer"] == 50), "acc"].mean()
-    assert row["best of the others"] == f"der++ {mean:.1f}" and row["verdict"] == "below" and row["effect"] == "-1.00"
+    assert row["best other row"] == f"der++ {mean:.1f}" and row["verdict"] == "below" and row["effect"] == "-1.00"
     assert row["p (Holm)"] == f"{2 / 2**10 * 4:.3f}"
 
 
@@ -183,7 +183,7 @@ def test_a_listing_shows_each_tasks_accuracy_and_what_a_strategy_trains_with(run
     lacking = runs.assign(bwt=runs["bwt"].where(runs["seed"] > 0))
     assert {row["BWT %"] for row in rows_of(tables.listing(lacking, STUDY)).values()} == {"-"}
     worst = tables.listing(runs, STUDY, "worst")
-    assert "| 50 " not in worst  # no curve is kept there
+    assert "| 50 " not in worst  # the study keeps no curve with 50
 
 
 def test_accuracy_minus_that_of_a_reference_has_its_interval(runs):
@@ -207,7 +207,7 @@ def test_a_caption_counts_the_runs_of_an_older_version(runs):
     assert "3 to 10 seeds" in tables.caption("A study", uneven)
 
 
-def test_a_change_of_the_settings_stands_beside_the_tuned_ones(tmp_path):
+def test_a_change_of_the_settings_is_compared_with_the_tuned_settings(tmp_path):
     study = STUDIES["robustness_split5"]
     gains = {"sp": 30.0, "sp-both": 31.0, "sp-gaussian": 33.0, "joint": 36.0}
     frame = made_up(tmp_path, 3, study, lambda run: gains[run["strategy"]] - 7.0 * (run["batch_size"] == 10))
@@ -226,7 +226,7 @@ def test_a_change_of_the_settings_stands_beside_the_tuned_ones(tmp_path):
     assert "(" not in "".join(rows["as tuned"].values()) and list(rows["as tuned"])[1:] == list(gains)
 
 
-def test_published_figures_stand_beside_ours(tmp_path):
+def test_published_figures_are_compared_with_ours(tmp_path):
     study = STUDIES["protocol_van_de_ven_split"]
     frame = made_up(tmp_path, 3, study, lambda run: 40.0)
     text = tables.listing(study.select(frame), study, "published")

@@ -7,8 +7,8 @@ A line holds four mappings of a run:
      "versions": {"algorithm": 1, "torch": "2.14.1", ...},
      "finished": "2026-11-26T17:12:14Z"}
 
-The settings include the values that a strategy trains with (learning rate, loss, arguments of the plugin), so that
-another learning rate is another run. Settings in USUAL may be left out: so a new setting makes no stored run stale.
+The settings include the values of the strategy (learning rate, loss, arguments of the plugin), so that another
+learning rate is another run. Settings in USUAL may be left out: so a new setting makes no stored run stale.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ try:
 except ImportError:  # Windows: one process for each store
     fcntl = None  # type: ignore[assignment]
 
-# Settings that most runs share, and that a row may leave out: of a run, and of what its strategy trains with.
+# Settings that a row may leave out, because most runs share them: of the run, and of its strategy.
 USUAL_RUN = {"train_per_task": None, "overrides": {}, "stream": "tasks", "task_incremental": False, "validation": False}
 USUAL_TRAINING = {"plugins": [], "arguments": {}, "joint_weight": False, "model": "network", "template": "naive"}
 USUAL = USUAL_RUN | USUAL_TRAINING

@@ -42,7 +42,7 @@ def markdown(rows: Iterable[Mapping[str, object]]) -> str:
 
 
 def caption(title: str, runs: pd.DataFrame) -> str:
-    """What the runs have in common, and their number of seeds."""
+    """Settings that the runs share, and their number of seeds."""
     run, seeds = runs.iloc[0], runs.groupby([*CELL, "strategy"]).size()
     older = sum(version < version_of(name) for version, name in zip(runs["version"], runs["strategy"]))
     parts = [f"{run.epochs} epoch{'s' if run.epochs > 1 else ''}", f"batch {run.batch_size}", NETWORKS[run.network]]
@@ -110,7 +110,7 @@ def by_seed(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(ours: pd.Series, others: pd.DataFrame) -> pd.DataFrame:
-    """Ours minus each of the others, as one family of comparisons.
+    """Ours minus every other row, as one family of comparisons.
 
     Args:
         ours: a row of ``by_seed``.
@@ -240,10 +240,10 @@ def changes(runs: pd.DataFrame, study: Study) -> str:
 
 
 def best(runs: pd.DataFrame, study: Study, ours: str) -> str:
-    """Ours against the best of the others with each number of stored samples."""
+    """Ours minus the best other row, for each number of stored samples."""
     found = {buffer: rows.loc[rows["other"].idxmax()] for buffer, rows in against_others(runs, ours).items()}
     return markdown(
-        {"buffer": buffer, "best of the others": f"{row.name[0]} {row['other']:.1f}"}
+        {"buffer": buffer, "best other row": f"{row.name[0]} {row['other']:.1f}"}
         | {f"{ours} minus it": _interval(row["gains"]), "p (Holm)": f"{row['p']:.3f}"}
         | {"effect": f"{rank_biserial(row['gains']):+.2f}", "verdict": verdict(row)}
         for buffer, row in found.items()
@@ -251,12 +251,12 @@ def best(runs: pd.DataFrame, study: Study, ours: str) -> str:
 
 
 def minus_others(runs: pd.DataFrame, study: Study, ours: str, *names: str) -> str:
-    """Ours minus the others: a row a strategy, a column a number of stored samples. Bold if it is significant.
+    """Ours minus every other row: a row a strategy, a column a number of stored samples. Bold if it is significant.
 
     With more than four columns there are no intervals, and one more row: ours minus ours with the next smaller memory.
 
     Args:
-        names: the others; all by default.
+        names: the other strategies; all by default.
     """
     runs = runs[runs["label"].isin((ours, *names))] if names else runs
     found = against_others(runs, ours)
