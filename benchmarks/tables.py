@@ -18,7 +18,7 @@ PLACE = re.compile(r"<!-- table: (.+?) -->\n.*?<!-- end of table -->", re.DOTALL
 
 
 def updated(document: str, frame) -> str:
-    """The document with each table made anew.
+    """The document with the present tables.
 
     Args:
         frame: the newest run of each setting.

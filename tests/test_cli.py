@@ -40,7 +40,7 @@ def test_lists_may_be_parted_by_commas_and_blanks(words):
 @pytest.mark.parametrize("words", [["lr=0.1,openness=2"], ["lr=0.1,", "openness=2"], ["lr=0.1", "--set", "openness=2"]])
 def test_settings_may_be_overridden_together_or_one_by_one(words):
     (run,) = runs_of(cli.SplitMNIST, "--strategies", "sp", "--seeds", 1, "--set", *words)
-    assert run.overrides == {"lr": 0.1, "openness": 2.0}
+    assert dict(run.overrides) == {"lr": 0.1, "openness": 2.0}
 
 
 def test_seeds_are_outermost_and_buffers_are_for_those_that_store():

@@ -33,10 +33,10 @@ def test_a_protocol_sets_what_it_says_for_every_run(benchmark, name):
 
 def test_settings_are_published_for_some_strategies_and_buffers_alone():
     mammoth = ["--protocol", "mammoth", "--strategies"]
-    lrs = {r.replay_buffer: r.overrides for r in runs("split-mnist", *mammoth, "replay-sgd")}
+    lrs = {r.replay_buffer: dict(r.overrides) for r in runs("split-mnist", *mammoth, "replay-sgd")}
     assert lrs[200] == {"lr": 0.01} and lrs[5120] == {"lr": 0.1}
     other = runs("split-mnist", *mammoth, "replay-sgd", "--replay-buffer", 1000)
-    assert all(r.overrides == {} for r in other + runs("split-mnist", *mammoth, "sp"))
+    assert all(r.overrides == () for r in other + runs("split-mnist", *mammoth, "sp"))
 
 
 def test_the_command_line_goes_first():
@@ -44,7 +44,7 @@ def test_the_command_line_goes_first():
     (run,) = runs("split-mnist", *arguments)
     assert (run.n_tasks, run.epochs, run.batch_size, run.replay_buffer) == (2, 5, 64, 2000)
     few = runs("split-mnist", *arguments, "--epochs", 1, "--replay-buffer", "50,200", "--set", "lr=0.3")
-    lr = {"lr": 0.3}
+    lr = (("lr", 0.3),)
     assert [(r.epochs, r.replay_buffer, r.overrides) for r in few] == [(1, 50, lr), (1, 200, lr)]
 
 

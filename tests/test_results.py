@@ -12,13 +12,12 @@ from scipy import stats
 import results
 import tables as command
 from harness import tables
-from harness.jobs import settings_of
 from harness.networks import build_network
 from harness.run import worst_case
-from harness.settings import strategies_of
+from harness.settings import Run, strategies_of
 from harness.statistics import bootstrap, holm, rank_biserial, student, wilcoxon
 from harness.store import Store, key_of, version_of
-from harness.studies import STUDIES, Row, Study, newest
+from harness.studies import RATES, STUDIES, Row, Study, newest
 
 from conftest import MNIST, ROOT
 
@@ -155,7 +154,7 @@ def test_the_difference_table_marks_what_is_significant(runs):
 def test_the_best_of_the_others_is_found(runs):
     row = rows_of(tables.best(runs, STUDY, "sp-replay"))["50"]
     mean = runs.loc[(runs["strategy"] == "der++") & (runs["replay_buffer"] == 50), "acc"].mean()
-    assert row["best of the others"] == f"der++ {mean:.1f}" and row["verdict"] == "below" and row["effect"] == "-1.00"
+    assert row["best other row"] == f"der++ {mean:.1f}" and row["verdict"] == "below" and row["effect"] == "-1.00"
     assert row["p (Holm)"] == f"{2 / 2**10 * 4:.3f}"
 
 
@@ -182,7 +181,7 @@ def test_a_listing_shows_each_tasks_accuracy_and_what_a_strategy_trains_with(run
     lacking = runs.assign(bwt=runs["bwt"].where(runs["seed"] > 0))
     assert {row["BWT %"] for row in rows_of(tables.listing(lacking, STUDY)).values()} == {"-"}
     worst = tables.listing(runs, STUDY, "worst")
-    assert "| 50 " not in worst  # no curve is kept there
+    assert "| 50 " not in worst  # the study keeps no curve with 50
 
 
 def test_accuracy_minus_that_of_a_reference_has_its_interval(runs):
@@ -193,6 +192,12 @@ def test_accuracy_minus_that_of_a_reference_has_its_interval(runs):
     assert rows["joint"]["p (Holm)"] == f"{2 / 2**10 * 9:.3f}"
 
 
+def test_a_single_strategy_is_compared_with_none(runs):
+    alone = runs[runs["strategy"] == "sp-both"]
+    assert rows_of(tables.minus(alone, STUDY, "sp-both")) == {}
+    assert tables.against_others(alone, "sp-both") == {}
+
+
 def test_a_caption_counts_the_runs_of_an_older_version(runs):
     older = runs.assign(version=runs["version"].where(runs["strategy"] != "sp-both", 0))
     assert tables.caption("A study", older).endswith("10 seeds; 10 runs of an older version.\n\n")
@@ -200,7 +205,7 @@ def test_a_caption_counts_the_runs_of_an_older_version(runs):
     assert "3 to 10 seeds" in tables.caption("A study", uneven)
 
 
-def test_a_change_of_the_settings_stands_beside_the_tuned_ones(tmp_path):
+def test_a_change_of_the_settings_is_compared_with_the_tuned_settings(tmp_path):
     study = STUDIES["robustness_split5"]
     gains = {"sp": 30.0, "sp-both": 31.0, "sp-gaussian": 33.0, "joint": 36.0}
     frame = made_up(tmp_path, 3, study, lambda run: gains[run["strategy"]] - 7.0 * (run["batch_size"] == 10))
@@ -219,7 +224,7 @@ def test_a_change_of_the_settings_stands_beside_the_tuned_ones(tmp_path):
     assert "(" not in "".join(rows["as tuned"].values()) and list(rows["as tuned"])[1:] == list(gains)
 
 
-def test_published_figures_stand_beside_ours(tmp_path):
+def test_published_figures_are_compared_with_ours(tmp_path):
     study = STUDIES["protocol_van_de_ven_split"]
     frame = made_up(tmp_path, 3, study, lambda run: 40.0)
     text = tables.listing(study.select(frame), study, "published")
@@ -265,7 +270,7 @@ def test_stored_runs_are_found_by_the_settings_of_present_ones():
     keys = Store(command.RESULTS).keys()
     for name in ("buffers_split2", "compare", "ablations_split5", "protocol_mammoth_split", "boundaries_returning"):
         for settings in STUDIES[name].runs(3):
-            assert key_of(settings_of(results.run_of(settings))) in keys, settings
+            assert key_of(Run(**settings).settings()) in keys, settings
 
 
 def test_no_run_is_stored_twice():
@@ -276,12 +281,16 @@ def test_no_run_is_stored_twice():
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_is_of_strategies_and_settings_that_exist(name):
-    runs = [results.run_of(settings) for settings in STUDIES[name].runs(2)]
+    runs = [Run(**settings) for settings in STUDIES[name].runs(2)]
     assert len(set(runs)) == len(runs)
     for run in runs:
         assert run.strategy in strategies_of(run.benchmark, run.task_incremental)
-        assert key_of(settings_of(run)) == key_of(json.loads(json.dumps(settings_of(run))))
+        assert key_of(run.settings()) == key_of(json.loads(json.dumps(run.settings())))
         build_network(run.network)
+
+
+def test_rates_are_changed_from_the_tuned_ones():
+    assert RATES == {name: Run("split-mnist", name, 5, 1, 64, 0, 0).settings()["lr"] for name in RATES}
 
 
 def test_training_then_nothing_to_train(tmp_path, monkeypatch, capsys):

@@ -171,4 +171,4 @@ def test_every_strategy_has_something_to_search(benchmark):
 def test_the_command_line_is_the_search():
     search = parsed(Search, [*TINY, "--strategy", "sp-replay", "--set", "lr=1,", "rank=50", "--trials", "7"], "")
     assert (search.run.n_tasks, search.run.replay_buffer, search.run.seed, search.trials) == (2, 200, 100, 7)
-    assert search.run.validation and search.run.overrides == {"lr": 1.0, "rank": 50.0}
+    assert search.run.validation and dict(search.run.overrides) == {"lr": 1.0, "rank": 50.0}

@@ -25,6 +25,7 @@ def test_a_key_is_the_settings_and_the_version_whatever_their_order(monkeypatch)
     key = key_of(SETTINGS)
     assert key == key_of(dict(reversed(SETTINGS.items())))
     assert key == key_of(SETTINGS | {"stream": "tasks", "overrides": {}})  # usual values count as left out
+    assert key == key_of(SETTINGS | {"n_tasks": 5.0})
     assert len({key, key_of(SETTINGS | {"seed": 1}), key_of(SETTINGS | {"lr": 0.2}), key_of(SETTINGS | {"x": 0})}) == 4
     other = key_of(SETTINGS | {"strategy": "ewc"})
     monkeypatch.setitem(stores.ALGORITHM_VERSION, "ours", stores.ALGORITHM_VERSION["ours"] + 1)

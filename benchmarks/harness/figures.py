@@ -16,7 +16,7 @@ from harness.statistics import bootstrap, student
 from harness.studies import ALONE, BY_BUFFER, LAYERS, OURS, STUDIES, WITH_AND_WITHOUT
 from harness.tables import by_seed, cells, title
 
-# Blues and greens for what replays (P. Tol, Colour schemes, 2021), red for selective plasticity, greys for the rest.
+# Blues and greens for replay (P. Tol, Colour schemes, 2021), red for selective plasticity, greys for the rest.
 _COLOURS = {
     "naive-sgd": "#bbbbbb", "naive-adam": "#999999", "ewc": "#ddcc77", "si": "#999933", "mas": "#886622",
     "lwf": "#aa8866", "rf-ridge": "#666666", "gaussian-replay": "#997700", "sp-gaussian": "#ff7799",
@@ -26,10 +26,10 @@ _COLOURS = {
     "replay-distilled": "#aa99dd", "er-ace": "#44aa99", "der++": "#117733", "gdumb": "#bbcc33", "a-gem": "#cc6677",
     "gem": "#882255", "cumulative": "#555555", "joint": "#000000",
 }  # fmt: skip
-# For those that only a colour would tell apart where they are drawn in one panel.
+# Markers of the lines of one panel, whose colours alone are hard to distinguish.
 _MARKERS = {"sp-replay": "o", "replay-joint": "s", "der++": "^", "er-ace": "v", "replay-sgd": "D", "gdumb": "P"}
 _MARKERS |= {"replay-adaptive": "X", "sp-replay-gaussian": "h", "replay-gaussian": "d"}
-# What a strategy that stores samples is without any: where its line begins.
+# The same strategies without stored samples: their lines begin with these.
 _BEGINS_AS = {**WITH_AND_WITHOUT, "replay-gaussian": "gaussian-replay"}
 
 
@@ -117,11 +117,9 @@ def acc_by_buffer(frame: pd.DataFrame, path: Path) -> Path:
     return _save(figure, path)
 
 
-def accuracy_in_training(runs: pd.DataFrame, path: Path) -> Path | None:
-    """Small multiples: accuracy of each task during training, mean over seeds; nothing if no run has a curve."""
-    panels = list(cells(runs[runs["curve"].map(bool) & runs["curve"].notna()])) if "curve" in runs else []
-    if not panels:
-        return None
+def accuracy_in_training(runs: pd.DataFrame, path: Path) -> Path:
+    """Small multiples: accuracy of each task during training, mean over the seeds that have a curve."""
+    panels = list(cells(runs[runs["curve"].notna()]))
     panels.sort(key=lambda panel: (panel[0] in BOUNDS, panel[1]))
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
@@ -170,7 +168,7 @@ def contributions_of_layers(frame: pd.DataFrame, path: Path) -> Path:
                 means = np.array([gain.mean() for gain in gains])
                 low, high = np.array([bootstrap(tuple(gain)) for gain in gains]).T
                 x, errors = np.arange(len(layers)) + 0.38 * (i - 0.5), np.clip([means - low, high - means], 0, None)
-                colour, hatch = (("#332288", ""), ("#ddaa33", "//"))[i]  # told apart by lightness, too
+                colour, hatch = (("#332288", ""), ("#ddaa33", "//"))[i]  # of different lightness, too
                 ax.bar(x, means, 0.36, yerr=errors, capsize=3, color=colour, label=label, hatch=hatch)
             ax.axhline(0, color="#555555", lw=0.8)
             ax.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers], fontsize=8)

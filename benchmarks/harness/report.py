@@ -23,5 +23,7 @@ def report(runs: pd.DataFrame, output: Path, against: str | None = None) -> list
     print(f"\n{text}")
     path = output / "table.md"
     path.write_text(text)
-    training = accuracy_in_training(runs, output / "training.png")
-    return [path, acc_by_strategy(runs, output / "acc.png"), *([training] if training else [])]
+    paths = [path, acc_by_strategy(runs, output / "acc.png")]
+    if "curve" in runs and runs["curve"].notna().any():
+        paths.append(accuracy_in_training(runs, output / "training.png"))
+    return paths

@@ -125,8 +125,9 @@ class Search(Where):
             names -= {"plasticity_k", "warmup_steps"}
         large = recipe.optimizer in _AS_LARGE_AS_THE_GRADIENT
         rate = FloatDistribution(1e-3, 1.0, log=True) if large else FloatDistribution(1e-5, 1e-2, log=True)
+        fixed = dict(self.run.overrides)
         ranges = {"lr": rate} | {name: values for name, values in RANGES.items() if name in names}
-        return {name: values for name, values in ranges.items() if name not in self.run.overrides}
+        return {name: values for name, values in ranges.items() if name not in fixed}
 
     def study(self, seed: int | None = None, *, new: bool = False) -> optuna.Study:
         """The study, made if it isn't there.
@@ -218,7 +219,7 @@ def _objective(search: Search) -> Callable[[optuna.Trial], float]:
                 raise optuna.TrialPruned
 
         for seed in range(search.first_seed, search.first_seed + search.seeds):
-            run = replace(search.run, seed=seed, overrides={**search.run.overrides, **found})
+            run = replace(search.run, seed=seed, overrides={**dict(search.run.overrides), **found})
             try:
                 row = execute(run, str(search.dataset_root), after_experience, curve=False)
             except (FloatingPointError, LinAlgError) as error:
@@ -248,7 +249,7 @@ def write_report(search: Search, study: optuna.Study) -> list[Path]:
     if len({trial.value for trial in complete}) > 1:
         importances = _importances(study, search.output / "importances.png")
         paths.append(search.output / "importances.png")
-    settings = {**search.run.overrides, **study.best_params}
+    settings = {**dict(search.run.overrides), **study.best_params}
     best = {
         "run": search.run.settings(),
         "seeds": search.seeds,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from harness.recipes import ABOUT, TASK_INCREMENTAL, USES_REPLAY, recipe_of, strategies_of
@@ -46,7 +46,7 @@ class Run:
         train_per_task: training images a task (Permuted MNIST); None: all.
         validation: score on 1/6 of the training images, held out, instead of the test set, for tuning.
         network: one of NETWORKS.
-        overrides: settings of the strategy that replace its recipe's.
+        overrides: settings of the strategy that replace its recipe's, as a mapping or as pairs.
         stream: one of STREAMS.
         task_incremental: a head for each task, and task labels in training and in tests (Split MNIST).
     """
@@ -61,9 +61,24 @@ class Run:
     train_per_task: int | None = None
     validation: bool = False
     network: str = "256-256"
-    overrides: Mapping[str, float] = field(default_factory=dict)
+    overrides: tuple[tuple[str, float], ...] | Mapping[str, float] = ()
     stream: str = "tasks"
     task_incremental: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "overrides", tuple(sorted(dict(self.overrides).items())))
+
+    def settings(self) -> dict:
+        """All that decides a run's result: its settings, and what its strategy trains with."""
+        from harness.strategies import recipe_of  # here, as torch is slow to load
+
+        recipe = recipe_of(self)
+        names = ("optimizer", "lr", "loss", "joint_weight", "model", "template")
+        trained = {name: getattr(recipe, name) for name in names} | {"plugins": list(recipe.plugins)}
+        return self.to_json() | trained | {"arguments": recipe.settings | recipe.optimizer_settings}
+
+    def __post_init__(self):
+        object.__setattr__(self, "overrides", tuple(sorted(dict(self.overrides).items())))
 
     @property
     def heads(self) -> int:
@@ -75,7 +90,7 @@ class Run:
         Raises:
             ValueError: the benchmark has no such strategy, or the strategy no such setting.
         """
-        return {**asdict(self), **recipe_of(self).to_json()}
+        return {**asdict(self), "overrides": dict(self.overrides), **recipe_of(self).to_json()}
 
 
 def in_mini_batches(run: Run) -> bool:

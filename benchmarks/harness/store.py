@@ -7,8 +7,8 @@ A line holds four mappings of a run:
      "versions": {"algorithm": 1, "torch": "2.14.1", ...},
      "finished": "2026-11-26T17:12:14Z"}
 
-The settings include the values that a strategy trains with (learning rate, loss, arguments of the plugin), so that
-another learning rate is another run. Settings in USUAL may be left out: so a new setting makes no stored run stale.
+The settings include the values of the strategy (learning rate, loss, arguments of the plugin), so that another
+learning rate is another run. Settings in USUAL may be left out: so a new setting makes no stored run stale.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ try:
 except ImportError:  # Windows: one process for each store
     fcntl = None  # type: ignore[assignment]
 
-# Settings that most runs share, and that a row may leave out: of a run, and of what its strategy trains with.
+# Settings that a row may leave out, because most runs share them: of the run, and of its strategy.
 USUAL_RUN = {"train_per_task": None, "overrides": {}, "stream": "tasks", "task_incremental": False, "validation": False}
 USUAL_TRAINING = {"plugins": [], "arguments": {}, "joint_weight": False, "model": "network", "template": "naive"}
 USUAL = USUAL_RUN | USUAL_TRAINING
@@ -49,8 +49,17 @@ def key_of(settings: Mapping, version: int | None = None) -> str:
     """Identifies a run: its settings with the seed, and the version of its algorithm, by default the present one."""
     if version is None:
         version = version_of(settings["strategy"])
-    text = json.dumps(without_usual(settings), sort_keys=True)
+    text = json.dumps(_plain(without_usual(settings)), sort_keys=True)
     return f"{hashlib.sha256(text.encode()).hexdigest()[:16]}-{version}"
+
+
+def _plain(value):
+    """Equal settings as equal text: 1 for 1.0, lists for tuples."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def without_usual(settings: Mapping) -> dict:

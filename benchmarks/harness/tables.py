@@ -42,7 +42,7 @@ def markdown(rows: Iterable[Mapping[str, object]]) -> str:
 
 
 def caption(title: str, runs: pd.DataFrame) -> str:
-    """What the runs have in common, and their number of seeds."""
+    """Settings that the runs share, and their number of seeds."""
     run, seeds = runs.iloc[0], runs.groupby([*CELL, "strategy"]).size()
     older = sum(version < version_of(name) for version, name in zip(runs["version"], runs["strategy"]))
     parts = [f"{run.epochs} epoch{'s' if run.epochs > 1 else ''}", f"batch {run.batch_size}", NETWORKS[run.network]]
@@ -110,19 +110,19 @@ def by_seed(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(ours: pd.Series, others: pd.DataFrame) -> pd.DataFrame:
-    """Ours minus each of the others, as one family of comparisons.
+    """Ours minus every other row, as one family of comparisons.
 
     Args:
-        ours: ACC by seed.
-        others: ACC, a row a cell, a column a seed. A cell with fewer than two of our seeds is left out.
+        ours: a row of ``by_seed``.
+        others: other rows of it. One with fewer than two of our seeds is left out.
 
     Returns:
         A row a cell: "gains" by seed, their "mean", "p" corrected for the number of cells, and "other", its ACC.
     """
-    gains = {cell: (ours - accuracies).dropna() for cell, accuracies in others.iterrows()}
-    found = pd.DataFrame([{"gains": gain, "mean": gain.mean()} for gain in gains.values()], index=others.index)
-    found = found.assign(other=others.mean(axis=1))[[len(gain) > 1 for gain in gains.values()]]
-    return found.assign(p=holm([wilcoxon(gain) for gain in found["gains"]]))
+    gains = [row[~np.isnan(row)] for row in ours.to_numpy() - others.to_numpy()]
+    found = pd.DataFrame({"gains": gains, "other": others.mean(axis=1)}, index=others.index)
+    found = found.loc[[len(gain) > 1 for gain in gains]]
+    return found.assign(mean=found["gains"].map(np.mean), p=holm(list(map(wilcoxon, found["gains"]))))
 
 
 def against_others(runs: pd.DataFrame, name: str) -> dict[int, pd.DataFrame]:
@@ -152,7 +152,7 @@ def verdict(difference: pd.Series) -> str:
     return "above" if difference["mean"] > 0 else "below"
 
 
-def _interval(gains: pd.Series, digits: int = 1) -> str:
+def _interval(gains: np.ndarray, digits: int = 1) -> str:
     low, high = bootstrap(tuple(gains))
     return f"{gains.mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
@@ -160,42 +160,24 @@ def _interval(gains: pd.Series, digits: int = 1) -> str:
 # -- Tables of one study ----------------------------------------------------------------------------------------------
 
 
-def _column(buffer: int) -> str:
-    return str(buffer) if buffer else "no buffer"
-
-
-def _with(text: Callable[[pd.Series], str], name: str) -> Callable[[pd.DataFrame], str]:
+def _of(name: str, text: Callable[[pd.Series], str] = with_bootstrap) -> Callable[[pd.DataFrame], str]:
     return lambda cell: text(cell[name])
 
 
-_ACC = {"ACC %": _with(with_bootstrap, "acc")}
+_ACC = {"ACC %": _of("acc")}
 _SECONDS = {"seconds": lambda cell: f"{cell['seconds'].mean():.1f}"}
 _MEMORY = {"extra kB": lambda cell: f"{cell['extra_memory_bytes'].max() / 1000:.0f}"}
+_FULL = {"ACC %": _of("acc", with_student), "BWT %": _of("bwt", with_student), "each task %": _all_tasks}
 LISTINGS: dict[str, dict[str, Callable[[pd.DataFrame], str]]] = {
-    "full": {
-        "ACC %": _with(with_student, "acc"),
-        "BWT %": _with(with_student, "bwt"),
-        "each task %": _all_tasks,
-        **_SECONDS,
-        **_MEMORY,
-        "trained with": _trained_with,
-    },
-    "worst": {"worst case %": _with(with_bootstrap, "min_acc"), **_ACC},
-    "costs": {**_SECONDS, "times replay-joint": lambda cell: f"{cell['times'].mean():.2f}", **_MEMORY},
-    "task-labels": {
-        **_ACC,
-        "BWT %": _with(with_bootstrap, "bwt"),
-        "right after learning %": _with(with_bootstrap, "learning_acc"),
-        **_MEMORY,
-    },
-    "two-tasks": {
-        **_ACC,
-        "task A %": lambda cell: f"{each_task(cell)[0]:.1f}",
-        "task B %": lambda cell: f"{each_task(cell)[1]:.1f}",
-    },
+    "full": _FULL | _SECONDS | _MEMORY | {"trained with": _trained_with},
+    "worst": {"worst case %": _of("min_acc")} | _ACC,
+    "costs": _SECONDS | {"times replay-joint": lambda cell: f"{cell['times'].mean():.2f}"} | _MEMORY,
+    "task-labels": _ACC | {"BWT %": _of("bwt"), "right after learning %": _of("learning_acc")} | _MEMORY,
+    "two-tasks": _ACC
+    | {f"task {name} %": lambda cell, task=task: f"{each_task(cell)[task]:.1f}" for task, name in enumerate("AB")},
     "published": {
         "published %": lambda cell: f"{cell['published'].iloc[0]:.1f}".replace("nan", "-"),
-        "here %": _with(with_bootstrap, "acc"),
+        "here %": _of("acc"),
         "difference": lambda cell: f"{(cell['acc'] - cell['published']).mean():+.1f}".replace("+nan", "-"),
     },
 }
@@ -204,24 +186,19 @@ LISTINGS: dict[str, dict[str, Callable[[pd.DataFrame], str]]] = {
 def listing(runs: pd.DataFrame, study: Study | None, columns: str = "full") -> str:
     """A row a strategy and number of stored samples, with the columns of LISTINGS; runs of no study are allowed."""
     source = ""
-    runs = runs.assign(bound=runs["strategy"].isin(BOUNDS))
     if columns == "full":
-        runs = runs.sort_values(["bound", "replay_buffer"], kind="stable")
+        order = runs.assign(bound=runs["strategy"].isin(BOUNDS))
+        runs = order.sort_values(["bound", "replay_buffer"], kind="stable")
     if columns in ("worst", "costs"):
         runs = runs[runs["replay_buffer"].isin(study.curves)]
         runs = runs.assign(times=runs["seconds"] / runs.loc[runs["label"] == "replay-joint", "seconds"].mean())
     if columns == "published":
         protocol = PROTOCOLS[study.settings["benchmark"]][study.protocol]
         figures = [protocol.published.get(cell, np.nan) for cell in zip(runs["strategy"], runs["replay_buffer"])]
-        runs, source = (
-            runs.assign(published=figures),
-            f"\nPublished: {protocol.source}. {protocol.note}".rstrip() + "\n",
-        )
-    varied = {name: _with(lambda values: str(values.iloc[0]), name) for name in ("epochs", "batch_size")}
-    varied = {name: column for name, column in varied.items() if columns == "full" and runs[name].nunique() > 1}
+        source = f"\nPublished: {protocol.source}. {protocol.note}".rstrip() + "\n"
+        runs = runs.assign(published=figures)
     rows = (
-        {"strategy": label, "buffer": buffer or "-"}
-        | {name: column(cell) for name, column in (varied | LISTINGS[columns]).items()}
+        {"strategy": label, "buffer": buffer or "-"} | {name: text(cell) for name, text in LISTINGS[columns].items()}
         for label, buffer, cell in cells(runs)
     )
     return caption(study.title if study else title(runs), runs) + markdown(rows) + source
@@ -234,9 +211,13 @@ def minus(runs: pd.DataFrame, study: Study | None, reference: str) -> str:
     found = differences(accuracies.loc[ours], accuracies.drop(index=[ours]))
     return markdown(
         {"strategy": label, "buffer": buffer or "-"}
-        | {f"ACC minus that of {reference}": with_student(-row["gains"], "+"), "p (Holm)": f"{row['p']:.3f}"}
+        | {f"ACC minus that of {reference}": with_student(pd.Series(-row["gains"]), "+"), "p (Holm)": f"{row['p']:.3f}"}
         for (label, buffer), row in found.iterrows()
     )
+
+
+def _column(buffer: int) -> str:
+    return str(buffer) if buffer else "no buffer"
 
 
 def grid(runs: pd.DataFrame, study: Study) -> str:
@@ -259,10 +240,10 @@ def changes(runs: pd.DataFrame, study: Study) -> str:
 
 
 def best(runs: pd.DataFrame, study: Study, ours: str) -> str:
-    """Ours against the best of the others with each number of stored samples."""
+    """Ours minus the best other row, for each number of stored samples."""
     found = {buffer: rows.loc[rows["other"].idxmax()] for buffer, rows in against_others(runs, ours).items()}
     return markdown(
-        {"buffer": buffer, "best of the others": f"{row.name[0]} {row['other']:.1f}"}
+        {"buffer": buffer, "best other row": f"{row.name[0]} {row['other']:.1f}"}
         | {f"{ours} minus it": _interval(row["gains"]), "p (Holm)": f"{row['p']:.3f}"}
         | {"effect": f"{rank_biserial(row['gains']):+.2f}", "verdict": verdict(row)}
         for buffer, row in found.items()
@@ -270,12 +251,12 @@ def best(runs: pd.DataFrame, study: Study, ours: str) -> str:
 
 
 def minus_others(runs: pd.DataFrame, study: Study, ours: str, *names: str) -> str:
-    """Ours minus the others: a row a strategy, a column a number of stored samples. Bold if it is significant.
+    """Ours minus every other row: a row a strategy, a column a number of stored samples. Bold if it is significant.
 
     With more than four columns there are no intervals, and one more row: ours minus ours with the next smaller memory.
 
     Args:
-        names: the others; all by default.
+        names: the other strategies; all by default.
     """
     runs = runs[runs["label"].isin((ours, *names))] if names else runs
     found = against_others(runs, ours)
@@ -306,8 +287,7 @@ def overview(frame: pd.DataFrame) -> str:
     return markdown(
         {"stored samples": stored, "method": method, "strategy": f"`{strategy}`"}
         | {name: column.get(strategy, "-") for name, column in columns.items()}
-        for stored, methods in METHODS.items()
-        for strategy, method in methods.items()
+        for strategy, (stored, method) in METHODS.items()
     )
 
 
@@ -360,7 +340,7 @@ def layers(frame: pd.DataFrame, network: str) -> str:
     means = accuracies.mean(axis=1).map("{:.1f}".format)
 
     def minus(one: str, other: str) -> str:
-        return _interval(accuracies.loc[one] - accuracies.loc[other], digits=2)
+        return _interval((accuracies.loc[one] - accuracies.loc[other]).to_numpy(), digits=2)
 
     rows = [
         {"layer": f"`{layer}`", "protected alone": means[f"only {layer}"], "minus none": minus(f"only {layer}", "none")}
@@ -371,12 +351,6 @@ def layers(frame: pd.DataFrame, network: str) -> str:
     return f"{NETWORKS[network]}: no layer protected {means['none']}, all {means['all']}.\n\n" + markdown(rows)
 
 
-OF_ONE_STUDY = {
-    "listing": listing,
-    "minus": minus,
-    "grid": grid,
-    "changes": changes,
-    "best": best,
-    "minus-others": minus_others,
-}
-OF_SEVERAL = {"overview": overview, "boundaries": boundaries, "layers": layers}
+OF_ONE_STUDY: dict[str, Callable[..., str]] = {"listing": listing, "minus": minus, "grid": grid, "changes": changes}
+OF_ONE_STUDY |= {"best": best, "minus-others": minus_others}
+OF_SEVERAL: dict[str, Callable[..., str]] = {"overview": overview, "boundaries": boundaries, "layers": layers}

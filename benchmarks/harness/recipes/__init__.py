@@ -84,4 +84,4 @@ def recipe_of(run) -> Recipe:
     recipe = (_HEADS if run.task_incremental else _BY_BENCHMARK[run.benchmark])[run.strategy]
     recipe = recipe.at(run.n_tasks, run.replay_buffer or run.train_per_task or 60000)
     recipe = replace(recipe, lr=_RATES.get(run.network, {}).get(run.strategy, recipe.lr))
-    return recipe.override(run.overrides)
+    return recipe.override(dict(run.overrides))
