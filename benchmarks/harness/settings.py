@@ -68,18 +68,6 @@ class Run:
     def __post_init__(self):
         object.__setattr__(self, "overrides", tuple(sorted(dict(self.overrides).items())))
 
-    def settings(self) -> dict:
-        """All that decides a run's result: its settings, and what its strategy trains with."""
-        from harness.strategies import recipe_of  # here, as torch is slow to load
-
-        recipe = recipe_of(self)
-        names = ("optimizer", "lr", "loss", "joint_weight", "model", "template")
-        trained = {name: getattr(recipe, name) for name in names} | {"plugins": list(recipe.plugins)}
-        return self.to_json() | trained | {"arguments": recipe.settings | recipe.optimizer_settings}
-
-    def __post_init__(self):
-        object.__setattr__(self, "overrides", tuple(sorted(dict(self.overrides).items())))
-
     @property
     def heads(self) -> int:
         return self.n_tasks if self.task_incremental else 1
