@@ -207,8 +207,10 @@ def listing(runs: pd.DataFrame, study: Study | None, columns: str = "full") -> s
 def minus(runs: pd.DataFrame, study: Study | None, reference: str) -> str:
     """ACC of each row minus that of a strategy that has one row, with Student's interval."""
     accuracies = by_seed(runs)
-    (ours,) = (cell for cell in accuracies.index if cell[0] == reference)
-    found = differences(accuracies.loc[ours], accuracies.drop(index=[ours]))
+    ours = [cell for cell in accuracies.index if cell[0] == reference]
+    if len(ours) != 1:
+        raise ValueError(f"Invalid against: {reference} (allowed: a strategy with one row in this comparison)")
+    found = differences(accuracies.loc[ours[0]], accuracies.drop(index=ours))
     return markdown(
         {"strategy": label, "buffer": buffer or "-"}
         | {f"ACC minus that of {reference}": with_student(pd.Series(-row["gains"]), "+"), "p (Holm)": f"{row['p']:.3f}"}
