@@ -66,7 +66,7 @@ class StepClock(SupervisedPlugin):
 def trained(
     experiences: Iterable,
     timed: Iterable,
-    optimizer: Callable = partial(SGD, lr=0.05),
+    optimizer: Callable,
     plugin: Callable | None = None,
     criterion: type[nn.Module] = OneHotMSELoss,
     batch: int = BATCH,
@@ -98,15 +98,17 @@ def data_path(root: str) -> dict[str, Timer]:
     ours = split_mnist(2, dataset_root=root).train_stream[0]
     classic = SplitMNIST(2, fixed_class_order=range(10), dataset_root=root).train_stream[0]
     x, y, _ = ours.dataset.read_batch(list(range(len(ours.dataset))))
+    sgd = partial(SGD, lr=0.05)
+    train = partial(trained, [], optimizer=sgd, criterion=nn.CrossEntropyLoss)
 
     def bare() -> float:
         batches = torch.randperm(len(x)).split(BATCH)
-        return torch_loop(partial(SGD, lr=0.05), lambda: ((x[rows], y[rows]) for rows in batches))()
+        return torch_loop(sgd, lambda: ((x[rows], y[rows]) for rows in batches))()
 
     return {
         "bare torch loop": bare,
-        "Naive, avalanche_sp split_mnist": trained([], [ours], criterion=nn.CrossEntropyLoss),
-        "Naive, Avalanche SplitMNIST": trained([], [classic], criterion=nn.CrossEntropyLoss),
+        "Naive, avalanche_sp split_mnist": train([ours]),
+        "Naive, Avalanche SplitMNIST": train([classic]),
     }
 
 
