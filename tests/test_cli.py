@@ -77,7 +77,7 @@ def test_jobs_are_the_processors_that_the_process_may_use():
         (hyperparameter_search, ["--strategy", "upgd"], "Invalid strategy: upgd (allowed: naive-sgd, "),
         (hyperparameter_search, ["--tasks", "3"], "Invalid tasks: 3 (allowed on split-mnist: 2, 5, 10)"),
         (hyperparameter_search, ["--trials", "0"], "Invalid trials: 0 (allowed: 1 or more)"),
-        (hyperparameter_search, ["--first-seed", "5"], "Invalid first_seed: 5 (allowed: 100 or more, never reported)"),
+        (hyperparameter_search, ["--first-seed", "5"], "Invalid first_seed: 5 (allowed: 100 or more)"),
         (hyperparameter_search, ["--train-per-task", "9"], "Invalid train_per_task: 9 (allowed on permuted-mnist"),
         (hyperparameter_search, ["--set", "lr=1", "--strategy", "naive-sgd"], "Invalid set: every setting is held"),
     ],

@@ -82,7 +82,7 @@ def test_two_workers_share_a_study_which_goes_on_and_is_reported(tmp_path, capsy
 def test_a_study_goes_on_where_it_stopped(tmp_path, database, tiny):
     storage = f"sqlite:///{tmp_path / 'study.db'}" if database else None
     for trials in (1, 2, 2):
-        search = search_of(tmp_path, trials=trials, storage=storage)
+        search = search_of(tmp_path, "naive-adam", trials=trials, storage=storage)
         work((search, None))
         assert len(finished(search.study())) == trials
     first, second = finished(search.study())
@@ -165,10 +165,11 @@ def test_every_strategy_has_something_to_search(benchmark):
     for strategy in strategies_of(benchmark):
         lowest = {name: values.low for name, values in search_of(None, strategy, benchmark).space().items()}
         fixed = dict(list(lowest.items())[1:])
-        assert recipe_of(search_of(None, strategy, benchmark, set=(fixed,)).run).lr is not None
+        assert recipe_of(search_of(None, strategy, benchmark, set=(fixed,)).first_run).lr is not None
 
 
 def test_the_command_line_is_the_search():
     search = parsed(Search, [*TINY, "--strategy", "sp-replay", "--set", "lr=1,", "rank=50", "--trials", "7"], "")
-    assert (search.run.n_tasks, search.run.replay_buffer, search.run.seed, search.trials) == (2, 200, 100, 7)
-    assert search.run.validation and dict(search.run.overrides) == {"lr": 1.0, "rank": 50.0}
+    run = search.first_run
+    assert (run.n_tasks, run.replay_buffer, run.seed, search.trials) == (2, 200, 100, 7)
+    assert run.validation and dict(run.overrides) == {"lr": 1.0, "rank": 50.0}

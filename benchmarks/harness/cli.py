@@ -1,10 +1,10 @@
-"""Command lines: a settings dataclass each, which tyro parses and which checks itself before anything starts."""
+"""Command lines: each is a settings dataclass, which tyro parses and which checks itself before anything starts."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar
@@ -36,22 +36,14 @@ def _assignments(text: list[str]) -> dict[str, float]:
 
 
 def _list(kind: type, metavar: str, parse: Callable[[list[str]], object]) -> PrimitiveConstructorSpec:
-    def shown(value) -> list[str]:
-        return [",".join(map(str, value))]
-
-    return PrimitiveConstructorSpec("*", metavar, parse, lambda value: isinstance(value, kind), shown)
+    return PrimitiveConstructorSpec(
+        "*", metavar, parse, lambda value: isinstance(value, kind), lambda value: [",".join(map(str, value))]
+    )
 
 
 Names = Annotated[tuple[str, ...], _list(tuple, "A,B", _words)]
 Numbers = Annotated[tuple[int, ...], _list(tuple, "N,M", lambda text: tuple(map(int, _words(text))))]
 _Assignments = Annotated[dict[str, float], _list(dict, "NAME=VALUE,...", _assignments)]
-Overrides = Annotated[tuple[_Assignments, ...], tyro.conf.arg(name="set"), tyro.conf.UseAppendAction]
-Network = Literal[tuple(NETWORKS)]
-
-
-def merged(overrides: tuple[dict[str, float], ...]) -> dict[str, float]:
-    """What every ``--set`` says together."""
-    return {name: value for values in overrides for name, value in values.items()}
 
 
 def processors() -> int:
@@ -64,10 +56,10 @@ class Where:
     """Where runs are trained, and where their results go.
 
     Attributes:
-        output: folder for results and figures
+        output: folder of results and figures
         jobs: runs at a time, one thread each; by default the processors that the process may use
         scheduler: run on the workers of this Dask scheduler instead: docs/sweeps.md
-        dataset_root: folder with MNIST/raw/*-ubyte
+        dataset_root: folder of MNIST/raw/*-ubyte
     """
 
     output: Path = ROOT / "results"
@@ -78,8 +70,8 @@ class Where:
     def __post_init__(self):
         self.at_least(1, "jobs")
         if not (self.dataset_root / "MNIST" / "raw" / "train-images-idx3-ubyte").exists():
-            expected = "a folder with MNIST/raw/train-images-idx3-ubyte"
-            raise ValueError(f"Invalid dataset_root: {self.dataset_root} (allowed: {expected})")
+            allowed = "a folder with MNIST/raw/train-images-idx3-ubyte"
+            raise ValueError(f"Invalid dataset_root: {self.dataset_root} (allowed: {allowed})")
 
     def at_least(self, least: int, *names: str) -> None:
         for name in names:
@@ -94,68 +86,79 @@ class Where:
 
 
 @dataclass(frozen=True)
-class Comparison(Where):
-    """A comparison of strategies on one benchmark.
+class Training(Where):
+    """How a strategy is trained.
 
     Attributes:
-        protocol: a published protocol, whose settings are the defaults: harness/protocols.py
-        strategies: names, in any order
-        tasks: experiences
         epochs: epochs an experience
         batch_size: stream samples in a mini-batch
         network: hidden widths, or a small CNN
-        replay_buffer: numbers of stored samples of the strategies with replay
-        seeds: number of seeds
-        first_seed: the first of them
-        against: also report each strategy's ACC minus this one's, paired by seed
-        validation: score on held-out training images, for tuning
-        set: settings of the strategies that replace their recipes', such as lr=0.1
+        first_seed: the first seed
+        set: settings of the strategy that replace its recipe's, such as lr=0.1
     """
 
-    benchmark: ClassVar[str]
-    protocol: str | None = None
-    strategies: Names = STRATEGIES
-    tasks: int = 2
     epochs: int = 1
     batch_size: int = 64
-    network: Network = "256-256"
-    replay_buffer: Numbers = (200,)
-    seeds: int = 3
+    network: Literal[tuple(NETWORKS)] = "256-256"
     first_seed: int = 0
-    against: str | None = None
-    validation: bool = False
-    set: Overrides = ()
+    set: Annotated[tuple[_Assignments, ...], tyro.conf.UseAppendAction] = ()
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(1, "tasks", "epochs", "batch_size", "seeds")
+        self.at_least(1, "epochs", "batch_size")
         self.at_least(0, "first_seed")
+
+    def run(self, benchmark: str, strategy: str, protocol: str | None = None, **settings) -> Run:
+        """A run with these settings. Those of ``set`` go before the protocol's."""
+        own = [pair for values in self.set for pair in values.items()]
+        overrides = overrides_of(benchmark, protocol, strategy, settings["replay_buffer"], own)
+        shared = {"epochs": self.epochs, "batch_size": self.batch_size, "network": self.network}
+        return Run(benchmark, strategy, overrides=overrides, **shared, **settings)
+
+
+@dataclass(frozen=True)
+class Comparison(Training):
+    """A comparison of strategies on one benchmark.
+
+    Attributes:
+        strategies: names, in any order
+        tasks: experiences
+        replay_buffer: numbers of stored samples of the strategies with replay
+        seeds: number of seeds
+        against: also report each strategy's ACC minus this one's, paired by seed
+        validation: score on held-out training images, for tuning
+        protocol: a published protocol, whose settings are the defaults: harness/protocols.py
+    """
+
+    benchmark: ClassVar[str]
+    strategies: Names = STRATEGIES
+    tasks: int = 2
+    replay_buffer: Numbers = (200,)
+    seeds: int = 3
+    against: str | None = None
+    validation: bool = False
+    protocol: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(1, "tasks", "seeds")
         if min(self.replay_buffer, default=0) < 1:
             raise ValueError(f"Invalid replay_buffer: {self.replay_buffer} (allowed: numbers of 1 or more)")
         if self.against is not None and (self.against not in self.strategies or self.seeds < 2):
-            allowed = f"one of the strategies, {', '.join(self.strategies)}, with 2 seeds or more"
+            allowed = f"one of {', '.join(self.strategies)}, with 2 seeds or more"
             raise ValueError(f"Invalid against: {self.against} (allowed: {allowed})")
         for run in self.runs():
-            run.settings()  # the strategy and its settings are there
+            run.settings()  # the strategy exists, and so do its settings
+
+    def of_benchmark(self) -> dict:
+        """Settings of a run that the benchmark alone has."""
+        raise NotImplementedError
 
     def runs(self) -> list[Run]:
         """Seeds outermost, so that a comparison cut short is a whole one with fewer seeds."""
-        own = merged(self.set)
+        shared = {"n_tasks": self.tasks, "validation": self.validation, **self.of_benchmark()}
         return [
-            Run(
-                benchmark=self.benchmark,
-                strategy=strategy,
-                n_tasks=self.tasks,
-                epochs=self.epochs,
-                batch_size=self.batch_size,
-                replay_buffer=buffer,
-                seed=seed,
-                train_per_task=getattr(self, "train_per_task", None),
-                validation=self.validation,
-                network=self.network,
-                overrides=overrides_of(self.benchmark, self.protocol, strategy, buffer, own.items()),
-                task_incremental=getattr(self, "task_incremental", False),
-            )
+            self.run(self.benchmark, strategy, self.protocol, replay_buffer=buffer, seed=seed, **shared)
             for seed in range(self.first_seed, self.first_seed + self.seeds)
             for strategy in self.strategies
             for buffer in (self.replay_buffer if strategy in USES_REPLAY else (0,))
@@ -164,7 +167,9 @@ class Comparison(Where):
 
 @dataclass(frozen=True)
 class SplitMNIST(Comparison):
-    __doc__ = f"""{Comparison.__doc__}
+    """Split MNIST.
+
+    Attributes:
         task_incremental: a head for each task, chosen by task labels; the defaults are then 5 tasks, 2 epochs
     """
 
@@ -179,10 +184,15 @@ class SplitMNIST(Comparison):
         if self.task_incremental and self.tasks == 10:
             raise ValueError("Invalid tasks: 10 (allowed with task_incremental: 2, 5, as one class is no task)")
 
+    def of_benchmark(self) -> dict:
+        return {"task_incremental": self.task_incremental}
+
 
 @dataclass(frozen=True)
 class PermutedMNIST(Comparison):
-    __doc__ = f"""{Comparison.__doc__}
+    """Permuted MNIST.
+
+    Attributes:
         train_per_task: training images a task; None: all 60000
     """
 
@@ -196,6 +206,9 @@ class PermutedMNIST(Comparison):
         self.at_least(1, "train_per_task")
         super().__post_init__()
 
+    def of_benchmark(self) -> dict:
+        return {"train_per_task": self.train_per_task}
+
 
 @dataclass(frozen=True)
 class _Presets:
@@ -204,18 +217,18 @@ class _Presets:
 
 
 def parsed(kind: type[T], argv: list[str] | None, description: str, default: T | None = None) -> T:
-    """The command line's settings. What is wrong with them is said on stderr, with status 2."""
+    """The command line's settings. An error is explained on stderr and ends the process with status 2."""
     return tyro.cli(kind, args=argv, description=description, default=default)
 
 
 def comparison(kind: type[Comparison], argv: list[str] | None, description: str) -> Comparison:
     """The settings of a comparison. A protocol's are the defaults."""
     presets, _ = tyro.cli(_Presets, args=argv, return_unknown_args=True, add_help=False)
-    defaults: Mapping = {}
+    defaults: dict = {}
     if presets.task_incremental:  # PackNet needs a second epoch
         defaults = {"tasks": 5, "epochs": 2, "strategies": TASK_INCREMENTAL, "task_incremental": True}
     if presets.protocol in PROTOCOLS[kind.benchmark]:
-        defaults = {**defaults, **PROTOCOLS[kind.benchmark][presets.protocol].arguments}
+        defaults |= PROTOCOLS[kind.benchmark][presets.protocol].arguments
     return parsed(kind, argv, f"{description}\n\n{about(kind.benchmark)}", kind(**defaults))
 
 

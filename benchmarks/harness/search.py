@@ -22,7 +22,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 
-from harness.cli import Network, Overrides, Where, merged
+from harness.cli import Training
 from harness.jobs import in_parallel, worker
 from harness.recipes import USES_REPLAY, recipe_of
 from harness.recipes.recipe import OPTIMIZER_NUMBERS
@@ -48,84 +48,70 @@ RANGES: dict[str, BaseDistribution] = {
     "shrinkage": FloatDistribution(1.0, 100.0, log=True),
 }
 _AS_LARGE_AS_THE_GRADIENT = ("SGD", "UPGD", "legacy")  # steps; the other optimizers' are as large as the learning rate
-FIRST_SEED = 100  # lower seeds are those that are reported
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
-class Search(Where):
+class Search(Training):
     """A search. Equal ones, of the same version of the algorithm, are one study.
 
     Attributes:
         strategy: its name
         benchmark: what is learned
-        trials: of the whole study, with those that are already finished
         tasks: experiences; by default 2 of split-mnist, 10 of permuted-mnist
         train_per_task: training images a task of permuted-mnist; None: all 50000
-        epochs: epochs an experience
-        batch_size: stream samples in a mini-batch
-        network: hidden widths, or a small CNN
         replay_buffer: stored samples, of a strategy with replay
+        trials: of the whole study, with those that are already finished
         seeds: runs of a trial, whose value is their mean ACC on validation images
-        first_seed: the first of their seeds
+        first_seed: the first of their seeds, 100 or more: lower ones are reported
         set: settings that are held fixed, such as lr=0.1
         storage: URL of a database for Optuna; None: a file in the output folder
     """
 
     strategy: str = "sp"
     benchmark: Literal["split-mnist", "permuted-mnist"] = "split-mnist"
-    trials: int = 50
     tasks: int | None = None
     train_per_task: int | None = None
-    epochs: int = 1
-    batch_size: int = 64
-    network: Network = "256-256"
     replay_buffer: int = 200
+    trials: int = 50
     seeds: int = 2
-    first_seed: int = FIRST_SEED
-    set: Overrides = ()
+    first_seed: int = 100
     storage: str | None = None
     output: Path = ROOT / "results" / "search"
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(1, "trials", "tasks", "train_per_task", "epochs", "batch_size", "replay_buffer", "seeds")
-        if self.first_seed < FIRST_SEED:
-            raise ValueError(f"Invalid first_seed: {self.first_seed} (allowed: {FIRST_SEED} or more, never reported)")
-        if self.benchmark == "split-mnist":
-            if self.tasks not in (None, 2, 5, 10):
-                raise ValueError(f"Invalid tasks: {self.tasks} (allowed on split-mnist: 2, 5, 10)")
-            if self.train_per_task is not None:
-                raise ValueError(f"Invalid train_per_task: {self.train_per_task} (allowed on permuted-mnist alone)")
+        self.at_least(1, "trials", "tasks", "train_per_task", "replay_buffer", "seeds")
+        self.at_least(100, "first_seed")
+        if self.benchmark == "split-mnist" and self.tasks not in (None, 2, 5, 10):
+            raise ValueError(f"Invalid tasks: {self.tasks} (allowed on split-mnist: 2, 5, 10)")
+        if self.benchmark == "split-mnist" and self.train_per_task is not None:
+            raise ValueError(f"Invalid train_per_task: {self.train_per_task} (allowed on permuted-mnist alone)")
         if not self.space():
             raise ValueError("Invalid set: every setting is held fixed (allowed: one or more left to search)")
 
     @property
-    def run(self) -> Run:
-        """A trial's first run, without what is searched."""
-        return Run(
-            benchmark=self.benchmark,
-            strategy=self.strategy,
+    def first_run(self) -> Run:
+        """A trial's first run, without the settings that are searched."""
+        return self.run(
+            self.benchmark,
+            self.strategy,
             n_tasks=self.tasks or {"split-mnist": 2, "permuted-mnist": 10}[self.benchmark],
-            epochs=self.epochs,
-            batch_size=self.batch_size,
+            train_per_task=self.train_per_task,
             replay_buffer=self.replay_buffer if self.strategy in USES_REPLAY else 0,
             seed=self.first_seed,
-            train_per_task=self.train_per_task,
-            network=self.network,
             validation=True,
-            overrides=merged(self.set),
         )
 
     def space(self) -> dict[str, BaseDistribution]:
         """What is searched: the learning rate, and each setting of the strategy with a range that isn't held fixed."""
-        recipe = recipe_of(self.run)
+        recipe = recipe_of(self.first_run)
         names = {*recipe.arguments, *recipe.optional, *recipe.optimizer_arguments, *OPTIMIZER_NUMBERS[recipe.optimizer]}
         if recipe.optimizer_arguments.get("plasticity_k") == 0:  # without its gate, or it would be another strategy
             names -= {"plasticity_k", "warmup_steps"}
         large = recipe.optimizer in _AS_LARGE_AS_THE_GRADIENT
         rate = FloatDistribution(1e-3, 1.0, log=True) if large else FloatDistribution(1e-5, 1e-2, log=True)
-        fixed = dict(self.run.overrides)
+        fixed = dict(self.first_run.overrides)
         ranges = {"lr": rate} | {name: values for name, values in RANGES.items() if name in names}
         return {name: values for name, values in ranges.items() if name not in fixed}
 
@@ -139,7 +125,7 @@ class Search(Where):
         Raises:
             DuplicatedStudyError: it is there, with ``new``.
         """
-        key = key_of({**self.run.settings(), "seeds": self.seeds})
+        key = key_of({**self.first_run.settings(), "seeds": self.seeds})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.create_study(
@@ -202,7 +188,7 @@ def _objective(search: Search) -> Callable[[optuna.Trial], float]:
 
     from harness.run import execute
 
-    store = Store(search.output)
+    store, first = Store(search.output), search.first_run
 
     def value_of(trial: optuna.Trial) -> float:
         found, accs, steps = {}, [], itertools.count()
@@ -213,13 +199,13 @@ def _objective(search: Search) -> Callable[[optuna.Trial], float]:
         def after_experience(matrix: np.ndarray) -> None:
             # The trial's value if nothing more were learned. It grows with the tasks: Optuna's pruner compares the best
             # of a trial's values so far, so it would never prune if they fell.
-            seen = matrix.shape[1] if search.run.strategy == "joint" else len(matrix)
+            seen = matrix.shape[1] if search.strategy == "joint" else len(matrix)
             trial.report(float(sum(accs) + matrix[-1, :seen].sum() / matrix.shape[1]) / search.seeds, next(steps))
             if trial.should_prune():
                 raise optuna.TrialPruned
 
         for seed in range(search.first_seed, search.first_seed + search.seeds):
-            run = replace(search.run, seed=seed, overrides={**dict(search.run.overrides), **found})
+            run = replace(first, seed=seed, overrides={**dict(first.overrides), **found})
             try:
                 row = execute(run, str(search.dataset_root), after_experience, curve=False)
             except (FloatingPointError, LinAlgError) as error:
@@ -249,9 +235,9 @@ def write_report(search: Search, study: optuna.Study) -> list[Path]:
     if len({trial.value for trial in complete}) > 1:
         importances = _importances(study, search.output / "importances.png")
         paths.append(search.output / "importances.png")
-    settings = {**dict(search.run.overrides), **study.best_params}
+    settings = {**dict(search.first_run.overrides), **study.best_params}
     best = {
-        "run": search.run.settings(),
+        "run": search.first_run.settings(),
         "seeds": search.seeds,
         "value": study.best_value,
         "settings": settings,
@@ -281,7 +267,7 @@ def _importances(study: optuna.Study, figure: Path) -> dict[str, float]:
 
 def command_of(search: Search, settings: dict[str, float]) -> str:
     """The command that runs the settings on test images, with seeds that the search has not seen."""
-    run = search.run
+    run = search.first_run
     words = ["python", f"benchmarks/{run.benchmark.replace('-', '_')}.py", "--strategies", run.strategy]
     words += ["--tasks", run.n_tasks, "--epochs", run.epochs, "--batch-size", run.batch_size, "--network", run.network]
     if run.strategy in USES_REPLAY:

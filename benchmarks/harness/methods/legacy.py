@@ -1,18 +1,15 @@
-"""The originally published rule and buffer, to reproduce what was published. Not a part of the library.
-
-See docs/original.md. The rule gates plain SGD: protection is the running mean of |g| times one minus |g|, each divided
-by its tensor's maximum. The buffer is first in, first out, and takes replayed samples in again.
-"""
+"""The originally published rule and buffer, to reproduce their results (docs/original.md). No part of the library."""
 
 from __future__ import annotations
 
 import torch
 from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor
 from torch.optim import Optimizer
 
 
 class LegacySelectivePlasticity(Optimizer):
-    """gate = clamp(1 - w (k / 10) e (1 - |g| / max |g|), 0.1, 1), w the warm-up, e = EMA(|g|) / max EMA(|g|).
+    """SGD with gate = clamp(1 - w (k / 10) e (1 - |g| / max |g|), 0.1, 1), w the warm-up, e = EMA(|g|) / max EMA(|g|).
 
     ``plasticity_k=0`` fixes the gate at 1: the same SGD without it.
     """
@@ -26,9 +23,7 @@ class LegacySelectivePlasticity(Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
                 if not state:
                     state["step"], state["trace"] = 0, torch.zeros_like(p)
@@ -45,16 +40,15 @@ class LegacyReplay(SupervisedPlugin):
 
     Args:
         mem_size: samples stored.
-        fifo: the joint batch is stored at once and the oldest samples fall out, as published. False: an experience's
-            last samples are stored at its end, so that what was learned before is there while the next is learned.
+        fifo: as published, the joint batch is stored at once and the oldest samples fall out. False: an experience's
+            last samples are stored at its end, so that samples of the old task are there in the next one.
     """
 
     def __init__(self, mem_size: int, fifo: bool = True):
         super().__init__()
-        self.mem_size = mem_size
-        self.fifo = fifo
-        self.memory: list[torch.Tensor] = []
-        self.latest: list[torch.Tensor] = []
+        self.mem_size, self.fifo = mem_size, fifo
+        self.memory: list[Tensor] = []
+        self.latest: list[Tensor] = []
 
     def before_training_iteration(self, strategy, **kwargs):
         if not self.fifo:
@@ -71,5 +65,5 @@ class LegacyReplay(SupervisedPlugin):
         if not self.fifo:
             self.memory, self.latest = self.latest, []
 
-    def _joined(self, old: list[torch.Tensor], new: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _joined(self, old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
         return [torch.cat([a, b])[-self.mem_size :] for a, b in zip(old, new)] if old else list(new)

@@ -1,7 +1,7 @@
-"""Plugins that project a layer's gradient away from what earlier experiences put into the layer.
+"""GPM and OWM: a layer's gradient is projected away from the inputs of earlier experiences.
 
-A linear layer computes z = W x + b. Both count the bias as the weight of one more input, which is always 1: the joint
-gradient [dW, db], shape (out, d + 1), is projected from the right. Their papers' networks have no biases to project.
+A linear layer computes z = W x + b. Both methods count the bias as the weight of one more input, which is always 1: the
+joint gradient [dW, db], shape (out, d + 1), is projected from the right. Their papers' networks have no biases.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class GradientProjection(SupervisedPlugin):
     def __init__(self):
         super().__init__()
         self.kept: dict[str, Tensor] = {}
-        """What a subclass keeps of each layer's inputs, by the layer's name."""
+        """A subclass's summary of each layer's inputs, by the layer's name."""
 
     def project(self, gradient: Tensor, kept: Tensor) -> Tensor:
         raise NotImplementedError
@@ -27,41 +27,34 @@ class GradientProjection(SupervisedPlugin):
     @torch.no_grad()
     def before_update(self, strategy, **kwargs):
         for name, layer in linear_layers(strategy.model).items():
-            if name not in self.kept:
-                continue
-            gradient = layer.weight.grad
-            if layer.bias is not None:
-                gradient = torch.cat([gradient, layer.bias.grad[:, None]], dim=1)
-            gradient = self.project(gradient, self.kept[name])
-            layer.weight.grad.copy_(gradient[:, : layer.in_features])
-            if layer.bias is not None:
-                layer.bias.grad.copy_(gradient[:, -1])
+            if name in self.kept:
+                bias = [] if layer.bias is None else [layer.bias.grad[:, None]]
+                gradient = self.project(torch.cat([layer.weight.grad, *bias], dim=1), self.kept[name])
+                layer.weight.grad.copy_(gradient[:, : layer.in_features])
+                if layer.bias is not None:
+                    layer.bias.grad.copy_(gradient[:, -1])
 
 
 class GradientProjectionMemory(GradientProjection):
     r"""Gradient projection memory (GPM): steps orthogonal to the inputs of earlier experiences.
 
     After each experience, with R (d, n) a layer's inputs for n of its samples and M (d, r) the orthonormal basis so
-    far, the basis gains the leading left singular vectors of what it misses, the fewest, k, for which
+    far, the basis gains the leading left singular vectors of its residual, the fewest, k, for which
 
     .. math::
         \hat R = R - M M^\top R = U \Sigma V^\top, \qquad
         \|M M^\top R\|_F^2 + \|\hat R_k\|_F^2 \ge \epsilon_{th} \|R\|_F^2
 
-    (equations 8 and 9; equation 5 is the same with M empty). From then on the gradient is (equation 6)
+    (equations 8 and 9; equation 5 is the same with M empty). From then on the gradient is :math:`\nabla_W L -
+    (\nabla_W L) M M^\top` (equation 6).
 
-    .. math::
-        \nabla_W L \leftarrow \nabla_W L - (\nabla_W L) M M^\top
+    G. Saha, I. Garg, K. Roy: Gradient projection memory for continual learning, ICLR 2021.
 
     Args:
         epsilon: :math:`\epsilon_{th}`, the share of energy to keep, between 0 and 1, the same for all experiences. (The
             authors also let it grow by .003 an experience: no better on Split MNIST, ``docs/experiments.md``.)
-        epsilon_hidden: the same of all layers but the first, which the authors set apart on Permuted MNIST. Default:
-            ``epsilon``.
+        epsilon_hidden: the same of all layers but the first, as the authors do on Permuted MNIST. Default: ``epsilon``.
         samples: n, evenly spread over the experience; 300 as in the authors' code.
-
-    References:
-        G. Saha, I. Garg, K. Roy: Gradient projection memory for continual learning, ICLR 2021.
     """
 
     def __init__(self, epsilon: float, epsilon_hidden: float | None = None, samples: int = 300):
@@ -93,20 +86,15 @@ class OrthogonalWeightsModification(GradientProjection):
         P = I - A (A^\top A + \alpha I)^{-1} A^\top = \alpha\, (\alpha I + A A^\top)^{-1}
 
     (main text). The columns are the layer's inputs, averaged over each batch, with the weights at the end of the
-    experience. P starts at I and takes them in one by one, by recursive least squares (Methods, step e):
+    experience; P takes them in one by one, by recursive least squares (``take_in``; Methods, step e). The authors'
+    code does this at every iteration, with the weights of the moment, and so already protects the present experience.
+    On validation images it ends lower here (``docs/experiments.md``).
 
-    .. math::
-        k = \frac{P \bar x}{\alpha + \bar x^\top P \bar x}, \qquad P \leftarrow P - k \bar x^\top P
-
-    The authors' code does this at every iteration instead, with the weights of the moment, and so already holds back
-    what is being learned; on validation images it ends lower here (``docs/experiments.md``).
+    G. Zeng, Y. Chen, B. Cui, S. Yu: Continual learning of context-dependent processing in neural networks, Nature
+    Machine Intelligence 2019.
 
     Args:
         alpha: :math:`\alpha`, greater than 0; smaller values close more.
-
-    References:
-        G. Zeng, Y. Chen, B. Cui, S. Yu: Continual learning of context-dependent processing in neural networks,
-        Nature Machine Intelligence 2019.
     """
 
     def __init__(self, alpha: float):

@@ -37,8 +37,7 @@ def gaussian_replay(run: Run) -> ReplayPlugin:
 
 
 class Reservoir(ReservoirSamplingBuffer):
-    """Avalanche's, which keeps its samples as views of views: one deeper with every mini-batch, and slower, as soon as
-    they come from two tasks. This one copies them."""
+    """Avalanche's, but with copies of the samples: views of views are one deeper, and slower, with every mini-batch."""
 
     def update_from_dataset(self, new_data: AvalancheDataset) -> None:
         super().update_from_dataset(new_data)
@@ -74,9 +73,9 @@ def _share(run: Run) -> int:
 
 
 class GDumb(GDumbPlugin):
-    """A. Prabhu, P. Torr, P. Dokania: GDumb, a simple approach that questions our progress, ECCV 2020.
+    """A fresh network at every experience, trained on the stored samples alone, the new ones among them.
 
-    At every experience a fresh network is trained on the stored samples alone, the new ones among them.
+    A. Prabhu, P. Torr, P. Dokania: GDumb, a simple approach that questions our progress, ECCV 2020.
 
     Args:
         mem_size: samples stored.
@@ -95,10 +94,10 @@ class GDumb(GDumbPlugin):
 
 
 class MemoryDistillation(SupervisedPlugin):
-    """Holds the outputs for stored samples where the network had them when the last experience ended.
+    """Keeps the outputs for stored samples near those of the network at the end of the last experience.
 
     Adds ``weight`` times their squared distance, summed over outputs and averaged over the stored samples of a batch:
-    what dark experience replay (P. Buzzega et al., NeurIPS 2020) adds to replay. It goes with ``ReplayPlugin``.
+    the addition of dark experience replay (P. Buzzega et al., NeurIPS 2020) to replay. It needs ``ReplayPlugin``.
     """
 
     def __init__(self, weight: float):
@@ -110,21 +109,19 @@ class MemoryDistillation(SupervisedPlugin):
 
     def before_backward(self, strategy, **kwargs):
         stream = stream_rows(strategy)
-        if self.teacher is None or stream == len(strategy.mb_x):
-            return
-        with torch.no_grad():
-            targets = self.teacher(strategy.mb_x[stream:])
-        strategy.loss += self.weight * (strategy.mb_output[stream:] - targets).square().sum(1).mean()
+        if self.teacher is not None and stream < len(strategy.mb_x):
+            with torch.no_grad():
+                targets = self.teacher(strategy.mb_x[stream:])
+            strategy.loss += self.weight * (strategy.mb_output[stream:] - targets).square().sum(1).mean()
 
     def after_training_exp(self, strategy, **kwargs):
         self.teacher = copy.deepcopy(strategy.model).eval()
 
 
 class ConstantGate(SupervisedPlugin):
-    """Gates the stream's samples as the coincidence gate does, but by one number, whatever their input.
+    """Multiplies the error signal of the stream's samples by ``gate`` while stored samples are replayed.
 
-    Their error signal is multiplied by ``gate`` while stored samples are replayed; these pass ungated. The control of
-    what a gate gains beside replay by knowing which directions are claimed.
+    The control of the plugin with replay: as its gate, but one number for every input.
     """
 
     def __init__(self, gate: float):

@@ -11,48 +11,36 @@ INPUTS, OUTPUTS = 784, 10
 
 
 def stored_bytes(width: int) -> int:
-    """What ``width`` features take, in single precision: their weights, the readout's, and the two sums."""
+    """Bytes of ``width`` features in single precision: their weights, the readout's, and the two sums."""
     weights = (INPUTS + 1) * width + (width + 1) * OUTPUTS
     sums = (width + 1) * (width + 2) // 2 + (width + 1) * OUTPUTS  # a symmetric matrix is its upper triangle
     return 4 * (weights + sums)
 
 
-def width_within(budget: int) -> int:
-    """The largest number of features that takes no more than ``budget`` bytes."""
+def build_random_features(budget: int) -> nn.Module:
+    """A fixed random hidden layer and a readout, which take at most ``budget`` bytes with the readout's sums."""
     width = 1
     while stored_bytes(width + 1) <= budget:
         width += 1
-    return width
-
-
-def build_random_features(budget: int) -> nn.Module:
-    """A network with a fixed random hidden layer, which takes ``budget`` bytes with all that its readout keeps."""
-    width = width_within(budget)
     hidden = nn.Linear(INPUTS, width).requires_grad_(False)
     return nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), nn.Linear(width, OUTPUTS))
 
 
 class StreamingRidge(SupervisedPlugin):
-    r"""Ridge regression of one-hot targets on the inputs of a model's last layer, from two sums over the stream.
-
-    With h the inputs, an input of 1 for the bias among them, and y the one-hot target,
+    r"""Ridge regression of one-hot targets y on the inputs h of a model's last layer, from two sums over the stream:
 
     .. math::
         G = \sum h h^\top, \qquad B = \sum h y^\top, \qquad W^\top = (G + \rho I)^{-1} B
 
-    which is the solution for all samples seen so far at once. No sample is stored and no task boundary is needed: the
-    readout is solved for where it is asked (in evaluation, and when an experience ends). All earlier layers must be
-    fixed, and the optimizer's learning rate 0.
+    h has a 1 for the bias. This is the solution for all samples seen so far: no sample is stored and no boundary is
+    needed. The readout is solved for in evaluation and at the end of an experience. All earlier layers must be fixed
+    and the learning rate 0. Random features count as stored weights, although a seed could draw them again.
 
-    Memory: the random features count as stored weights, although a seed could draw them again; without them the same
-    budget of the 784-256-256-10 network would hold 886 features instead of 407.
+    A. Hoerl, R. Kennard: Ridge regression, Technometrics 1970. A. Rahimi, B. Recht: Random features for large-scale
+    kernel machines, NeurIPS 2007.
 
     Args:
         ridge: :math:`\rho`, greater than 0.
-
-    References:
-        A. Hoerl, R. Kennard: Ridge regression, Technometrics 1970. A. Rahimi, B. Recht: Random features for
-        large-scale kernel machines, NeurIPS 2007.
     """
 
     def __init__(self, ridge: float):
@@ -99,11 +87,10 @@ class StreamingRidge(SupervisedPlugin):
     @torch.no_grad()
     def solve(self, readout: nn.Linear) -> None:
         """Sets the readout to the solution for all samples so far."""
-        if self._solved:
-            return
-        gram = self.gram.double()
-        gram.diagonal().add_(self.ridge)
-        solution = torch.linalg.solve(gram, self.targets.double())
-        readout.weight.copy_(solution[:-1].T)
-        readout.bias.copy_(solution[-1])
-        self._solved = True
+        if not self._solved:
+            gram = self.gram.double()
+            gram.diagonal().add_(self.ridge)
+            solution = torch.linalg.solve(gram, self.targets.double())
+            readout.weight.copy_(solution[:-1].T)
+            readout.bias.copy_(solution[-1])
+            self._solved = True
