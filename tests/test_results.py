@@ -190,6 +190,8 @@ def test_accuracy_minus_that_of_a_reference_has_its_interval(runs):
     gains = joint - ours
     assert rows["joint"]["ACC minus that of sp-both"] == f"{gains.mean():+.1f} ± {student(gains.tolist()):.1f}"
     assert rows["joint"]["p (Holm)"] == f"{2 / 2**10 * 9:.3f}"
+    with pytest.raises(ValueError, match="Invalid against: sp-replay .allowed: a strategy with one row"):
+        tables.minus(runs, STUDY, "sp-replay")  # with 50 and 200 stored samples
 
 
 def test_a_single_strategy_is_compared_with_none(runs):

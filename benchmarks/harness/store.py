@@ -49,17 +49,9 @@ def key_of(settings: Mapping, version: int | None = None) -> str:
     """Identifies a run: its settings with the seed, and the version of its algorithm, by default the present one."""
     if version is None:
         version = version_of(settings["strategy"])
-    text = json.dumps(_plain(without_usual(settings)), sort_keys=True)
-    return f"{hashlib.sha256(text.encode()).hexdigest()[:16]}-{version}"
-
-
-def _plain(value):
-    """Equal settings as equal text: 1 for 1.0, lists for tuples."""
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    # Equal settings are equal text: 1 and 1.0, lists and tuples.
+    plain = json.loads(json.dumps(without_usual(settings)), parse_int=float)
+    return f"{hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]}-{version}"
 
 
 def without_usual(settings: Mapping) -> dict:

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from harness.protocols import PROTOCOLS
-from harness.settings import BOUNDS, NETWORKS
+from harness.settings import ABOUT, BOUNDS, NETWORKS, USES_REPLAY
 from harness.statistics import bootstrap, holm, rank_biserial, student, wilcoxon
 from harness.store import version_of
-from harness.studies import BEST_WITHOUT, BOUNDARIES, LAYERS, METHODS, OVERVIEW, STUDIES, WITH_AND_WITHOUT, Study
+from harness.studies import BEST_WITHOUT, BOUNDARIES, LAYERS, OVERVIEW, STUDIES, WITH_AND_WITHOUT, Study
 
 ALPHA = 0.05
 CELL = ["label", "replay_buffer"]
@@ -207,8 +207,10 @@ def listing(runs: pd.DataFrame, study: Study | None, columns: str = "full") -> s
 def minus(runs: pd.DataFrame, study: Study | None, reference: str) -> str:
     """ACC of each row minus that of a strategy that has one row, with Student's interval."""
     accuracies = by_seed(runs)
-    (ours,) = (cell for cell in accuracies.index if cell[0] == reference)
-    found = differences(accuracies.loc[ours], accuracies.drop(index=[ours]))
+    ours = [cell for cell in accuracies.index if cell[0] == reference]
+    if len(ours) != 1:
+        raise ValueError(f"Invalid against: {reference} (allowed: a strategy with one row in this comparison)")
+    found = differences(accuracies.loc[ours[0]], accuracies.drop(index=ours))
     return markdown(
         {"strategy": label, "buffer": buffer or "-"}
         | {f"ACC minus that of {reference}": with_student(pd.Series(-row["gains"]), "+"), "p (Holm)": f"{row['p']:.3f}"}
@@ -279,16 +281,19 @@ def minus_others(runs: pd.DataFrame, study: Study, ours: str, *names: str) -> st
 
 
 def overview(frame: pd.DataFrame) -> str:
-    """The methods on four benchmarks: ACC without stored samples, or with 200 of them."""
+    """The methods on several benchmarks: ACC without stored samples, or with 200 of them."""
     columns = {
         name: {label: with_student(cell["acc"]) for label, _, cell in cells(study.select(frame))}
         for name, study in OVERVIEW.items()
     }
-    return markdown(
-        {"stored samples": stored, "method": method, "strategy": f"`{strategy}`"}
-        | {name: column.get(strategy, "-") for name, column in columns.items()}
-        for strategy, (stored, method) in METHODS.items()
-    )
+    rows = []
+    for strategy in (row.strategy for row in next(iter(OVERVIEW.values())).rows):
+        stored = "all" if strategy in BOUNDS else "200" if strategy in USES_REPLAY else "none"
+        about = ABOUT[strategy].partition(":")[0]
+        method = f"**{about}**" if strategy.startswith("sp") else about
+        row = {"stored samples": stored, "strategy": f"`{strategy}`", "method": method}
+        rows.append(row | {name: column.get(strategy, "-") for name, column in columns.items()})
+    return markdown(rows)
 
 
 def found_boundaries(task_ends: list[int], consolidated_at: list[int]) -> tuple[list[int], int, int]:
