@@ -12,7 +12,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from harness.networks import build_network, perceptron
 from harness.run import quiet
 from harness.settings import ROOT
 
-Timer = Callable[[], float]  # does the work once, returns seconds
+Timers = dict[str, Callable[[], float]]  # by name: does the work once, returns seconds
 BATCH, ONLINE_BATCH = 128, 10
 OURS, PLUGIN = "SelectivePlasticityOptimizer", "SelectivePlasticityPlugin"
 OPTIMIZERS = {
@@ -51,6 +51,20 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def torch_loop(make: Callable, batches: Callable[[], Iterable]) -> float:
+    torch.manual_seed(0)
+    model, loss, parts = build_network(), nn.CrossEntropyLoss(), batches()
+    optimizer = make(model.parameters())
+
+    def train() -> None:
+        for x, y in parts:
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            optimizer.step()
+
+    return seconds(train)
+
+
 class StepClock(SupervisedPlugin):
     """Seconds of all training iterations, from before the forward pass to after the optimizer's step."""
 
@@ -63,70 +77,43 @@ class StepClock(SupervisedPlugin):
         self.seconds += time.perf_counter() - self._start
 
 
-def trained(
-    experiences: Iterable,
-    timed: Iterable,
-    optimizer: Callable,
-    plugin: Callable | None = None,
-    criterion: type[nn.Module] = OneHotMSELoss,
-    batch: int = BATCH,
-    steps_alone: bool = False,
-) -> Timer:
-    """Time of Naive on the experiences ``timed``, after ``experiences``: all of it, or its iterations alone."""
-
-    def run() -> float:
-        model, clock = build_network(), StepClock()
-        strategy = Naive(
-            model=model,
-            optimizer=optimizer(model.parameters()),
-            criterion=criterion(),
-            train_mb_size=batch,
-            plugins=[*([plugin()] if plugin else []), clock],
-            evaluator=None,
-        )
-        for experience in experiences:
-            strategy.train(experience)
-        clock.seconds = 0.0
-        whole = seconds(lambda: [strategy.train(experience) for experience in timed])
-        return clock.seconds if steps_alone else whole
-
-    return run
+def naive(
+    before: Sequence, timed: Sequence, make: Callable, plugin=None, loss=OneHotMSELoss, batch=BATCH, steps_alone=False
+) -> float:
+    """Seconds that Naive takes for the experiences ``timed``, after those ``before``: all, or its iterations alone."""
+    model, clock = build_network(), StepClock()
+    plugins = [plugin(), clock] if plugin else [clock]
+    arguments = {"criterion": loss(), "train_mb_size": batch, "plugins": plugins, "evaluator": None}
+    strategy = Naive(model=model, optimizer=make(model.parameters()), **arguments)
+    for experience in before:
+        strategy.train(experience)
+    clock.seconds = 0.0
+    whole = seconds(lambda: [strategy.train(experience) for experience in timed])
+    return clock.seconds if steps_alone else whole
 
 
-def data_path(root: str) -> dict[str, Timer]:
+def data_path(root: str) -> Timers:
     """An epoch of 2-task Split MNIST's first experience."""
     ours = split_mnist(2, dataset_root=root).train_stream[0]
     classic = SplitMNIST(2, fixed_class_order=range(10), dataset_root=root).train_stream[0]
     x, y, _ = ours.dataset.read_batch(list(range(len(ours.dataset))))
     sgd = partial(SGD, lr=0.05)
-    train = partial(trained, [], optimizer=sgd, criterion=nn.CrossEntropyLoss)
-
-    def bare() -> float:
-        batches = torch.randperm(len(x)).split(BATCH)
-        return torch_loop(sgd, lambda: ((x[rows], y[rows]) for rows in batches))()
-
     return {
-        "bare torch loop": bare,
-        "Naive, avalanche_sp split_mnist": train([ours]),
-        "Naive, Avalanche SplitMNIST": train([classic]),
+        "bare torch loop": lambda: torch_loop(
+            sgd, lambda: ((x[rows], y[rows]) for rows in torch.randperm(len(x)).split(BATCH))
+        ),
+        "Naive, avalanche_sp split_mnist": partial(naive, [], [ours], sgd, loss=nn.CrossEntropyLoss),
+        "Naive, Avalanche SplitMNIST": partial(naive, [], [classic], sgd, loss=nn.CrossEntropyLoss),
     }
 
 
-def torch_loop(optimizer: Callable, batches: Callable[[], Iterable]) -> Timer:
-    torch.manual_seed(0)
-    model, loss = build_network(), nn.CrossEntropyLoss()
-    optimizer = optimizer(model.parameters())
-
-    def train() -> None:
-        for x, y in batches():
-            optimizer.zero_grad()
-            loss(model(x), y).backward()
-            optimizer.step()
-
-    return lambda: seconds(train)
+def training_steps() -> Timers:
+    """100 training steps on one batch."""
+    x, y = torch.randn(BATCH, 784), torch.randint(10, (BATCH,))
+    return {name: partial(torch_loop, make, lambda: [(x, y)] * 100) for name, make in OPTIMIZERS.items()}
 
 
-def steps(width: int) -> tuple[dict[str, Timer], dict[str, int]]:
+def steps(width: int) -> tuple[Timers, dict[str, int]]:
     """100 steps of each optimizer, gradients ready; and the bytes of state that each keeps beyond Adam's."""
     timers, extra = {}, {}
     for name, make in OPTIMIZERS.items():
@@ -145,30 +132,31 @@ def steps(width: int) -> tuple[dict[str, Timer], dict[str, int]]:
     return timers, extra
 
 
-def gated(root: str, steps_alone: bool) -> dict[str, Timer]:
+def gated(root: str, steps_alone: bool) -> Timers:
     """Split MNIST's second experience of two: its iterations, or all of it with consolidation."""
     first, second = split_mnist(2, dataset_root=root).train_stream
     optimizers = {"SGD": partial(SGD, lr=0.1), **({"Adam": Adam} if steps_alone else {})}
+    plugins = {"": None, f", {PLUGIN}": SelectivePlasticityPlugin}
     return {
-        f"{name}, {PLUGIN}" if plugin else name: trained([first], [second], make, plugin, steps_alone=steps_alone)
+        name + suffix: partial(naive, [first], [second], make, plugin, steps_alone=steps_alone)
         for name, make in optimizers.items()
-        for plugin in (None, SelectivePlasticityPlugin)
+        for suffix, plugin in plugins.items()
     }
 
 
-def online(root: str) -> dict[str, Timer]:
+def online(root: str) -> Timers:
     """The first 400 mini-batches of two tasks of five, each an experience: no boundary is told."""
     tasks = split_mnist(5, dataset_root=root).train_stream[:2]
     parts = [part for t in tasks for part, _ in zip(split_online_stream([t], ONLINE_BATCH, seed=0), range(400))]
-    train = partial(trained, [], parts, partial(SGD, lr=0.02), batch=ONLINE_BATCH)
-    plugins = {
-        f'SGD, {PLUGIN}(consolidate="{how}")': partial(SelectivePlasticityPlugin, consolidate=how)
-        for how in ("surprise", "continuous")
-    }
-    return {"SGD": train(), **{name: train(plugin=plugin) for name, plugin in plugins.items()}}
+    train = partial(naive, [], parts, partial(SGD, lr=0.02), batch=ONLINE_BATCH)
+    timers = {"SGD": train}
+    for how in ("surprise", "continuous"):
+        plugin = partial(SelectivePlasticityPlugin, consolidate=how)
+        timers[f'SGD, {PLUGIN}(consolidate="{how}")'] = partial(train, plugin=plugin)
+    return timers
 
 
-def measure(timers: dict[str, Timer], rounds: int) -> list[dict]:
+def measure(timers: Timers, rounds: int) -> list[dict]:
     """Median seconds of each, and the median of its ratio to a reference, round by round.
 
     The reference is torch's fused Adam for fused optimizers, Adam for Adam with the plugin, else the first.
@@ -177,8 +165,8 @@ def measure(timers: dict[str, Timer], rounds: int) -> list[dict]:
         timer()  # warm-up
     times, rows = pd.DataFrame([{name: timer() for name, timer in timers.items()} for _ in range(rounds)]), []
     for name in timers:
-        adam = "Adam" if name.startswith("Adam") else next(iter(timers))
-        reference = "torch.optim.Adam(fused=True)" if "fused" in name else adam
+        other = "Adam" if name.startswith("Adam") else next(iter(timers))
+        reference = "torch.optim.Adam(fused=True)" if "fused" in name else other
         ratios = times[name] / times[reference]
         rows.append({"name": name, "seconds": times[name].median(), "reference": reference, "ratio": ratios.median()})
         rows[-1] |= {"ratio_min": ratios.min(), "ratio_max": ratios.max()}
@@ -204,26 +192,20 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     quiet()
     root = str(settings.dataset_root)
-    x, y = torch.randn(BATCH, 784), torch.randint(10, (BATCH,))
-    small, large = steps(256), steps(1000)
+    (small, small_bytes), (large, large_bytes) = steps(256), steps(1000)
     parts = {
-        "data": ("an epoch of 30,596 images", data_path(root)),
-        "step": ("100 steps, 269,322 parameters", small[0]),
-        "large step": ("100 steps, 1,796,010 parameters", large[0]),
-        "training step": (
-            "100 training steps, 269,322 parameters",
-            {name: torch_loop(make, lambda: [(x, y)] * 100) for name, make in OPTIMIZERS.items()},
-        ),
-        "plugin step": ("the 230 training steps of an epoch", gated(root, True)),
-        "plugin epoch": ("an epoch of 29,404 images, consolidation included", gated(root, False)),
-        "online": ("800 mini-batches of an online stream", online(root)),
+        "data": ("an epoch of 30,596 images", data_path(root), {}),
+        "step": ("100 steps, 269,322 parameters", small, small_bytes),
+        "large step": ("100 steps, 1,796,010 parameters", large, large_bytes),
+        "training step": ("100 training steps, 269,322 parameters", training_steps(), {}),
+        "plugin step": ("the 230 training steps of an epoch", gated(root, True), {}),
+        "plugin epoch": ("an epoch of 29,404 images, consolidation included", gated(root, False), {}),
+        "online": ("800 mini-batches of an online stream", online(root), {}),
     }
-    extra = {"step": small[1], "large step": large[1]}
     results: dict[str, object] = {"torch": torch.__version__}
-    for part, (what, timers) in parts.items():
+    for part, (what, timers, extra) in parts.items():
         rows = measure(timers, settings.rounds)
-        for row in rows if part in extra else ():
-            row["extra_bytes"] = extra[part][row["name"]]
+        rows = [row | ({"extra_bytes": extra[row["name"]]} if extra else {}) for row in rows]
         batch = ONLINE_BATCH if part == "online" else BATCH
         results[part] = {"what": what, "batch_size": batch, "rounds": settings.rounds, "rows": rows}
         print(f"\n{what}\n{pd.DataFrame(rows).to_string(index=False, float_format='%.3f')}", flush=True)

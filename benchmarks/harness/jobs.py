@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import closing, contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import TypeVar
 from unittest import mock
 
 from pebble import ProcessExpired, ProcessPool
@@ -22,7 +20,6 @@ from tqdm import tqdm
 from harness.settings import ROOT, Run
 from harness.store import Store, key_of
 
-Job = TypeVar("Job")
 ATTEMPTS = 3  # of a job whose process dies; Dask has as many
 
 
@@ -51,29 +48,25 @@ def run_all(
         OSError: results can't be written, or there is no scheduler (any more). Finished runs are kept.
     """
     keys, stored = {key_of(run.settings()): run for run in runs}, store.keys()
-    missing = [run for key, run in keys.items() if key not in stored]
-    if len(missing) < len(keys):
-        print(f"{len(keys) - len(missing)} of {len(keys)} runs are already in {store.path}")
-    failed = 0
-    patience = 0.5 if sys.stdout.isatty() else 10  # seconds between updates: few lines in a log file
-    with tqdm(total=len(missing), unit="run", file=sys.stdout, mininterval=patience) as progress:
-        tasks = [(run, str(dataset_root), keeps_curve(run)) for run in missing]
-        with closing(in_parallel(_train, tasks, jobs, scheduler)) as finished:
-            for (run, *_), row in finished:
-                if isinstance(row, Exception):
-                    row = {"settings": run.settings(), "error": f"{type(row).__name__}: {row}"}
-                store.append(row)
-                if "error" in row:
-                    failed += 1
-                    progress.write(f"FAILED {run.strategy}, seed {run.seed}: {row['error'].splitlines()[-1]}")
-                progress.set_postfix_str(f"{run.strategy}, seed {run.seed}", refresh=False)
-                progress.update()
+    tasks = [(run, str(dataset_root), keeps_curve(run)) for key, run in keys.items() if key not in stored]
+    if len(tasks) < len(keys):
+        print(f"{len(keys) - len(tasks)} of {len(keys)} runs are already in {store.path}")
+    failed, patience = 0, 0.5 if sys.stdout.isatty() else 10  # seconds between updates: few lines in a log file
+    bar = tqdm(total=len(tasks), unit="run", file=sys.stdout, mininterval=patience, disable=not tasks)
+    with bar as progress, closing(in_parallel(_train, tasks, jobs, scheduler)) as finished:
+        for (run, *_), row in finished:
+            if isinstance(row, Exception):
+                row = {"settings": run.settings(), "error": f"{type(row).__name__}: {row}"}
+            store.append(row)
+            if "error" in row:
+                failed += 1
+                progress.write(f"FAILED {run.strategy}, seed {run.seed}: {row['error'].splitlines()[-1]}")
+            progress.set_postfix_str(f"{run.strategy}, seed {run.seed}", refresh=False)
+            progress.update()
     return failed
 
 
-def in_parallel(
-    function: Callable, jobs: Sequence[Job], workers: int, scheduler: str | None = None
-) -> Iterator[tuple[Job, object]]:
+def in_parallel(function: Callable, jobs: Sequence, workers: int, scheduler: str | None = None) -> Iterator[tuple]:
     """Each job with its result, or with its exception, in the order in which they end.
 
     A job whose process dies is tried again in a fresh one, ``ATTEMPTS`` times.
@@ -122,9 +115,8 @@ def _processes(workers: int) -> Iterator[Callable[..., Future]]:
     pool = ProcessPool(workers, context=context)
     try:
         yield lambda function, job: pool.schedule(function, [job])
-        pool.close()
     finally:
-        pool.stop()  # jobs and all, if something was raised
+        pool.stop()  # all jobs have ended, unless something was raised
         pool.join()
 
 
@@ -139,14 +131,11 @@ def _cluster(scheduler: str) -> Iterator[Callable[..., Future]]:
     except (OSError, ValueError) as error:
         raise ConnectionError(f"no Dask scheduler at {scheduler}: {error}") from error
     with client:
-        executor: Executor = client.get_executor(pure=False)
+        executor = client.get_executor(pure=False)
         try:
             yield executor.submit
         finally:
             executor.shutdown(wait=False)
-
-
-_one_at_a_time = threading.Lock()  # a Dask worker may have several threads; torch's random numbers have one state
 
 
 def _train(task: tuple[Run, str, bool]) -> dict:
@@ -161,16 +150,14 @@ def _train(task: tuple[Run, str, bool]) -> dict:
             return {"settings": run.settings(), "error": traceback.format_exc()}
 
 
+_one_at_a_time = threading.Lock()  # a Dask worker may have several threads; torch's random numbers have one state
+
+
 @contextmanager
 def worker() -> Iterator[None]:
     """Whatever trains in a worker does so within this: one at a time in its process."""
     with _one_at_a_time:
-        _quiet()
+        from harness.run import quiet  # here, as only workers need torch
+
+        quiet()
         yield
-
-
-@functools.cache
-def _quiet() -> None:
-    from harness.run import quiet  # here, as only workers need torch
-
-    quiet()

@@ -1,4 +1,4 @@
-"""Protocols of the literature by name: what they set, and what was published under them."""
+"""Published protocols by name: their settings, and the accuracies published with them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a named protocol sets.
+    """A named protocol.
 
     Attributes:
-        arguments: values of the scripts' arguments, where the command line doesn't say otherwise.
-        settings: of strategies that have published ones, or whose recipe doesn't suit it, each a number, or a number by
-            buffer. The others train with their recipes, which were tuned with one epoch and batches of 64.
+        arguments: defaults of the scripts' arguments.
+        settings: of strategies with published settings, or with a recipe that doesn't suit the protocol, each a number,
+            or a number by buffer. The others train with their recipes, which were tuned with one epoch and batches of
+            64.
         published: accuracy in percent by strategy and buffer (0: none).
         source: of both.
         note: how the conditions differ.
@@ -24,15 +25,6 @@ class Protocol:
     published: dict[tuple[str, int], float] = field(default_factory=dict)
     source: str = ""
     note: str = ""
-
-    def settings_of(self, strategy: str, replay_buffer: int) -> dict[str, float]:
-        values = {}
-        for name, value in self.settings.get(strategy, {}).items():
-            if not isinstance(value, dict):
-                values[name] = value
-            elif replay_buffer in value:
-                values[name] = value[replay_buffer]
-        return values
 
 
 _MAMMOTH = "P. Buzzega et al., Dark experience for general continual learning, NeurIPS 2020"
@@ -109,5 +101,6 @@ def overrides_of(
     benchmark: str, protocol: str | None, strategy: str, buffer: int, own: Iterable[tuple[str, float]]
 ) -> dict[str, float]:
     """A run's overrides: the protocol's published settings, if there are any, then one's own."""
-    published = PROTOCOLS[benchmark][protocol].settings_of(strategy, buffer) if protocol else {}
-    return {**published, **dict(own)}
+    settings = PROTOCOLS[benchmark][protocol].settings.get(strategy, {}) if protocol else {}
+    by_buffer = {name: value if isinstance(value, dict) else {buffer: value} for name, value in settings.items()}
+    return {name: values[buffer] for name, values in by_buffer.items() if buffer in values} | dict(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import random
@@ -30,6 +31,7 @@ from harness.internals import benchmark_of
 from harness.memory import extra_memory_bytes
 from harness.networks import build_network
 from harness.settings import Run
+from harness.store import version_of
 from harness.streams import class_order, drifting, parts, rearranged
 
 CURVE_POINTS = 10  # measurements of the accuracy curve in an experience
@@ -145,17 +147,15 @@ def execute(
         figures |= {"min_acc": worst_case(watch.points)} if watch.points and len(accuracy) > 1 else {}
     if gate is not None:
         figures |= {"consolidated_at": gate.consolidated_at, "claimed_rank": ranks}
-    return {"settings": settings, "figures": figures, "versions": versions()}
+    return {"settings": settings, "figures": figures, "versions": {"algorithm": version_of(run.strategy), **versions()}}
 
 
 def _check_finite(strategy) -> None:
     """Few methods check their loss: one that diverged would be reported as one that guesses."""
     if not all(p.isfinite().all() for p in strategy.model.parameters()):
         number = strategy.clock.train_exp_counter - 1
-        raise FloatingPointError(
-            f"the weights are not finite after training experience {number}. The usual cause is too high a "
-            "learning rate."
-        )
+        cause = "The usual cause is too high a learning rate."
+        raise FloatingPointError(f"the weights are not finite after training experience {number}. {cause}")
 
 
 def build_benchmark(run: Run, dataset_root: str) -> CLScenario:
@@ -195,8 +195,9 @@ def versions() -> dict[str, str]:
     return {p: importlib.metadata.version(p) for p in packages} | {"python": platform.python_version()}
 
 
+@functools.cache
 def quiet() -> None:
-    """Drops Avalanche's own warnings: that it has no loggers, and what it will deprecate.
+    """Drops Avalanche's own warnings: that it has no loggers, and deprecations.
 
     Its decorator resets the warning filters at every call, so the filter is in the function that shows warnings.
     """

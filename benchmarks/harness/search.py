@@ -173,6 +173,8 @@ def work(task: tuple[Search, int | None]) -> None:
     search, seed = task
     with worker():
         study = search.study(seed)
+        if study.trials:  # after a worker that died, for example
+            study.sampler.reseed_rng()
         if len(finished(study)) < search.trials:
             study.optimize(_objective(search), callbacks=[MaxTrialsCallback(search.trials, COUNTED)])
 

@@ -6,7 +6,6 @@ import torch
 from torch.optim import Optimizer
 
 from avalanche_sp import SelectivePlasticityOptimizer
-from harness.internals import resistance
 
 
 class RandomGate(SelectivePlasticityOptimizer):
@@ -46,7 +45,7 @@ class ConstantGate(SelectivePlasticityOptimizer):
         for number, group in enumerate(self.param_groups):
             state = self.state[group["params"][0]]
             self.kept[number] = state["consolidated"]
-            openness = (1 / resistance(state["consolidated"], k)).mean().item()
+            openness = (1 / (1 + k * state["consolidated"])).mean().item()
             state["consolidated"] = torch.ones_like(state["consolidated"])
             group["plasticity_k"] = 1 / openness - 1
 
