@@ -1,5 +1,5 @@
-# make compare and make test, and for contributors make lint, make docs, make results (the page of results from what is
-# stored) and make results-rerun (hours: trains what is missing). All make the environment first, once.
+# make compare and make test, and for contributors make lint, make docs, make results (tables and figures from the stored
+# runs) and make results-rerun (hours: trains the missing runs first). All make the environment first, once.
 VENV ?= .venv
 PYTHON ?= python3
 READY = $(VENV)/.ready
@@ -8,10 +8,10 @@ compare: $(READY)
 	$(VENV)/bin/python benchmarks/compare.py
 
 results: $(READY)
-	$(VENV)/bin/python benchmarks/results.py
+	$(VENV)/bin/python benchmarks/tables.py
 
 results-rerun: $(READY)
-	$(VENV)/bin/python benchmarks/results.py --rerun
+	$(VENV)/bin/python benchmarks/results.py
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest

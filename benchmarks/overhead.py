@@ -1,52 +1,47 @@
-"""What our parts cost in time: ratios against torch's and Avalanche's own, paired in one process, one thread.
+"""Time that the optimizer and the plugin take: ratios to torch's and Avalanche's own, in one process, one thread.
 
     python benchmarks/overhead.py --rounds 7
 
-Measured in turn, round after round, so that a machine whose speed drifts changes both sides of a ratio alike; the
-median over rounds is reported. Writes overhead.json.
+All are measured in turn, round after round, so that a machine whose speed drifts changes both sides of a ratio alike.
+Reported are medians over the rounds. Writes overhead.json.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
 import gc
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 from avalanche.benchmarks import SplitMNIST
 from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.training import Naive
 from avalanche.training.plugins import SupervisedPlugin
-from tabulate import tabulate
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam
 
 from avalanche_sp import OneHotMSELoss, SelectivePlasticityOptimizer, SelectivePlasticityPlugin, split_mnist
-from harness.cli import dataset_root, positive
+from harness.cli import Where, parsed
+from harness.memory import optimizer_bytes
 from harness.networks import build_network, perceptron
-from harness.run import optimizer_bytes, quiet
-from harness.settings import MNIST, ROOT
+from harness.run import quiet
+from harness.settings import ROOT
 
-BATCH = 128
-ONLINE_BATCH = 10
-Timer = Callable[[], float]  # does the work once, returns seconds
-
-
-def naive(model: nn.Module, plugins=(), criterion=None, optimizer=None, batch=BATCH) -> Naive:
-    return Naive(
-        model=model,
-        optimizer=(optimizer or functools.partial(torch.optim.SGD, lr=0.05))(model.parameters()),
-        criterion=criterion or nn.CrossEntropyLoss(),
-        train_mb_size=batch,
-        plugins=list(plugins),
-        evaluator=None,
-    )
+Timers = dict[str, Callable[[], float]]  # by name: does the work once, returns seconds
+BATCH, ONLINE_BATCH = 128, 10
+OURS, PLUGIN = "SelectivePlasticityOptimizer", "SelectivePlasticityPlugin"
+OPTIMIZERS = {
+    "torch.optim.Adam": Adam,
+    OURS: SelectivePlasticityOptimizer,
+    "torch.optim.Adam(fused=True)": partial(Adam, fused=True),
+    f"{OURS}(fused=True)": partial(SelectivePlasticityOptimizer, fused=True),
+}
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -56,97 +51,24 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def data_path(root: str) -> dict[str, Timer]:
-    """An epoch of 2-task Split MNIST's first experience (30,596 images), three ways."""
-    ours = split_mnist(2, dataset_root=root).train_stream[0]
-    classic = SplitMNIST(2, fixed_class_order=range(10), dataset_root=root).train_stream[0]
-    x, y, _ = ours.dataset.read_batch(list(range(len(ours.dataset))))
+def torch_loop(make: Callable, batches: Callable[[], Iterable]) -> float:
+    torch.manual_seed(0)
+    model, loss, parts = build_network(), nn.CrossEntropyLoss(), batches()
+    optimizer = make(model.parameters())
 
-    def bare() -> float:
-        model, loss = build_network(), nn.CrossEntropyLoss()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    def train() -> None:
+        for x, y in parts:
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            optimizer.step()
 
-        def epoch():
-            for rows in torch.randperm(len(x)).split(BATCH):
-                optimizer.zero_grad()
-                loss(model(x[rows]), y[rows]).backward()
-                optimizer.step()
-
-        return seconds(epoch)
-
-    def avalanche(experience) -> Timer:
-        def epoch() -> float:
-            strategy = naive(build_network())
-            return seconds(lambda: strategy.train(experience))
-
-        return epoch
-
-    return {
-        "bare torch loop": bare,
-        "Naive, avalanche_sp split_mnist": avalanche(ours),
-        "Naive, Avalanche SplitMNIST": avalanche(classic),
-    }
-
-
-def steps_alone(width: int) -> tuple[dict[str, Timer], dict[str, int]]:
-    """100 steps of each optimizer, gradients ready; and the bytes of state that each keeps beyond Adam's."""
-
-    def steps(make, consolidated: bool = False) -> tuple[Timer, Optimizer]:
-        torch.manual_seed(0)
-        model = perceptron(width, width)
-        for p in model.parameters():
-            p.grad = torch.randn_like(p)
-        optimizer = make(model.parameters())
-        optimizer.step()
-        if consolidated:
-            optimizer.consolidate()
-        return lambda: seconds(lambda: [optimizer.step() for _ in range(100)]), optimizer
-
-    optimizers = {
-        "torch.optim.Adam": steps(torch.optim.Adam),
-        "SelectivePlasticityOptimizer": steps(SelectivePlasticityOptimizer),
-        "SelectivePlasticityOptimizer, consolidated": steps(SelectivePlasticityOptimizer, True),
-        "torch.optim.Adam(fused=True)": steps(lambda p: torch.optim.Adam(p, fused=True)),
-        "SelectivePlasticityOptimizer(fused=True)": steps(lambda p: SelectivePlasticityOptimizer(p, fused=True)),
-        "SelectivePlasticityOptimizer(fused=True), consolidated": steps(
-            lambda p: SelectivePlasticityOptimizer(p, fused=True), True
-        ),
-    }
-    timers = {name: timer for name, (timer, _) in optimizers.items()}
-    return timers, {name: optimizer_bytes(optimizer) for name, (_, optimizer) in optimizers.items()}
-
-
-def training_steps() -> dict[str, Timer]:
-    """100 whole training steps on a batch: forward, backward and the optimizer's."""
-
-    def steps(make) -> Timer:
-        torch.manual_seed(0)
-        model, loss = build_network(), nn.CrossEntropyLoss()
-        x, y = torch.randn(BATCH, 784), torch.randint(10, (BATCH,))
-        optimizer = make(model.parameters())
-
-        def train():
-            for _ in range(100):
-                optimizer.zero_grad()
-                loss(model(x), y).backward()
-                optimizer.step()
-
-        return lambda: seconds(train)
-
-    return {
-        "torch.optim.Adam": steps(torch.optim.Adam),
-        "SelectivePlasticityOptimizer": steps(SelectivePlasticityOptimizer),
-        "torch.optim.Adam(fused=True)": steps(lambda p: torch.optim.Adam(p, fused=True)),
-        "SelectivePlasticityOptimizer(fused=True)": steps(lambda p: SelectivePlasticityOptimizer(p, fused=True)),
-    }
+    return seconds(train)
 
 
 class StepClock(SupervisedPlugin):
     """Seconds of all training iterations, from before the forward pass to after the optimizer's step."""
 
-    def __init__(self):
-        super().__init__()
-        self.seconds = 0.0
+    seconds = 0.0
 
     def before_training_iteration(self, strategy, **kwargs):
         self._start = time.perf_counter()
@@ -155,125 +77,140 @@ class StepClock(SupervisedPlugin):
         self.seconds += time.perf_counter() - self._start
 
 
-def gated_training(root: str) -> tuple[dict[str, Timer], dict[str, Timer]]:
-    """The second experience (29,404 images), Naive and squared error: its steps, and all of it with consolidation."""
-    first, second = split_mnist(2, dataset_root=root).train_stream
+def naive(
+    before: Sequence, timed: Sequence, make: Callable, plugin=None, loss=OneHotMSELoss, batch=BATCH, steps_alone=False
+) -> float:
+    """Seconds that Naive takes for the experiences ``timed``, after those ``before``: all, or its iterations alone."""
+    model, clock = build_network(), StepClock()
+    plugins = [plugin(), clock] if plugin else [clock]
+    arguments = {"criterion": loss(), "train_mb_size": batch, "plugins": plugins, "evaluator": None}
+    strategy = Naive(model=model, optimizer=make(model.parameters()), **arguments)
+    for experience in before:
+        strategy.train(experience)
+    clock.seconds = 0.0
+    whole = seconds(lambda: [strategy.train(experience) for experience in timed])
+    return clock.seconds if steps_alone else whole
 
-    def trained(plugins, optimizer, steps_alone: bool) -> Timer:
-        def run() -> float:
-            clock = StepClock()
-            strategy = naive(build_network(), [*plugins(), clock], OneHotMSELoss(), optimizer)
-            strategy.train(first)
-            clock.seconds = 0.0
-            epoch = seconds(lambda: strategy.train(second))
-            return clock.seconds if steps_alone else epoch
 
-        return run
-
-    def gate():
-        return [SelectivePlasticityPlugin()]
-
-    sgd, adam = (lambda p: torch.optim.SGD(p, lr=0.1)), torch.optim.Adam
-    steps = {
-        "SGD": trained(list, sgd, True),
-        "SGD, SelectivePlasticityPlugin": trained(gate, sgd, True),
-        "Adam": trained(list, adam, True),
-        "Adam, SelectivePlasticityPlugin": trained(gate, adam, True),
+def data_path(root: str) -> Timers:
+    """An epoch of 2-task Split MNIST's first experience."""
+    ours = split_mnist(2, dataset_root=root).train_stream[0]
+    classic = SplitMNIST(2, fixed_class_order=range(10), dataset_root=root).train_stream[0]
+    x, y, _ = ours.dataset.read_batch(list(range(len(ours.dataset))))
+    sgd = partial(SGD, lr=0.05)
+    return {
+        "bare torch loop": lambda: torch_loop(
+            sgd, lambda: ((x[rows], y[rows]) for rows in torch.randperm(len(x)).split(BATCH))
+        ),
+        "Naive, avalanche_sp split_mnist": partial(naive, [], [ours], sgd, loss=nn.CrossEntropyLoss),
+        "Naive, Avalanche SplitMNIST": partial(naive, [], [classic], sgd, loss=nn.CrossEntropyLoss),
     }
-    epochs = {"SGD": trained(list, sgd, False), "SGD, SelectivePlasticityPlugin": trained(gate, sgd, False)}
-    return steps, epochs
 
 
-def online_training(root: str) -> dict[str, Timer]:
+def training_steps() -> Timers:
+    """100 training steps on one batch."""
+    x, y = torch.randn(BATCH, 784), torch.randint(10, (BATCH,))
+    return {name: partial(torch_loop, make, lambda: [(x, y)] * 100) for name, make in OPTIMIZERS.items()}
+
+
+def steps(width: int) -> tuple[Timers, dict[str, int]]:
+    """100 steps of each optimizer, gradients ready; and the bytes of state that each keeps beyond Adam's."""
+    timers, extra = {}, {}
+    for name, make in OPTIMIZERS.items():
+        for consolidated in (False, True) if name.startswith(OURS) else (False,):
+            torch.manual_seed(0)
+            model = perceptron(width, width)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer = make(model.parameters())
+            optimizer.step()
+            if consolidated:
+                optimizer.consolidate()
+            row = f"{name}, consolidated" if consolidated else name
+            timers[row] = partial(seconds, lambda optimizer=optimizer: [optimizer.step() for _ in range(100)])
+            extra[row] = optimizer_bytes(optimizer)
+    return timers, extra
+
+
+def gated(root: str, steps_alone: bool) -> Timers:
+    """Split MNIST's second experience of two: its iterations, or all of it with consolidation."""
+    first, second = split_mnist(2, dataset_root=root).train_stream
+    optimizers = {"SGD": partial(SGD, lr=0.1), **({"Adam": Adam} if steps_alone else {})}
+    plugins = {"": None, f", {PLUGIN}": SelectivePlasticityPlugin}
+    return {
+        name + suffix: partial(naive, [first], [second], make, plugin, steps_alone=steps_alone)
+        for name, make in optimizers.items()
+        for suffix, plugin in plugins.items()
+    }
+
+
+def online(root: str) -> Timers:
     """The first 400 mini-batches of two tasks of five, each an experience: no boundary is told."""
-    tasks = [
-        [part for part, _ in zip(split_online_stream([task], ONLINE_BATCH, seed=0), range(400))]
-        for task in split_mnist(5, dataset_root=root).train_stream[:2]
-    ]
-
-    def trained(*plugins) -> Timer:
-        def run() -> float:
-            sgd = functools.partial(torch.optim.SGD, lr=0.02)
-            strategy = naive(build_network(), [plugin() for plugin in plugins], OneHotMSELoss(), sgd, ONLINE_BATCH)
-            return seconds(lambda: [strategy.train(part) for task in tasks for part in task])
-
-        return run
-
-    timers = {"SGD": trained()}
+    tasks = split_mnist(5, dataset_root=root).train_stream[:2]
+    parts = [part for t in tasks for part, _ in zip(split_online_stream([t], ONLINE_BATCH, seed=0), range(400))]
+    train = partial(naive, [], parts, partial(SGD, lr=0.02), batch=ONLINE_BATCH)
+    timers = {"SGD": train}
     for how in ("surprise", "continuous"):
-        plugin = functools.partial(SelectivePlasticityPlugin, consolidate=how)
-        timers[f'SGD, SelectivePlasticityPlugin(consolidate="{how}")'] = trained(plugin)
+        plugin = partial(SelectivePlasticityPlugin, consolidate=how)
+        timers[f'SGD, {PLUGIN}(consolidate="{how}")'] = partial(train, plugin=plugin)
     return timers
 
 
-def measure(timers: dict[str, Timer], rounds: int) -> list[dict]:
-    """Median seconds of each, and the median of its ratio to the first, round by round.
+def measure(timers: Timers, rounds: int) -> list[dict]:
+    """Median seconds of each, and the median of its ratio to a reference, round by round.
 
-    Optimizers called fused are set against torch's fused one, and Adam with the plugin against Adam.
+    The reference is torch's fused Adam for fused optimizers, Adam for Adam with the plugin, else the first.
     """
     for timer in timers.values():
         timer()  # warm-up
-    times = [{name: timer() for name, timer in timers.items()} for _ in range(rounds)]
-    first = next(iter(timers))
-    rows = []
+    times, rows = pd.DataFrame([{name: timer() for name, timer in timers.items()} for _ in range(rounds)]), []
     for name in timers:
-        reference = "torch.optim.Adam(fused=True)" if "fused" in name else "Adam" if name.startswith("Adam") else first
-        ratios = [t[name] / t[reference] for t in times]
-        rows.append(
-            {
-                "name": name,
-                "seconds": statistics.median(t[name] for t in times),
-                "reference": reference,
-                "ratio": statistics.median(ratios),
-                "ratio_min": min(ratios),
-                "ratio_max": max(ratios),
-            }
-        )
+        other = "Adam" if name.startswith("Adam") else next(iter(timers))
+        reference = "torch.optim.Adam(fused=True)" if "fused" in name else other
+        ratios = times[name] / times[reference]
+        rows.append({"name": name, "seconds": times[name].median(), "reference": reference, "ratio": ratios.median()})
+        rows[-1] |= {"ratio_min": ratios.min(), "ratio_max": ratios.max()}
     return rows
 
 
+@dataclass(frozen=True)
+class Settings(Where):
+    """What is measured.
+
+    Attributes:
+        rounds: number of rounds
+        output: folder of overhead.json
+    """
+
+    rounds: int = 7
+    output: Path = ROOT / "results" / "overhead"
+
+
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--rounds", type=positive, default=7, help="rounds (default: 7)")
-    p.add_argument("--output", type=Path, default=ROOT / "results" / "overhead", help="folder for overhead.json")
-    p.add_argument("--dataset-root", type=dataset_root, default=str(MNIST), help="folder with MNIST/raw/*-ubyte")
-    args = p.parse_args(argv)
+    settings = parsed(Settings, argv, __doc__)
+    settings.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     quiet()
-    small, small_bytes = steps_alone(256)
-    large, large_bytes = steps_alone(1000)
-    gated_steps, gated_epochs = gated_training(args.dataset_root)
+    root = str(settings.dataset_root)
+    (small, small_bytes), (large, large_bytes) = steps(256), steps(1000)
     parts = {
-        "data": ("an epoch of 30,596 images", data_path(args.dataset_root), {}),
+        "data": ("an epoch of 30,596 images", data_path(root), {}),
         "step": ("100 steps, 269,322 parameters", small, small_bytes),
         "large step": ("100 steps, 1,796,010 parameters", large, large_bytes),
         "training step": ("100 training steps, 269,322 parameters", training_steps(), {}),
-        "plugin step": ("the 230 training steps of an epoch", gated_steps, {}),
-        "plugin epoch": ("an epoch of 29,404 images, consolidation included", gated_epochs, {}),
-        "online": ("800 mini-batches of an online stream", online_training(args.dataset_root), {}),
+        "plugin step": ("the 230 training steps of an epoch", gated(root, True), {}),
+        "plugin epoch": ("an epoch of 29,404 images, consolidation included", gated(root, False), {}),
+        "online": ("800 mini-batches of an online stream", online(root), {}),
     }
-    results = {}
-    for part, (what, timers, extra_bytes) in parts.items():
-        rows = measure(timers, args.rounds)
-        for row in rows:
-            if row["name"] in extra_bytes:
-                row["extra_bytes"] = extra_bytes[row["name"]]
+    results: dict[str, object] = {"torch": torch.__version__}
+    for part, (what, timers, extra) in parts.items():
+        rows = measure(timers, settings.rounds)
+        rows = [row | ({"extra_bytes": extra[row["name"]]} if extra else {}) for row in rows]
         batch = ONLINE_BATCH if part == "online" else BATCH
-        results[part] = {"what": what, "batch_size": batch, "rounds": args.rounds, "rows": rows}
-        table = [
-            {
-                what: r["name"],
-                "seconds": f"{r['seconds']:.3f}",
-                "ratio": f"{r['ratio']:.2f} ({r['ratio_min']:.2f} to {r['ratio_max']:.2f})",
-                "to": r["reference"],
-                **({"extra bytes": r["extra_bytes"]} if extra_bytes else {}),
-            }
-            for r in rows
-        ]
-        print(tabulate(table, headers="keys", tablefmt="github", disable_numparse=True) + "\n", flush=True)
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / "overhead.json"
-    path.write_text(json.dumps({"torch": torch.__version__, **results}, indent=1) + "\n")
+        results[part] = {"what": what, "batch_size": batch, "rounds": settings.rounds, "rows": rows}
+        print(f"\n{what}\n{pd.DataFrame(rows).to_string(index=False, float_format='%.3f')}", flush=True)
+    path = settings.output / "overhead.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
     print(path)
     return 0
 

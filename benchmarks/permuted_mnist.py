@@ -5,15 +5,11 @@ python benchmarks/permuted_mnist.py --tasks 10 --train-per-task 10000 --strategi
 
 import sys
 
-from harness.cli import check_against, compare, parsed, parser, positive, runs_of
+from harness.cli import PermutedMNIST, compare, comparison
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = parser(__doc__.splitlines()[0], benchmark="permuted-mnist", output="permuted_mnist", tasks=None)
-    p.add_argument("--train-per-task", type=positive, default=None, help="training images a task (all: 60000)")
-    args = parsed(p, "permuted-mnist", argv)
-    check_against(p, args)
-    return compare(runs_of(args, "permuted-mnist"), args)
+    return compare(comparison(PermutedMNIST, argv, __doc__))
 
 
 if __name__ == "__main__":

@@ -5,20 +5,11 @@ python benchmarks/split_mnist.py --tasks 5 --strategies naive-sgd,sp,replay-join
 
 import sys
 
-from harness.cli import check_against, check_task_incremental, compare, parsed, parser, runs_of
+from harness.cli import SplitMNIST, compare, comparison
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = parser(__doc__.splitlines()[0], benchmark="split-mnist", output="split_mnist", tasks=(2, 5, 10))
-    p.add_argument(
-        "--task-incremental",
-        action="store_true",
-        help="a head for each task, told which by task labels; then by default 5 tasks, 2 epochs, other strategies",
-    )
-    args = parsed(p, "split-mnist", argv)
-    check_against(p, args)
-    check_task_incremental(p, args)
-    return compare(runs_of(args, "split-mnist"), args)
+    return compare(comparison(SplitMNIST, argv, __doc__))
 
 
 if __name__ == "__main__":

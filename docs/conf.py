@@ -33,8 +33,6 @@ def setup(app):
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-# The results' tables are pages that the documents link to; they are not chapters.
-suppress_warnings = ["toc.not_included"]
 
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

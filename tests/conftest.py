@@ -31,6 +31,28 @@ def sliced(benchmark, train=600, test=200, experiences=None):
 
 
 @pytest.fixture(scope="session")
+def slices():
+    """Benchmarks of the harness that were made, in slices."""
+    return {}
+
+
+@pytest.fixture
+def tiny(monkeypatch, slices):
+    """The harness trains on the first 320 images of each task, and tests on 100."""
+    from harness import run as harness
+
+    whole = harness.build_benchmark
+
+    def build(run, dataset_root):
+        what = run.benchmark, run.n_tasks, run.seed, run.stream, run.task_incremental, run.validation
+        if what not in slices:
+            slices[what] = sliced(whole(run, dataset_root), train=320, test=100)
+        return slices[what]
+
+    monkeypatch.setattr(harness, "build_benchmark", build)
+
+
+@pytest.fixture(scope="session")
 def split2():
     return sliced(split_mnist(2, dataset_root=MNIST))
 

@@ -1,6 +1,5 @@
 """The controls of the elementwise gate are what they are called, and the published rule is what was published."""
 
-import sys
 
 import numpy as np
 import pytest
@@ -8,12 +7,8 @@ import torch
 from torch import nn
 
 from avalanche_sp import SelectivePlasticityOptimizer
-
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from harness.controls import UPGD, ConstantGate, RandomGate  # noqa: E402
-from harness.legacy import LegacySelectivePlasticity  # noqa: E402
+from harness.methods.controls import UPGD, ConstantGate, RandomGate
+from harness.methods.legacy import LegacySelectivePlasticity
 
 
 def consolidated(cls, tasks=3):

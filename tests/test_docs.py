@@ -2,50 +2,16 @@
 
 import json
 import re
-import sys
 
 import pytest
 
 import avalanche_sp
+import tables
+from harness.studies import STUDIES
 
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from harness.jobs import read_results  # noqa: E402
-from harness.overview import overview  # noqa: E402
-from harness.report import summarize, table, title  # noqa: E402
-from tables import DOCUMENTS, updated  # noqa: E402
-
 README = ROOT / "README.md"
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_tables_in_documents_are_the_commands(document):
-    text = document.read_text()
-    assert text == updated(text)
-    assert text.count("<!-- table:") == text.count("<!-- end of table -->")
-
-
-RESULTS = sorted((ROOT / "docs" / "results").rglob("results.jsonl"))
-
-
-@pytest.mark.parametrize("results", RESULTS, ids=lambda path: path.parent.name)
-def test_a_committed_table_is_that_of_the_committed_results(results):
-    records, folder = read_results(results), results.parent
-    assert json.loads((folder / "summary.json").read_text()) == summarize(records)
-    text = (folder / "table.md").read_text()
-    assert title(records) in text and table(summarize(records)) in text
-
-
-def test_the_overview_is_that_of_the_committed_results():
-    results = ROOT / "docs" / "results"
-    text = (results / "overview.md").read_text()
-    assert text == overview(results)
-    for strategy in ("sp-both", "naive-sgd"):
-        row = next(line for line in text.splitlines() if f"`{strategy}`" in line)
-        for folder in ("compare", "split5", "classes10"):
-            assert f" {acc(folder, strategy)} ± " in row
 
 
 def test_all_that_is_public_is_in_the_reference():
@@ -55,13 +21,15 @@ def test_all_that_is_public_is_in_the_reference():
     assert listed == set(avalanche_sp.__all__) - classic
 
 
-def acc(folder, strategy):
-    summary = json.loads((ROOT / "docs" / "results" / folder / "summary.json").read_text())
-    (mean,) = [s["acc"]["mean"] for s in summary if s["strategy"] == strategy]
-    return f"{mean:.1f}"
+@pytest.fixture(scope="module")
+def acc():
+    """Mean ACC of a strategy in a study of the stored results, as documents show it."""
+    frame = tables.stored()
+    selected = {name: STUDIES[name].select(frame).groupby("strategy")["acc"].mean() for name in STUDIES}
+    return lambda study, strategy: f"{selected[study][strategy]:.1f}"
 
 
-def test_the_readmes_prose_quotes_the_results():
+def test_the_readmes_prose_quotes_the_results(acc):
     text = README.read_text()
     opening = re.sub(r"<!-- table.*?<!-- end of table -->", "", text.split("\n## ")[0], flags=re.DOTALL)
     after = text.split("**Five tasks of two classes**")[1].split("\n\n")[0]
@@ -73,13 +41,12 @@ def test_the_readmes_prose_quotes_the_results():
         assert acc(folder, "rf-ridge") in after
     assert all(acc("permuted10k_no_replay", strategy) in opening for strategy in ("sp-both", "joint"))
     section = text.split("## The optimizer")[1].split("\n## ")[0]
-    study = json.loads((ROOT / "docs" / "results" / "permuted10k" / "summary.json").read_text())
-    for strategy in {s["strategy"] for s in study} - {"sp-optimizer", "sp-consolidated-adam"}:
+    for strategy in {row.strategy for row in STUDIES["permuted10k"].rows} - {"sp-optimizer", "sp-consolidated-adam"}:
         assert re.search(rf"`{strategy}`\s+{acc('permuted10k', strategy)}", section), strategy
     named = ("sp-both", "sp", "mas", "sp-consolidated", "ewc", "si", "naive-sgd", "gate-constant", "gate-random")
     for strategy in named:
         assert re.search(rf"`{strategy}`\s+{acc('permuted60k', strategy)}", section), strategy
-    overhead = json.loads((ROOT / "docs" / "results" / "overhead" / "overhead.json").read_text())
+    overhead = json.loads((ROOT / "docs" / "results" / "overhead.json").read_text())
     ours = [overhead[part]["rows"][1] for part in ("step", "large step", "training step")]
     assert {row["name"] for row in ours} == {"SelectivePlasticityOptimizer"}
     assert all(f"{row['ratio']:.2f} times" in text for row in ours)

@@ -86,22 +86,20 @@ def test_the_guides_other_strategies_train_and_evaluate(names):
 
 
 def test_the_guides_example_of_new_strategies_builds_them(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from harness import recipes, settings, strategies
+    from harness import build, recipes, settings
+    from harness.recipes import split_mnist
 
     (example,) = [block for block in blocks("text") if "Recipe(" in block]
-    entries, added = example.split("# recipes.py")
-    names = tuple(re.findall(r'"([\w-]+)",', entries))
-    mine = {"split-mnist": {5: {}}}
-    exec(added, {**vars(recipes), "RECIPES": mine})
-    assert set(mine["split-mnist"][5]) == set(names)
-    assert not set(names) & {*settings.STRATEGIES, *settings.STUDIES["split-mnist"]}
-    monkeypatch.setitem(settings.STUDIES, "split-mnist", settings.STUDIES["split-mnist"] + names)
-    monkeypatch.setitem(recipes.RECIPES["split-mnist"], 5, recipes.RECIPES["split-mnist"][5] | mine["split-mnist"][5])
-    for name, plugins in zip(names, ([], [SelectivePlasticityPlugin])):
-        run = settings.Run("split-mnist", name, n_tasks=5, epochs=1, batch_size=64, replay_buffer=0, seed=0)
-        strategy, built = strategies.build_strategy(run, torch.nn.Linear(784, 10), [], None)
+    parts = example.split("# recipes/split_mnist.py, in RECIPES\n")
+    about, added = (eval("{\n" + part + "}", vars(split_mnist)) for part in parts)
+    assert set(about) == set(added) and not set(about) & set(recipes.ABOUT)
+    for name in added:
+        monkeypatch.setitem(recipes.ABOUT, name, about[name])
+        monkeypatch.setitem(split_mnist.RECIPES, name, added[name])
+    for name, plugins in zip(added, ([], [SelectivePlasticityPlugin])):
+        run = settings.Run("split-mnist", name, n_tasks=5)
+        strategy, built = build.build_strategy(run, torch.nn.Linear(784, 10), [], None)
         assert isinstance(strategy.optimizer, torch.optim.Adam)
         assert [type(plugin) for plugin in built] == plugins
     commands = [block for block in blocks("text") if "--strateg" in block]
-    assert all(name in commands[0] for name in names)
+    assert all(name in commands[0] for name in added)

@@ -1,10 +1,9 @@
-"""The harness that the benchmark scripts share, and the scripts themselves."""
+"""From a run's settings to its figures: recipes, strategies, and what is measured."""
 
-import importlib.metadata
+import inspect
 import json
-import math
-import subprocess
-import sys
+from dataclasses import replace
+from math import inf
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,83 +11,124 @@ import pytest
 import torch
 from avalanche.training import Naive
 from avalanche.training.plugins import SynapticIntelligencePlugin
-from scipy import stats
 from torch import nn
 
-from conftest import MNIST, ROOT, mlp
+from harness.build import OPTIMIZERS, PLUGINS, TEMPLATES, WorkingSynapticIntelligence, build_strategy
+from harness.methods.legacy import LegacyReplay
+from harness.networks import build_network
+from harness.recipes import ABOUT, recipe_of, strategies_of
+from harness.recipes.permuted_mnist import RECIPES as PERMUTED
+from harness.recipes.recipe import OPTIMIZER_NUMBERS
+from harness.recipes.split_mnist import RECIPES as SPLIT
+from harness.run import build_benchmark, execute
+from harness.settings import STRATEGIES, TASK_INCREMENTAL, USES_REPLAY, Run
+from harness.store import key_of
+from harness.studies import LAYERS
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from harness import strategies as recipes  # noqa: E402
-from harness.jobs import append_result, read_results, run_all  # noqa: E402
-from harness.legacy import LegacyReplay  # noqa: E402
-from harness.networks import build_network  # noqa: E402
-from harness.report import differences, summarize, table  # noqa: E402
-from harness.run import build_benchmark, execute  # noqa: E402
-from harness.settings import STRATEGIES, STUDIES, USES_REPLAY, Run, code_fingerprint  # noqa: E402
-from harness.statistics import interval  # noqa: E402
+from conftest import MNIST, mlp
 
 
 def make_run(strategy="naive-sgd", benchmark="permuted-mnist", **kwargs):
-    settings = {"n_tasks": 2, "epochs": 1, "batch_size": 64, "replay_buffer": 0, "seed": 0, "train_per_task": 500}
-    return Run(benchmark, strategy, **{**settings, **kwargs})
+    return Run(**{"benchmark": benchmark, "strategy": strategy, "n_tasks": 2, "train_per_task": 500, **kwargs})
 
 
-def script(name, *arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / name, *map(str, arguments)], capture_output=True, text=True
-    )
+# -- Recipes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("benchmark", ["split-mnist", "permuted-mnist"])
-def test_every_strategy_has_a_recipe(benchmark):
-    studied = set()
-    for recipe in recipes.RECIPES[benchmark].values():
-        assert set(recipe) >= set(STRATEGIES)
-        studied |= set(recipe) - set(STRATEGIES)
-    assert studied == set(STUDIES[benchmark])
+def test_each_strategy_has_a_line_and_each_line_a_strategy():
+    names = {name for benchmark in ("split-mnist", "permuted-mnist") for name in strategies_of(benchmark)}
+    assert set(ABOUT) == names | set(TASK_INCREMENTAL)
+    assert all(set(STRATEGIES) <= set(recipes) for recipes in (SPLIT, PERMUTED))
+
+
+def test_recipes_name_parts_that_there_are():
+    for recipe in (*SPLIT.values(), *PERMUTED.values()):
+        assert recipe.optimizer in OPTIMIZERS and recipe.template in TEMPLATES and set(recipe.plugins) <= set(PLUGINS)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_numbers_of_an_optimizer_are_those_of_its_constructor(name):
+    arguments = [p for c in OPTIMIZERS[name].__mro__ for p in inspect.signature(c.__init__).parameters.values()]
+    numbers = {p.name for p in arguments if type(p.default) in (int, float)} - {"lr"}
+    assert set(OPTIMIZER_NUMBERS[name]) == numbers
 
 
 def test_recipes_are_those_tuned_for_the_nearest_number_of_tasks_and_buffer():
     def lr(n_tasks, buffer):
-        return recipes.recipe_of(Run("split-mnist", "replay-joint", n_tasks, 1, 64, buffer, 0)).lr
+        return recipe_of(make_run("replay-joint", "split-mnist", n_tasks=n_tasks, replay_buffer=buffer)).lr
 
-    two, five = (recipes.RECIPES["split-mnist"][n]["replay-joint"].lr for n in (2, 5))
+    two, five = (SPLIT["replay-joint"].lr[n] for n in (2, 5))
     assert [lr(2, 50), lr(2, 200), lr(2, 1000), lr(2, 5000)] == [two[200], two[200], two[2000], two[2000]]
     assert lr(10, 200) == lr(5, 200) == five[200]
 
 
 def test_rates_tuned_for_other_amounts_of_data_are_taken_from_there():
-    def lr(images):
-        return recipes.recipe_of(Run("permuted-mnist", "naive-sgd", 10, 1, 64, 0, 0, images)).lr
-
-    tuned = recipes.RECIPES["permuted-mnist"][10]["naive-sgd"].lr
-    assert [lr(1000), lr(10000), lr(50000), lr(None)] == [tuned[10000], tuned[10000], tuned[60000], tuned[60000]]
+    tuned = PERMUTED["naive-sgd"].lr
+    rates = [recipe_of(make_run(train_per_task=images)).lr for images in (1000, 10000, 50000, None)]
+    assert rates == [tuned[10000], tuned[10000], tuned[60000], tuned[60000]]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES + STUDIES["permuted-mnist"])
-def test_every_strategy_runs_and_reports(strategy):
-    run = make_run(strategy, replay_buffer=50 if strategy in USES_REPLAY else 0)
-    record = execute(run, str(MNIST), "key")
-    matrix = np.array(record["accuracy_matrix"])
-    assert record["acc"] == pytest.approx(matrix[-1].mean())
-    assert 10 < record["acc"] < 100
+def test_settings_that_a_strategy_does_not_have_are_named_with_all_that_it_has():
+    with pytest.raises(ValueError, match=r"Invalid setting: opennes \(allowed .*: lr, openness, .*rank, .*rank:LAYER"):
+        recipe_of(make_run("sp", overrides={"opennes": 0.1}))
+    with pytest.raises(ValueError, match=r"Invalid setting: trace_decay \(allowed for this strategy: lr, momentum"):
+        recipe_of(make_run(overrides={"trace_decay": 0.9}))
+    with pytest.raises(ValueError, match="Invalid setting: strength:1"):
+        recipe_of(make_run("ewc", overrides={"strength:1": 1.0}))
+    settings = recipe_of(make_run("sp-optimizer", overrides={"warmup_steps": 700, "trace_decay": 0.9}))
+    assert settings.optimizer_arguments == {"warmup_steps": 700, "trace_decay": 0.9}
+
+
+def test_overrides_reach_the_layers_they_name():
+    run = make_run("sp", overrides={"openness": inf, "openness:3": 0.5, "rank:1": 8.0, "pull_back": 0.0})
+    (gate,) = build_strategy(run, build_network(run.network), [], None)[1]
+    assert gate.openness == {"3": 0.5, "*": inf}
+    assert gate.rank == {"1": 8} and all(isinstance(r, int) for r in gate.rank.values())
+    assert gate.pull_back == 0.0
+    for network, names in LAYERS.items():
+        layers = build_network(network).named_modules()
+        assert names == tuple(name for name, m in layers if isinstance(m, (nn.Linear, nn.Conv2d)))
+
+
+def test_a_runs_settings_are_all_that_decides_it():
+    run = make_run()
+    others = [replace(run, **change) for change in ({"epochs": 2}, {"seed": 1}, {"overrides": {"lr": 0.3}})]
+    assert len({key_of(r.settings()) for r in (run, make_run(), *others)}) == 4
+    settings = make_run("sp-replay", replay_buffer=50, overrides={"openness": 0.2}).settings()
+    assert settings["arguments"] == {
+        "openness": 0.2, "pull_back": 1.0, "shrinkage": 50.0, "plasticity_k": 1.0, "beta1": 0.0, "eps": 1e-3,
+    }  # fmt: skip
+    assert settings["plugins"] == ["replay", "sp", "consolidation"] and settings["lr"] == 3e-3
+
+
+# -- Runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", strategies_of("permuted-mnist"))
+def test_every_strategy_runs_and_reports(strategy, tiny):
+    row = execute(make_run(strategy, replay_buffer=50 if strategy in USES_REPLAY else 0), str(MNIST))
+    figures, matrix = row["figures"], np.array(row["figures"]["accuracy_matrix"])
+    assert figures["acc"] == pytest.approx(matrix[-1].mean())
+    assert 10 < figures["acc"] < 100
     if strategy == "joint":
-        assert record["bwt"] is None
+        assert "bwt" not in figures
     else:
-        assert record["bwt"] == pytest.approx(matrix[1, 0] - matrix[0, 0])
+        assert figures["bwt"] == pytest.approx(matrix[1, 0] - matrix[0, 0])
     nothing_kept = ("naive-sgd", "naive-adam", "sp-optimizer", "sp-running", "gate-off", "joint")
-    keeps_something = strategy not in nothing_kept
-    assert (record["extra_memory_bytes"] > 0) == keeps_something
-    # At every iteration where there are so few: 7 whole batches of 64 in each of two experiences; ten passes of gdumb.
-    assert len(record["curve"]) == {"joint": 10, "cumulative": 7 + 12, "gdumb": 10 + 10}.get(strategy, 7 + 7)
-    json.dumps(record)
+    assert (figures["extra_memory_bytes"] > 0) == (strategy not in nothing_kept)
+    # At every iteration, as there are few: 5 whole batches of 64 in each of two experiences; ten passes of gdumb.
+    assert len(figures["curve"]) == {"cumulative": 5 + 10, "gdumb": 10 + 10}.get(strategy, 5 + 5)
+    lowest = [min(p["task_acc"][0] for p in figures["curve"] if p["experience"] == 1)] if strategy != "joint" else []
+    assert [figures[name] for name in ("min_acc",) if name in figures] == lowest
+    assert row["versions"]["torch"] == torch.__version__.partition("+")[0] and row["settings"]["strategy"] == strategy
+    json.dumps(row)
 
 
 @pytest.mark.parametrize("strategy", ["legacy-sp-replay", "legacy-adam-replay"])
-def test_the_published_protocol_runs(strategy):
-    record = execute(make_run(strategy, "split-mnist", batch_size=128, replay_buffer=300), str(MNIST), "key")
-    assert record["acc"] > 10 and record["extra_memory_bytes"] >= 300 * (784 * 4 + 8)
+def test_the_published_protocol_runs(strategy, tiny):
+    run = make_run(strategy, "split-mnist", batch_size=128, replay_buffer=300, train_per_task=None)
+    figures = execute(run, str(MNIST))["figures"]
+    assert figures["acc"] > 10 and figures["extra_memory_bytes"] >= 300 * (784 * 4 + 8)
 
 
 def test_the_published_buffer_loses_the_old_samples_and_one_filled_at_the_end_keeps_them():
@@ -108,50 +148,61 @@ def test_the_published_buffer_loses_the_old_samples_and_one_filled_at_the_end_ke
 
 def test_a_batch_larger_than_an_experience_is_named():
     with pytest.raises(ValueError, match=r"Invalid batch_size: 64 \(allowed: at most 50, the smallest experience\)"):
-        execute(make_run(train_per_task=50), str(MNIST), "key")
+        execute(make_run(train_per_task=50), str(MNIST))
 
 
-def test_extra_memory_is_what_is_stored():
-    run = make_run("replay-sgd", replay_buffer=50)
-    assert execute(run, str(MNIST), "key")["extra_memory_bytes"] == 50 * (784 * 4 + 8)
+def test_training_that_diverged_is_no_result(tiny):
+    run = make_run("der++", replay_buffer=50, overrides={"alpha": 1e6})
+    with pytest.raises(FloatingPointError, match="the weights are not finite after training experience 1"):
+        execute(run, str(MNIST))
+
+
+def test_extra_memory_is_what_is_stored(tiny):
+    def extra(strategy, buffer=0):
+        row = execute(make_run(strategy, replay_buffer=buffer), str(MNIST), curve=False)
+        return row["figures"]["extra_memory_bytes"]
+
     parameters = sum(p.numel() for p in build_network().parameters())
-    ewc = execute(make_run("ewc"), str(MNIST), "key")["extra_memory_bytes"]
-    assert ewc == 2 * 2 * parameters * 4  # importances and weights, for two tasks
-    both, sp = (execute(make_run(s), str(MNIST), "key")["extra_memory_bytes"] for s in ("sp-both", "sp"))
-    assert both == sp + parameters * 4  # the optimizer's consolidated eligibility, once
+    assert extra("replay-sgd", 50) == 50 * (784 * 4 + 8)
+    assert extra("ewc") == 2 * 2 * parameters * 4  # importances and weights, for two tasks
+    assert extra("sp-both") == extra("sp") + parameters * 4  # the optimizer's consolidated eligibility, once
 
 
-def test_equal_seeds_are_paired_and_repeat_bit_for_bit():
-    first, again = (execute(make_run(), str(MNIST), "key") for _ in range(2))
-    assert first["accuracy_matrix"] == again["accuracy_matrix"]
-    other = execute(make_run(seed=1), str(MNIST), "key")
-    assert first["accuracy_matrix"] != other["accuracy_matrix"]
+def test_equal_seeds_are_paired_and_repeat_bit_for_bit(tiny):
+    def matrix(**kwargs):
+        return execute(make_run(**kwargs), str(MNIST), curve=False)["figures"]["accuracy_matrix"]
+
+    assert matrix() == matrix() != matrix(seed=1)
     # The gate's control is paired: until something is consolidated, the two are one and the same.
-    lr = (("lr", 0.1),)
-    off, on = (execute(make_run(s, overrides=lr), str(MNIST), "key") for s in ("naive-sgd", "sp"))
-    assert off["accuracy_matrix"][0] == on["accuracy_matrix"][0]
-    assert off["accuracy_matrix"][1] != on["accuracy_matrix"][1]
+    off, on = (matrix(strategy=strategy, overrides={"lr": 0.1}) for strategy in ("naive-sgd", "sp"))
+    assert off[0] == on[0] and off[1] != on[1]
+
+
+def test_after_each_experience_its_accuracies_are_there(tiny):
+    seen = []
+    row = execute(make_run(), str(MNIST), seen.append, curve=False)
+    assert [m.shape for m in seen] == [(1, 2), (2, 2)]
+    assert seen[-1].round(4).tolist() == row["figures"]["accuracy_matrix"]
 
 
 @pytest.mark.parametrize("benchmark, n", [("split-mnist", 5), ("permuted-mnist", 3)])
 def test_validation_images_are_taken_out_of_training(benchmark, n):
     built = build_benchmark(make_run(benchmark=benchmark, n_tasks=n, validation=True), str(MNIST))
     for train, valid in zip(built.train_stream, built.test_stream):
-        (rows,), (held_out,) = ({tuple(d.row.tolist()) for d in (layout_of(e.dataset),)} for e in (train, valid))
-        assert not set(rows) & set(held_out)
-        assert len(rows) == pytest.approx(5 * len(held_out), rel=0.01)
+        rows, held_out = ({image.numpy().tobytes() for image in images_of(e)} for e in (train, valid))
+        assert len(rows & held_out) <= 2  # MNIST has a few images twice
+        assert len(train.dataset) == pytest.approx(5 * len(valid.dataset), rel=0.01)
     if benchmark == "permuted-mnist":
         assert len(built.train_stream[0].dataset) == 500
 
 
-def layout_of(dataset):
-    dataset.read_batch([0])
-    return dataset._layout
+def images_of(experience):
+    return experience.dataset.read_batch(list(range(len(experience.dataset))))[0]
 
 
 def test_avalanches_si_measures_nothing_on_a_cpu_and_ours_does(split2):
     importances = []
-    for plugin in (SynapticIntelligencePlugin(1.0), recipes.WorkingSynapticIntelligence(1.0)):
+    for plugin in (SynapticIntelligencePlugin(1.0), WorkingSynapticIntelligence(1.0)):
         model = mlp()
         strategy = Naive(
             model=model,
@@ -165,143 +216,3 @@ def test_avalanches_si_measures_nothing_on_a_cpu_and_ours_does(split2):
             strategy.train(experience)
         importances.append(max(float(v.data.max()) for v in plugin.ewc_data[1].values()))
     assert importances[0] == 0 < importances[1]
-
-
-# -- Results ---------------------------------------------------------------------------------------------------------
-
-
-def test_finished_runs_are_kept_and_not_run_again(tmp_path):
-    results = tmp_path / "results.jsonl"
-    runs = [make_run(seed=s, train_per_task=100) for s in (0, 1)]
-    records, failed = run_all(runs[:1], results, str(MNIST), jobs=1)
-    assert failed == 0 and len(read_results(results)) == 1
-    with open(results, "a") as file:
-        file.write('{"key": "cut sho')  # as a kill in the middle of a write leaves it
-    records, failed = run_all(runs, results, str(MNIST), jobs=2)
-    assert failed == 0 and [r["run"]["seed"] for r in records] == [0, 1]
-    assert len(read_results(results)) == 2
-    again, _ = run_all(runs, results, str(MNIST), jobs=2)
-    assert again == records and len(read_results(results)) == 2
-
-
-def test_a_result_of_other_code_or_settings_is_not_reused():
-    run = make_run()
-    keys = {run.key("code a"), run.key("code b"), make_run(epochs=2).key("code a"), make_run(seed=1).key("code a")}
-    assert len(keys) == 4
-    assert run.key(code_fingerprint()) == make_run().key(code_fingerprint())
-
-
-def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path, capsys):
-    results = tmp_path / "results.jsonl"
-    bad, good = make_run(seed=5, overrides=(("lr", 1e30),), strategy="sp"), make_run(train_per_task=100)
-    records, failed = run_all([bad, good], results, str(MNIST), jobs=1)
-    assert failed == 1 and [r["run"]["strategy"] for r in records] == ["naive-sgd"]
-    errors = [r for r in read_results(results) if "error" in r]
-    assert len(errors) == 1 and "FloatingPointError: the loss is" in errors[0]["error"]
-    assert "FAILED sp, seed 5" in capsys.readouterr().out
-
-
-def test_append_result_starts_a_new_line_after_one_cut_short(tmp_path):
-    path = tmp_path / "r.jsonl"
-    path.write_text('{"a": 1}\n{"b"')
-    append_result(path, {"c": 2})
-    assert read_results(path) == [{"a": 1}, {"c": 2}]
-
-
-def test_interval_by_hand():
-    value = interval([1.0, 2.0, 3.0])
-    assert value["mean"] == 2.0
-    assert value["ci95"] == pytest.approx(4.302653 * 1.0 / math.sqrt(3), rel=1e-5)
-    assert interval([5.0]) == {"mean": 5.0, "ci95": None}
-
-
-def test_summary_has_what_it_promises():
-    records = [execute(make_run(seed=s, train_per_task=100), str(MNIST), "key") for s in (0, 1)]
-    (summary,) = summarize(records)
-    for name in ("benchmark", "strategy", "n_tasks", "epochs", "replay_buffer", "loss", "optimizer"):
-        assert name in summary
-    assert summary["seeds"] == [0, 1]
-    for measure in ("acc", "bwt", "forgetting", "learning_acc"):
-        assert set(summary[measure]) == {"mean", "ci95"}
-        assert summary[measure]["mean"] == pytest.approx(np.mean([r[measure] for r in records]))
-    assert np.mean(summary["task_acc"]) == pytest.approx(summary["acc"]["mean"], abs=1e-3)
-    assert f"{summary['acc']['mean']:.1f} ± {summary['acc']['ci95']:.1f}" in table([summary])
-
-
-def test_differences_are_paired_by_seed():
-    rng = np.random.default_rng(0)
-    luck, gains = rng.normal(0, 5, 8), {"naive-sgd": 0.0, "ewc": -0.1, "sp": 3.0}
-    noise = {name: rng.normal(0, 0.5, 8) for name in gains}
-    records = [
-        {"run": {"strategy": n, "replay_buffer": 0, "seed": s}, "acc": 80 + luck[s] + gain + noise[n][s]}
-        for n, gain in gains.items()
-        for s in range(8)
-    ]
-    ewc, sp = differences(records, "naive-sgd")
-    values = 3 + noise["sp"] - noise["naive-sgd"]
-    assert (ewc["strategy"], sp["strategy"], sp["seeds"]) == ("ewc", "sp", 8)
-    assert sp["mean"] == pytest.approx(values.mean())
-    assert sp["ci95"] == pytest.approx(stats.t.ppf(0.975, 7) * values.std(ddof=1) / math.sqrt(8))
-    assert sp["p"] == pytest.approx(2 / 2**8 * 2)  # every pair agrees; the smaller of two p's is doubled
-    assert ewc["p"] == pytest.approx(max(sp["p"], stats.wilcoxon(noise["ewc"] - 0.1 - noise["naive-sgd"]).pvalue))
-    with pytest.raises(ValueError, match="Invalid against: mas"):
-        differences(records, "mas")
-
-
-# -- Scripts ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_script_ends_with_table_results_and_figures(tmp_path):
-    arguments = ["--train-per-task", 200, "--tasks", 2, "--strategies", "naive-sgd,sp-replay", "--seeds", 2]
-    arguments += [
-        "--replay-buffer",
-        50,
-        "--first-seed",
-        3,
-        "--batch-size",
-        32,
-        "--output",
-        tmp_path,
-        "--against",
-        "naive-sgd",
-    ]
-    done = script("permuted_mnist.py", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert "sp-replay" in done.stdout and "Warning" not in done.stderr
-    for name in ("summary.json", "table.md", "acc.png", "training.png"):
-        assert str(tmp_path / name) in done.stdout
-        assert (tmp_path / name).stat().st_size > 0
-    assert (tmp_path / "table.md").read_text() in done.stdout
-    assert "ACC minus that of naive-sgd" in done.stdout
-    records = read_results(tmp_path / "results.jsonl")
-    assert sorted(r["run"]["seed"] for r in records) == [3, 3, 4, 4]
-    assert all(r["versions"]["torch"] == importlib.metadata.version("torch") for r in records)
-    again = script("permuted_mnist.py", *arguments)
-    assert "4 of 4 runs are already in" in again.stdout
-
-
-@pytest.mark.parametrize(
-    "name, arguments, words",
-    [
-        ("split_mnist.py", ["--strategies", "sp,spp"], "unknown strategy 'spp' (allowed: naive-sgd, "),
-        ("split_mnist.py", ["--tasks", "3"], "invalid choice: 3 (choose from 2, 5, 10)"),
-        ("split_mnist.py", ["--epochs", "0"], "argument --epochs: 0 (allowed: an integer, 1 or more)"),
-        ("permuted_mnist.py", ["--train-per-task", "-1"], "argument --train-per-task: -1 (allowed"),
-        ("permuted_mnist.py", ["--replay-buffer", "200,0"], "argument --replay-buffer: 0 (allowed: an integer, 1 or"),
-        ("permuted_mnist.py", ["--protocol", "original"], "argument --protocol: invalid choice: 'original'"),
-        ("permuted_mnist.py", ["--set", "lr"], "argument --set: lr (allowed: name=number)"),
-        ("permuted_mnist.py", ["--strategies", "sp", "--against", "ewc"], "--against ewc: needs 2 seeds or more"),
-        ("compare.py", ["--dataset-root", "/nowhere"], "no MNIST in /nowhere (expected /nowhere/MNIST/raw/"),
-    ],
-)
-def test_bad_arguments_end_a_script_with_status_2_and_no_traceback(name, arguments, words):
-    done = script(name, *arguments)
-    assert done.returncode == 2
-    assert words in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_failed_run_ends_a_script_with_status_1(tmp_path):
-    arguments = ["--tasks", 1, "--train-per-task", 400, "--strategies", "sp", "--seeds", 1, "--set", "lr=1e30"]
-    done = script("permuted_mnist.py", *arguments, "--output", tmp_path)
-    assert done.returncode == 1
-    assert "1 of 1 runs failed" in done.stderr and "Traceback" not in done.stderr

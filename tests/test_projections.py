@@ -1,6 +1,5 @@
 """The comparison's other methods without replay compute what their papers say: GPM, OWM, LwF, and a ridge readout."""
 
-import sys
 
 import pytest
 import torch
@@ -9,23 +8,21 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
 from avalanche_sp import OneHotMSELoss
-
-from conftest import MNIST, ROOT, mlp, strategy_of
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from harness.networks import build_network, gate_bytes, network_bytes  # noqa: E402
-from harness.projections import (  # noqa: E402
+from harness.build import build_model, learning_without_forgetting
+from harness.memory import plugin_bytes
+from harness.methods.projections import (
     GradientProjectionMemory,
     OrthogonalWeightsModification,
     extend_basis,
     layer_inputs,
     linear_layers,
 )
-from harness.ridge import StreamingRidge, build_random_features, stored_bytes  # noqa: E402
-from harness.run import execute, memory_bytes  # noqa: E402
-from harness.settings import Run  # noqa: E402
-from harness.strategies import build_model, learning_without_forgetting  # noqa: E402
+from harness.methods.ridge import StreamingRidge, build_random_features, stored_bytes
+from harness.networks import build_network, gate_bytes, network_bytes
+from harness.run import execute
+from harness.settings import Run
+
+from conftest import MNIST, mlp, strategy_of
 
 
 def images(experience, n=None):
@@ -168,7 +165,7 @@ def test_lwf_keeps_the_old_networks_answers(split2, criterion):
         after = strategy.model(old)[:, :5].detach()
         drift.append((after.softmax(1) - before.softmax(1)).abs().mean().item())
     assert drift[1] < drift[0]
-    assert memory_bytes(lwf) == network_bytes(strategy.model)  # one copy of the network
+    assert plugin_bytes(lwf) == network_bytes(strategy.model)  # one copy of the network
 
 
 # -- Random features and ridge regression ----------------------------------------------------------------------------
@@ -210,9 +207,9 @@ def test_ridge_readout_is_up_to_date_in_evaluation(split2):
 @pytest.mark.parametrize("network", ["256-256", "1000", "cnn"])
 def test_random_features_take_no_more_memory_than_the_plugin_and_its_network(network):
     extra = {}
-    for strategy, overrides in (("sp", (("lr", 0.01),)), ("rf-ridge", ())):  # the wide one diverges at 0.1
-        run = Run("permuted-mnist", strategy, 2, 1, 64, 0, 0, 900, network=network, overrides=overrides)
-        extra[strategy] = execute(run, str(MNIST), "key")["extra_memory_bytes"]
+    for strategy, overrides in (("sp", {"lr": 0.01}), ("rf-ridge", {})):  # the wide one diverges at 0.1
+        run = Run("permuted-mnist", strategy, 2, train_per_task=900, network=network, overrides=overrides)
+        extra[strategy] = execute(run, str(MNIST), curve=False)["figures"]["extra_memory_bytes"]
     size = network_bytes(build_network(network))
     budget = size + gate_bytes(build_network(network))
     assert budget == size + extra["sp"]

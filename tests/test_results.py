@@ -1,41 +1,61 @@
-"""The page of results says what the tests of significance support, and comes from the stored runs alone."""
+"""Tables are queries on the store: the numbers of the documents are those of the stored runs."""
 
 import dataclasses
 import json
-import re
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 from scipy import stats
 
+import results
+import tables as command
+from harness import tables
+from harness.networks import build_network
+from harness.run import worst_case
+from harness.settings import Run, strategies_of
+from harness.statistics import bootstrap, holm, rank_biserial, student, wilcoxon
+from harness.store import Store, key_of, version_of
+from harness.studies import RATES, STUDIES, Row, Study, newest
+
 from conftest import MNIST, ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import results  # noqa: E402
-from harness import page as pages  # noqa: E402
-from harness.comparison import against_others, cells_of, steps  # noqa: E402
-from harness.report import summarize  # noqa: E402
-from harness.run import worst_case  # noqa: E402
-from harness.settings import code_fingerprint, settings_of, strategies_of  # noqa: E402
-from harness.statistics import bootstrap, holm, rank_biserial, wilcoxon  # noqa: E402
-from harness.strategies import recipe_of  # noqa: E402
-from harness.studies import BY_BUFFER, EVERY, ROBUSTNESS, Row, Study  # noqa: E402
+@pytest.fixture(scope="module")
+def stored():
+    return command.stored()
 
 
 def test_statistics_by_hand():
-    values = [1.0, 2.0, 4.0, 8.0, 9.0]
+    values = (1.0, 2.0, 4.0, 8.0, 9.0)
     low, high = bootstrap(values)
     assert 1.0 < low < np.mean(values) < high < 9.0
-    assert bootstrap(values) == (low, high)  # always the same
-    assert bootstrap([3.0]) == (3.0, 3.0) == bootstrap([3.0, 3.0])
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([]) == []
+    interval = stats.bootstrap((values,), np.mean, n_resamples=9999, rng=np.random.default_rng(0)).confidence_interval
+    assert (low, high) == (interval.low, interval.high)
+    assert bootstrap((3.0,)) == (3.0, 3.0) == bootstrap((3.0, 3.0))
+    assert student([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3**0.5, rel=1e-5) and np.isnan(student([5.0]))
     assert rank_biserial([1, 2, 3]) == 1 and rank_biserial([-1, -2]) == -1 and rank_biserial([0.0, 0.0]) == 0
     assert rank_biserial([1, -2, 3]) == pytest.approx((1 + 3 - 2) / 6)
-    assert wilcoxon([1, 2, 3, 4]) == pytest.approx(stats.wilcoxon([1, 2, 3, 4]).pvalue)
-    assert wilcoxon([0.0, 0.0]) == 1.0
+    assert wilcoxon([1, 2, 3, 4]) == 0.125 and wilcoxon([0.0, 0.0]) == 1.0
+
+
+def test_holms_correction_is_that_of_the_definition():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0]) and len(holm([])) == 0
+    ps = np.random.default_rng(0).uniform(size=12) ** 3
+    for i, p in enumerate(holm(ps)):  # the largest of the products of all that are no larger
+        ranks = [(len(ps) - rank) * value for rank, value in enumerate(sorted(ps)) if value <= ps[i]]
+        assert p == pytest.approx(min(1, max(ranks)))
+
+
+def test_the_signed_rank_test_is_scipys_with_ties_and_zeros_too():
+    rng = np.random.default_rng(0)
+    for n in (2, 5, 9, 20):
+        for digits in (0, 1, 6):
+            differences = np.round(rng.normal(0.5, 1, n), digits)
+            if differences.any():
+                assert wilcoxon(differences) == pytest.approx(stats.wilcoxon(differences).pvalue, abs=1e-12)
 
 
 def test_the_worst_case_is_the_lowest_a_task_falls_to_after_it_was_learned():
@@ -45,216 +65,254 @@ def test_the_worst_case_is_the_lowest_a_task_falls_to_after_it_was_learned():
     assert worst_case(points[:2]) is None
 
 
-def test_a_measure_that_not_all_seeds_have_is_left_out_of_the_summary():
-    """Stored runs may be of before a measure was there, or of an online stream, which has none."""
-    made = records({}, seeds=3)
-    for record in made:
-        record["recipe"] = {"loss": "squared error", "optimizer": "SGD", "lr": 0.1, "settings": {}}
-    made[0]["min_acc"] = None
-    del made[1]["min_acc"]
-    first, second, third = summarize(made)[:3]
-    assert [s["strategy"] for s in (first, second, third)] == ["sp-both", "replay-sgd", "replay-joint"]
-    assert first["min_acc"] is None and "min_acc" not in second
-    assert third["min_acc"]["mean"] == pytest.approx(third["acc"]["mean"] - 10)
-
-
-# -- What the page says ----------------------------------------------------------------------------------------------
+# -- Tables of runs that were made up ---------------------------------------------------------------------------------
 
 STUDY = Study(
     "A study",
-    "permuted-mnist",
-    2,
-    (Row("sp-both"), Row("replay-sgd"), Row("replay-joint"), Row("der++"), Row("sp-replay"), Row("joint")),
+    {"benchmark": "permuted-mnist", "n_tasks": 2, "train_per_task": 200},
+    [Row("sp-both"), Row("replay-sgd"), Row("replay-joint"), Row("der++"), Row("sp-replay"), Row("joint")],
     (50, 200),
-    train_per_task=200,
     curves=(200,),
     seeds=2,
 )
+GAINS = {"sp-both": 1.0, "replay-sgd": -3.0, "replay-joint": 3.0, "der++": 9.0, "joint": 20.0}
+GAINS_OF_OURS = {50: 3.0, 200: 0.0}
 
 
-def records(gains, seeds=10, study=STUDY):
-    """Records of the study; each row's ACC is a seed's luck, the row's gain and a little noise."""
-    rng = np.random.default_rng(0)
+def made_up(path, seeds=10, study=STUDY, gain=lambda run: GAINS.get(run["strategy"], 0.0)):
+    """A store of the study's runs: each row's ACC is a seed's luck, the row's gain and a little noise."""
+    rng, store = np.random.default_rng(0), Store(path)
     luck = rng.normal(0, 5, seeds)
-    made = []
     for run in study.runs(seeds):
-        gain = gains.get(run.strategy, 0.0)
-        gain = gain[run.replay_buffer] if isinstance(gain, dict) else gain
-        acc = float(60 + luck[run.seed] + gain + rng.normal(0, 0.3))
-        made.append(
-            {"key": run.key(code_fingerprint()), "run": run.to_json(), "acc": acc, "min_acc": acc - 10, "seconds": 1.0}
-            | {"extra_memory_bytes": 1000, "accuracy_matrix": [[acc, acc]], "bwt": -1.0, "learning_acc": acc}
-        )
-    return made
+        own = GAINS_OF_OURS[run["replay_buffer"]] if run["strategy"] == "sp-replay" else gain(run)
+        acc = float(60 + luck[run["seed"]] + own + rng.normal(0, 0.3))
+        figures = {"acc": acc, "bwt": -1.0, "min_acc": acc - 10, "learning_acc": acc, "seconds": 2.0}
+        figures |= {"extra_memory_bytes": 1000, "accuracy_matrix": [[acc, 0.0], [acc - 5, acc + 5]]}
+        trained = {"optimizer": "SGD", "lr": 0.1, "loss": "squared error", "arguments": {"openness": 0.5}}
+        store.append({"settings": run | trained, "figures": figures})
+    return newest(store.frame())
 
 
-GAINS = {"replay-sgd": -3.0, "replay-joint": 3.0, "der++": 9.0, "sp-replay": {50: 3.0, 200: 0.0}}
-GAINS |= {"sp-both": 1.0, "joint": 20.0}
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return STUDY.select(made_up(tmp_path_factory.mktemp("store")))
 
 
-def test_verdicts_are_those_of_the_corrected_tests():
-    cells = cells_of(STUDY, records(GAINS))
-    found = against_others(cells)[50]
-    verdicts = {row.other.label: row.verdict for row in found}
+def rows_of(text):
+    """Rows of the last table in a text, by first cell; the header's names as keys."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    return {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
+
+
+def test_a_markdown_table_has_a_column_for_every_name():
+    lines = tables.markdown([{"a": 1, "name": "x"}, {"b": "yy"}]).splitlines()
+    assert lines == ["| a | name | b  |", "| - | ---- | -- |", "| 1 | x    |    |", "|   |      | yy |"]
+
+
+def test_a_study_selects_its_own_runs_in_the_order_of_its_rows(tmp_path, runs):
+    assert list(dict.fromkeys(runs["label"])) == [row.strategy for row in STUDY.rows]
+    assert len(runs) == 10 * (2 + 4 * 2)
+    other = dataclasses.replace(STUDY, settings={**STUDY.settings, "stream": "blurred"})
+    assert len(other.select(made_up(tmp_path, seeds=2))) == 0
+    store = Store(tmp_path)
+    for settings in ({"overrides": {"lr": 0.3}}, {"validation": True}, {"epochs": 2}, {"n_tasks": 3}):
+        store.append({"settings": STUDY.runs(1)[0] | settings, "figures": {"acc": 0.0}})
+    mine = STUDY.select(newest(store.frame()))
+    assert len(mine) == 2 * 10 and mine["acc"].min() > 0
+
+
+def test_of_a_run_in_two_versions_the_newest_is_selected(tmp_path):
+    store, run = Store(tmp_path), STUDY.runs(1)[0]
+    for version, acc in ((version_of("sp-both"), 2.0), (version_of("sp-both") - 1, 1.0)):
+        store.append({"settings": run, "figures": {"acc": acc}, "versions": {"algorithm": version}})
+    assert len(store.frame()) == 2
+    assert STUDY.select(newest(store.frame()))["acc"].tolist() == [2.0]
+
+
+def test_verdicts_are_those_of_the_corrected_tests(runs):
+    found = tables.against_others(runs, "sp-replay")[50]
+    verdicts = {label: tables.verdict(row) for (label, _), row in found.iterrows()}
     assert verdicts == {"sp-both": "above", "replay-sgd": "above", "replay-joint": "level", "der++": "below"}
-    (row,) = [row for row in found if row.other.label == "replay-sgd"]
-    assert row.p == pytest.approx(2 / 2**10 * 4)  # all seeds gain: the smallest p of ten, of four comparisons
-    assert row.mean == pytest.approx(6, abs=0.5) and row.low < row.mean < row.high and row.effect == 1
-    assert [(row.other.buffer, row.verdict) for row in steps(cells)] == [(0, "above"), (50, "below")]
+    row = found.loc[("replay-sgd", 50)]
+    assert row["p"] == pytest.approx(2 / 2**10 * 4)  # all seeds gain: the smallest p of ten, of four comparisons
+    assert row["mean"] == pytest.approx(6, abs=0.5) and (row["gains"] > 0).all()
+    steps = tables.growth(runs, "sp-replay")
+    assert [(buffer, tables.verdict(row)) for buffer, row in steps.iterrows()] == [(50, "above"), (200, "below")]
 
 
-def test_sentences_say_no_more_than_the_tests(monkeypatch):
-    monkeypatch.setattr(pages, "BY_BUFFER", {"a_study": STUDY})
-    text = pages.page({"a_study": records(GAINS)})
-    assert "`sp-replay` is above every other row at none of them, and below at least one with 50 and 200." in text
-    assert "With 50 stored samples `sp-replay` is above sp-both (+" in text and ") and replay-sgd (+" in text
-    assert "; level with replay-joint (" in text and "; below der++ (-" in text
-    assert "it falls significantly from 50 on (-" in text
-    few = pages.page({"a_study": records(GAINS, seeds=3)})  # with which nothing can be significant
-    assert "above sp-both" not in few and "below der" not in few and "never falls significantly" in few
-    assert "With 3 seeds no difference can be significant." in few
-    assert "## Published figures" not in text  # there are none
+def test_the_difference_table_marks_what_is_significant(runs):
+    rows = rows_of(tables.minus_others(runs, STUDY, "sp-replay"))
+    assert list(rows) == ["sp-both", "replay-sgd", "replay-joint", "der++"]
+    assert rows["replay-sgd"]["50"].startswith("**+6.") and rows["der++"]["50"].startswith("**-")
+    assert not rows["replay-joint"]["50"].startswith("**")
+    few = tables.minus_others(runs[runs["seed"] < 3], STUDY, "sp-replay")
+    assert "**" not in few  # with three seeds nothing can be significant
+    only = tables.minus_others(runs, STUDY, "sp-replay", "der++")
+    assert list(rows_of(only)) == ["der++"]
 
 
-def test_ours_with_gaussians_has_sentences_of_its_own(monkeypatch):
-    names = ("sp-both", "sp-gaussian", "sp-replay", "replay-gaussian", "sp-replay-gaussian")
-    study = dataclasses.replace(STUDY, rows=tuple(map(Row, names)))
-    gains = {"sp-gaussian": 2.0, "sp-replay": 1.0, "replay-gaussian": 3.0, "sp-replay-gaussian": {50: 5.0, 200: 4.0}}
-    made = records(gains, study=study)
-    monkeypatch.setattr(pages, "BY_BUFFER", {"a_study": study})
-    text = pages.page({"a_study": made})
-    assert "`sp-replay` is above every other row at none of them, and below at least one with 50 and 200." in text
-    assert "`sp-replay-gaussian` is above every other row with 50 and 200 stored samples, and below none" in text
-    assert "`sp-replay-gaussian` (`sp-gaussian` where there is none) changes by -" in text
-    found = steps(cells_of(study, made), "sp-replay-gaussian")
-    assert [(row.other.label, row.other.buffer, row.verdict) for row in found] == [
-        ("sp-gaussian", 0, "above"),
-        ("sp-replay-gaussian", 50, "below"),
+def test_the_best_of_the_others_is_found(runs):
+    row = rows_of(tables.best(runs, STUDY, "sp-replay"))["50"]
+    mean = runs.loc[(runs["strategy"] == "der++") & (runs["replay_buffer"] == 50), "acc"].mean()
+    assert row["best other row"] == f"der++ {mean:.1f}" and row["verdict"] == "below" and row["effect"] == "-1.00"
+    assert row["p (Holm)"] == f"{2 / 2**10 * 4:.3f}"
+
+
+def test_the_grid_shows_means_with_bootstrap_intervals(runs):
+    text = tables.grid(runs, STUDY)
+    assert text.startswith("**A study**: 1 epoch, batch 64, MLP 784-256-256-10, 10 seeds.\n")
+    acc = runs.loc[(runs["strategy"] == "der++") & (runs["replay_buffer"] == 200), "acc"]
+    low, high = bootstrap(tuple(acc))
+    assert rows_of(text)["der++"] == {
+        "strategy": "der++",
+        "no buffer": "",
+        "50": rows_of(text)["der++"]["50"],
+        "200": f"{acc.mean():.1f} [{low:.1f}, {high:.1f}]",
+    }
+
+
+def test_a_listing_shows_each_tasks_accuracy_and_what_a_strategy_trains_with(runs):
+    rows = rows_of(tables.listing(runs, STUDY))
+    acc = runs.loc[runs["strategy"] == "joint", "acc"]
+    assert rows["joint"]["ACC %"] == f"{acc.mean():.1f} ± {student(acc.tolist()):.1f}"
+    assert rows["joint"]["each task %"] == f"{acc.mean() - 5:.1f} / {acc.mean() + 5:.1f}"
+    assert rows["joint"]["trained with"] == "SGD 0.1, squared error; openness=0.5"
+    assert list(rows)[0] == "sp-both" and list(rows)[-1] == "joint"  # the bound last
+    lacking = runs.assign(bwt=runs["bwt"].where(runs["seed"] > 0))
+    assert {row["BWT %"] for row in rows_of(tables.listing(lacking, STUDY)).values()} == {"-"}
+    worst = tables.listing(runs, STUDY, "worst")
+    assert "| 50 " not in worst  # the study keeps no curve with 50
+
+
+def test_accuracy_minus_that_of_a_reference_has_its_interval(runs):
+    rows = rows_of(tables.minus(runs, STUDY, "sp-both"))
+    joint, ours = (runs[runs["strategy"] == name].set_index("seed")["acc"] for name in ("joint", "sp-both"))
+    gains = joint - ours
+    assert rows["joint"]["ACC minus that of sp-both"] == f"{gains.mean():+.1f} ± {student(gains.tolist()):.1f}"
+    assert rows["joint"]["p (Holm)"] == f"{2 / 2**10 * 9:.3f}"
+    with pytest.raises(ValueError, match="Invalid against: sp-replay .allowed: a strategy with one row"):
+        tables.minus(runs, STUDY, "sp-replay")  # with 50 and 200 stored samples
+
+
+def test_a_single_strategy_is_compared_with_none(runs):
+    alone = runs[runs["strategy"] == "sp-both"]
+    assert rows_of(tables.minus(alone, STUDY, "sp-both")) == {}
+    assert tables.against_others(alone, "sp-both") == {}
+
+
+def test_a_caption_counts_the_runs_of_an_older_version(runs):
+    older = runs.assign(version=runs["version"].where(runs["strategy"] != "sp-both", 0))
+    assert tables.caption("A study", older).endswith("10 seeds; 10 runs of an older version.\n\n")
+    uneven = runs[(runs["seed"] < 3) | (runs["strategy"] != "joint")]
+    assert "3 to 10 seeds" in tables.caption("A study", uneven)
+
+
+def test_a_change_of_the_settings_is_compared_with_the_tuned_settings(tmp_path):
+    study = STUDIES["robustness_split5"]
+    gains = {"sp": 30.0, "sp-both": 31.0, "sp-gaussian": 33.0, "joint": 36.0}
+    frame = made_up(tmp_path, 3, study, lambda run: gains[run["strategy"]] - 7.0 * (run["batch_size"] == 10))
+    rows = rows_of(tables.changes(study.select(frame), study))
+    assert list(rows) == [
+        "as tuned",
+        "learning rate x 3",
+        "learning rate / 3",
+        "batch 10",
+        "batch 256",
+        "10 epochs",
+        "random classes",
     ]
+    changes = {name: float(rows["batch 10"][name].split("(")[1][:-1]) for name in gains}
+    assert changes == pytest.approx(dict.fromkeys(gains, -7.0), abs=1)
+    assert "(" not in "".join(rows["as tuned"].values()) and list(rows["as tuned"])[1:] == list(gains)
 
 
-def test_a_head_for_each_task_has_a_section_of_its_own():
-    study = EVERY["task_incremental_split5"]
-    assert all(run.task_incremental for run in study.runs(1))
-    made = records({"packnet": 4.0, "sp-both": 9.0, "joint": 20.0}, study=study)
-    text = pages.page({"task_incremental_split5": made})
-    (heading,) = [line for line in text.splitlines() if line.startswith("## ")]
-    assert heading == "## A head for each task" and "no figure here is comparable with any above" in text
-    above, below = re.search(r"- `sp-both` is above (.*); below (.*)\.\n", text).groups()
-    assert "packnet (+" in above and "joint (-" in below
+def test_published_figures_are_compared_with_ours(tmp_path):
+    study = STUDIES["protocol_van_de_ven_split"]
+    frame = made_up(tmp_path, 3, study, lambda run: 40.0)
+    text = tables.listing(study.select(frame), study, "published")
+    row = rows_of(text)["joint"]
+    here = float(row["here %"].split(" ")[0])
+    assert row["published %"] == "97.9" and float(row["difference"]) == pytest.approx(here - 97.9, abs=0.11)
+    assert rows_of(text)["sp-both"]["published %"] == "-" == rows_of(text)["sp-both"]["difference"]
+    assert "Published: G. van de Ven" in text
 
 
-def test_the_published_gate_stands_beside_its_control():
-    legacy = EVERY["original"]
-    text = pages.page({"original": records({"legacy-sp-replay": 5.0}, study=legacy)})
-    assert re.search(
-        r"The published gate changes ACC by \+[45]\.\d \[\+[45]\.\d, \+[45]\.\d\] points .*; p = 0\.002\)", text
-    )
-    assert "Avalanche's replay, tuned rates" not in text  # these are another study's
-    kept = EVERY["original_working_buffer"]
-    assert {run.overrides for run in kept.runs(1)} == {(("fifo", 0.0),)}
+def test_boundaries_that_were_found_missed_and_false():
+    assert tables.found_boundaries([100, 200, 300], [50, 108, 150]) == ([8], 1, 2)
+    assert tables.found_boundaries([100, 200, 300], []) == ([], 2, 0)
 
 
-def test_figures_beside_published_ones_are_near_or_farther_off():
-    study = EVERY["protocol_van_de_ven_split"]
-    made = records({}, seeds=3, study=study)
-    for record in made:
-        record["acc"] = 30.0 if record["run"]["strategy"] == "naive-adam" else 97.0
-    text = pages.page({"protocol_van_de_ven_split": made})
-    assert "papers differ by on equal methods: joint (-0.9); farther off: naive-adam (+10.1)." in text
-    assert re.search(r"\| sp-both +\| - +\| - +\| 97.0", text)
+# -- The stored results and the documents -----------------------------------------------------------------------------
 
 
-def test_of_each_run_the_present_codes_record_is_taken_else_the_last():
-    run, other = STUDY.runs(1)[:2]
-    code = code_fingerprint()
-
-    def record(run, code, acc):
-        return {"key": run.key(code), "run": run.to_json(), "acc": acc}
-
-    found = results.latest(
-        STUDY,
-        [
-            record(run, "old", 1),
-            record(run, code, 2),
-            record(run, "older", 3),
-            record(other, "old", 4),
-            record(other, "older", 5),
-            {**record(other, code, 6), "error": "it failed"},
-            record(dataclasses.replace(run, epochs=7), code, 8),
-        ],
-    )
-    assert [r["acc"] for r in found] == [2, 5]
+def test_every_document_has_the_tables_of_the_stored_results(stored):
+    for path in command.DOCUMENTS:
+        text = path.read_text()
+        assert text == command.updated(text, stored), f"{path}: make results"
+        assert text.count("<!-- table:") == text.count("<!-- end of table -->")
 
 
-def test_training_then_writing_and_writing_again_without_training(tmp_path, monkeypatch, capsys):
-    study = dataclasses.replace(STUDY, rows=(Row("sp"), Row("replay-joint"), Row("sp-replay")), buffers=(200,))
-    for module in (results, pages):
-        monkeypatch.setattr(module, "BY_BUFFER", {"a_study": study})
-    monkeypatch.setattr(results, "EVERY", {"a_study": study})
-    arguments = ["--jobs", "1", "--output", str(tmp_path), "--dataset-root", str(MNIST)]
-    assert results.main(["--rerun", "--strategies", "sp", *arguments]) == 0
-    assert not (tmp_path / "results" / "buffers.png").exists()  # nothing with a buffer yet
-    assert results.main(["--rerun", "--strategies", "sp-replay", *arguments]) == 0
-    assert results.main(["--rerun", *arguments]) == 0
-    assert "4 of 6 runs are already in" in capsys.readouterr().out
-    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    names = {"results.jsonl", "summary.json", "table.md", "training.png", "buffers.png", "results.md"}
-    assert {path.name for path in written} == names
-    assert results.main(arguments) == 0
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == written
-    text = (tmp_path / "results.md").read_text()
-    assert "**A study**: 1 epoch, batch 64, MLP 784-256-256-10, 2 seeds." in text
-    assert "| sp-replay    |" in text and "worst case %" in text
+def test_a_changed_result_changes_its_documents(stored):
+    text = (ROOT / "README.md").read_text()
+    better = stored.assign(acc=stored["acc"].where(stored["strategy"] != "sp-both", stored["acc"] + 1))
+    assert text != command.updated(text, better)
 
 
-def test_what_a_change_of_the_settings_costs_stands_beside_joint_training():
-    name, study = next(iter(ROBUSTNESS.items()))
-    made = records({"sp": 30.0, "sp-both": 31.0, "sp-gaussian": 33.0, "joint": 36.0}, seeds=3, study=study)
-    for record in made:
-        if record["run"]["batch_size"] == 10:
-            record["acc"] -= 7.0
-    text = pages.page({name: made})
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    assert rows[0] == ["", "sp", "sp-both", "sp-gaussian", "joint"]
-    changes = {row[0]: [float(re.search(r"\(([+-].*)\)", cell)[1]) for cell in row[1:]] for row in rows[2:]}
-    rates = ["learning rate x 3", "learning rate / 3"]
-    assert list(changes) == [*rates, "batch 10", "batch 256", "10 epochs", "random classes"]
-    assert changes.pop("batch 10") == pytest.approx([-7.0] * 4, abs=1)
-    assert all(change == pytest.approx([0.0] * 4, abs=1) for change in changes.values())
-    assert not re.search(r"\([+-]", " ".join(rows[1]))
+def test_every_study_is_shown_and_has_every_run_in_the_store(stored):
+    shown = "".join(path.read_text() for path in command.DOCUMENTS)
+    for name, study in STUDIES.items():
+        cells = study.select(stored).groupby(["label", "strategy", "replay_buffer"]).size()
+        never_run = {"protocol_van_de_ven_permuted": 2, "robustness_split5": 1}.get(name, 0)  # too long, or diverged
+        assert len(cells) == len(study.cells()) - never_run, name
+        assert name.startswith("boundaries_") or name.replace("layers_", "layers ") in shown, name
 
 
-# -- The studies -----------------------------------------------------------------------------------------------------
+def test_stored_runs_are_found_by_the_settings_of_present_ones():
+    """So that ``results.py`` trains none of them again."""
+    keys = Store(command.RESULTS).keys()
+    for name in ("buffers_split2", "compare", "ablations_split5", "protocol_mammoth_split", "boundaries_returning"):
+        for settings in STUDIES[name].runs(3):
+            assert key_of(Run(**settings).settings()) in keys, settings
 
 
-@pytest.mark.parametrize("name", EVERY)
+def test_no_run_is_stored_twice():
+    store = Store(command.RESULTS)
+    rows = list(store.rows())
+    assert len(rows) == len(store.frame()) == len(newest(store.frame()))
+
+
+@pytest.mark.parametrize("name", STUDIES)
 def test_every_study_is_of_strategies_and_settings_that_exist(name):
-    study = EVERY[name]
-    runs = study.runs(2)
+    runs = [Run(**settings) for settings in STUDIES[name].runs(2)]
     assert len(set(runs)) == len(runs)
-    labels = study.labels()
     for run in runs:
         assert run.strategy in strategies_of(run.benchmark, run.task_incremental)
-        recipe_of(run)
-        assert labels[settings_of(json.loads(json.dumps(run.to_json())))]
-    only = study.runs(2, ["sp-replay"])
-    assert {run.strategy for run in only} <= {"sp-replay"} and set(only) <= set(runs)
+        assert key_of(run.settings()) == key_of(json.loads(json.dumps(run.settings())))
+        build_network(run.network)
 
 
-def test_the_committed_page_is_that_of_the_committed_results():
-    file = ROOT / "docs" / "results.md"
-    if not file.exists():
-        pytest.skip("no results are committed yet")
-    stored = {
-        name: results.latest(study, results.read_results(ROOT / "docs" / "results" / name / "results.jsonl"))
-        for name, study in EVERY.items()
-    }
-    assert file.read_text() == pages.page(stored)
-    assert any(stored[name] for name in BY_BUFFER)
+def test_rates_are_changed_from_the_tuned_ones():
+    assert RATES == {name: Run("split-mnist", name, 5, 1, 64, 0, 0).settings()["lr"] for name in RATES}
 
 
-def test_a_study_that_does_not_exist_is_named(capsys):
-    with pytest.raises(SystemExit):
-        results.main(["--studies", "everything"])
-    assert "unknown study 'everything' (allowed: buffers_split2, " in capsys.readouterr().err
+def test_training_then_nothing_to_train(tmp_path, monkeypatch, capsys):
+    study = dataclasses.replace(STUDY, rows=[Row("naive-sgd"), Row("sp"), Row("sp-replay")], buffers=(200,))
+    monkeypatch.setitem(STUDIES, "a_study", study)
+    arguments = ["--studies", "a_study", "--jobs", "1", "--output", str(tmp_path), "--dataset-root", str(MNIST)]
+    assert results.main([*arguments, "--strategies", "sp,sp-replay", "--seeds", "1"]) == 0
+    runs = study.select(newest(Store(tmp_path).frame()))
+    assert runs["label"].tolist() == ["sp", "sp-replay"] and runs["acc"].min() > 10
+    assert [isinstance(curve, list) for curve in runs["curve"]] == [False, True]  # with 200 stored samples
+    assert list(rows_of(tables.listing(runs, study))) == ["sp", "sp-replay"]
+    before = (tmp_path / "permuted-mnist.jsonl").read_bytes()
+    assert results.main([*arguments, "--strategies", "sp,sp-replay", "--seeds", "1"]) == 0
+    assert "2 of 2 runs are already in" in capsys.readouterr().out
+    assert (tmp_path / "permuted-mnist.jsonl").read_bytes() == before
+
+
+def test_help_writes_nothing(tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in [*command.DOCUMENTS, *command.RESULTS.iterdir()]}
+    for script in ("tables.py", "results.py"):
+        done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in before}

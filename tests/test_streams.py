@@ -1,19 +1,13 @@
 """Streams without clean boundaries, and how finding them is counted."""
 
-import sys
 
 import numpy as np
-import torch
 
-from conftest import MNIST, ROOT
+from harness.run import build_benchmark, execute
+from harness.settings import Run
+from harness.streams import swaps
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from boundaries import PARTS, found, rows_of, runs_of  # noqa: E402
-from harness.run import build_benchmark, execute  # noqa: E402
-from harness.settings import Run  # noqa: E402
-from harness.strategies import recipe_of  # noqa: E402
-from harness.streams import swaps  # noqa: E402
+from conftest import MNIST
 
 
 def run_of(strategy="sp", **kwargs):
@@ -64,34 +58,8 @@ def test_a_drifting_permutation_moves_a_few_pixels_at_a_time():
 
 def test_an_online_stream_is_measured_when_its_tasks_end():
     short = {"benchmark": "permuted-mnist", "n_tasks": 2, "train_per_task": 200, "batch_size": 20, "stream": "online"}
-    record = execute(run_of("sp-continuous", **short), str(MNIST), "key")
+    record = execute(run_of("sp-continuous", **short), str(MNIST))["figures"]
     assert np.shape(record["accuracy_matrix"]) == (2, 2)
     assert record["task_ends"] == [10, 20] and not record["consolidated_at"]
-    told = execute(run_of("sp", **short), str(MNIST), "key")
+    told = execute(run_of("sp", **short), str(MNIST))["figures"]
     assert told["consolidated_at"] == [10, 20]
-
-
-def test_what_is_found_missed_and_false():
-    record = {"task_ends": [100, 200, 300], "consolidated_at": [50, 108, 150]}
-    assert found(record) == ([8], 1, 2)
-    assert found(record | {"consolidated_at": []}) == ([], 2, 0)
-
-
-def test_old_runs_keep_their_names():
-    assert "stream" not in run_of().to_json() and run_of(stream="online").to_json()["stream"] == "online"
-
-
-def test_every_part_of_the_table_can_be_run():
-    for part, (_, strategies, _) in PARTS.items():
-        runs = runs_of(part, [0], False)
-        assert {r.strategy for r in runs} == set(strategies)
-        for run in runs:
-            recipe_of(run)
-        records = [
-            {"run": r.to_json(), "acc": 90.0, "task_ends": [10, 20], "consolidated_at": [14], "seconds": 1.0,
-             "accuracy_matrix": torch.full((6, 5), 90.0).tolist(), "claimed_rank": [5, 6]} for r in runs
-        ]  # fmt: skip
-        rows = rows_of(part, records)
-        assert len(rows) == len(runs)
-        assert all(("found" in row) == (row["strategy"].endswith("-surprise") and part != "drifting") for row in rows)
-        assert all(row.get("consolidated") == ("1" if part == "drifting" else None) for row in rows)

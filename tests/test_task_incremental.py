@@ -1,7 +1,6 @@
 """Task-incremental Split MNIST: a head for each task, and the methods that are told which."""
 
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -9,34 +8,24 @@ import torch
 from avalanche.training.plugins import EvaluationPlugin
 
 from avalanche_sp import AccuracyMatrix, split_mnist
+from harness import run as runs
+from harness.build import build_model, build_strategy
+from harness.networks import build_network, network_bytes
+from harness.recipes import recipe_of
+from harness.report import report
+from harness.settings import TASK_INCREMENTAL, USES_REPLAY, Run
+from harness.store import Store
 
-from conftest import MNIST, ROOT, sliced
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import split_mnist as script  # noqa: E402
-
-from harness import run as runs  # noqa: E402
-from harness.networks import build_network, network_bytes  # noqa: E402
-from harness.report import summarize, title, write_report  # noqa: E402
-from harness.settings import TASK_INCREMENTAL, USES_REPLAY, Run  # noqa: E402
-from harness.strategies import build_model, build_strategy, recipe_of  # noqa: E402
+from conftest import MNIST
 
 NETWORK = "100-100"
-SHORT = {"si": (("strength", 10.0),)}  # as it is tuned, so few images don't outweigh it
+SHORT = {"si": {"strength": 10.0}}  # as it is tuned, so few images don't outweigh it
 
 
 def run_of(strategy, **kwargs):
     buffer = 50 if strategy in USES_REPLAY else 0
     settings = {"n_tasks": 5, "epochs": 2, "batch_size": 16, "replay_buffer": buffer, "seed": 0, "network": NETWORK}
     return Run("split-mnist", strategy, **{**settings, "task_incremental": True, **kwargs})
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """Runs on a few hundred of each task's images."""
-    build = runs.build_benchmark
-    monkeypatch.setattr(runs, "build_benchmark", lambda *args: sliced(build(*args), train=320, test=100))
 
 
 def test_every_task_has_its_label_and_its_classes_from_zero():
@@ -72,12 +61,13 @@ def test_heads_begin_alike_and_each_sees_its_own_tasks_samples_alone():
 
 
 @pytest.mark.parametrize("strategy", TASK_INCREMENTAL)
-def test_every_strategy_learns_all_tasks(strategy, short):
-    record = runs.execute(run_of(strategy, overrides=SHORT.get(strategy, ())), str(MNIST), "key")
-    assert record["run"]["task_incremental"] is True
+def test_every_strategy_learns_all_tasks(strategy, tiny):
+    row = runs.execute(run_of(strategy, overrides=SHORT.get(strategy, {})), str(MNIST))
+    record = row["figures"]
+    assert row["settings"]["task_incremental"] is True
     matrix = np.array(record["accuracy_matrix"])
     assert min(matrix.diagonal()) > 60 and record["acc"] > 60
-    assert bool(record["curve"]) == (strategy != "packnet")
+    assert ("curve" in record) == (strategy != "packnet")
     if strategy == "packnet":  # an old task's network isn't touched
         assert all(np.ptp(matrix[task:, task]) == 0 for task in range(5))
         weights = sum(a * b for a, b in ((784, 100), (100, 100)))
@@ -86,7 +76,7 @@ def test_every_strategy_learns_all_tasks(strategy, short):
         assert record["extra_memory_bytes"] == 0
 
 
-def test_importances_of_si_are_those_of_the_heads_that_were_used(short):
+def test_importances_of_si_are_those_of_the_heads_that_were_used(tiny):
     run = run_of("si")
     benchmark = runs.build_benchmark(run, str(MNIST))
     torch.manual_seed(0)
@@ -98,12 +88,6 @@ def test_importances_of_si_are_those_of_the_heads_that_were_used(short):
     assert [value > 0 for value in importance.values()] == [True, True, False, False, False]
 
 
-def test_stored_settings_of_other_runs_are_as_they_were():
-    plain = run_of("sp", task_incremental=False)
-    assert "task_incremental" not in plain.to_json()
-    assert plain.key("code") != run_of("sp").key("code")
-
-
 def test_what_has_no_such_form_is_named():
     with pytest.raises(ValueError, match="Invalid strategy: rf-ridge .allowed: naive-sgd, "):
         recipe_of(run_of("rf-ridge"))
@@ -111,25 +95,13 @@ def test_what_has_no_such_form_is_named():
         recipe_of(run_of("packnet", task_incremental=False))
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--strategies", "packnet"], "--strategies packnet: not without --task-incremental (allowed: naive-sgd, "),
-        (["--task-incremental", "--strategies", "gdumb"], "--strategies gdumb: not with --task-incremental"),
-        (["--task-incremental", "--tasks", "10"], "--tasks 10: not with --task-incremental"),
-    ],
-)
-def test_bad_arguments_are_named(arguments, words, capsys):
-    with pytest.raises(SystemExit):
-        script.main(arguments)
-    assert words in capsys.readouterr().err
-
-
-def test_the_report_says_what_it_is_of(short, tmp_path, capsys):
-    records = [runs.execute(run_of(strategy), str(MNIST), "key") for strategy in ("packnet", "naive-sgd")]
-    assert ", 5 tasks, a head for each task, 2 epochs" in title(records)
-    assert all(row["task_incremental"] for row in summarize(records))
-    paths = write_report(records, tmp_path)
-    assert {path.name for path in paths} == {"summary.json", "table.md", "acc.png", "training.png"}
-    assert "packnet" in capsys.readouterr().out
-    assert "training.png" not in {path.name for path in write_report(records[:1], tmp_path)}  # it has no curve
+def test_the_report_says_what_it_is_of(tiny, tmp_path, capsys):
+    store = Store(tmp_path / "store")
+    for run in map(run_of, ("packnet", "naive-sgd")):
+        store.append(runs.execute(run, str(MNIST)))
+    frame = store.frame()
+    assert {path.name for path in report(frame, tmp_path)} == {"table.md", "acc.png", "training.png"}
+    out = capsys.readouterr().out
+    assert "**Split MNIST, 5 tasks, a head for each**: 2 epochs, batch 16, " in out and "| naive-sgd " in out
+    packnet = frame[frame.strategy == "packnet"]
+    assert "training.png" not in {path.name for path in report(packnet, tmp_path)}  # it has no curve

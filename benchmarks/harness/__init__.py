@@ -1,6 +1,5 @@
-"""What the benchmark scripts share, in reading order: settings, strategies, run, executors, jobs, report,
-cli; search.
+"""What the benchmark scripts share. In reading order: settings and recipes (a run and its strategy as data); build, run
+and jobs (training); store, studies, tables and figures (results); cli and search (command lines).
 
-What they import when loaded doesn't import torch, so that a command answers at once; the runs
-happen in worker processes, which do.
+Modules that a script imports at its start don't import torch, so that a command answers at once. Workers do.
 """

@@ -1,174 +1,277 @@
-"""Command line of the benchmark scripts."""
+"""Command lines: each is a settings dataclass, which tyro parses and which checks itself before anything starts."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal, TypeVar
 
-from harness.jobs import run_all
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
 from harness.protocols import PROTOCOLS, overrides_of
-from harness.settings import MNIST, NETWORKS, ROOT, STRATEGIES, TASK_INCREMENTAL, USES_REPLAY, Run, strategies_of
+from harness.recipes import ABOUT, TASK_INCREMENTAL, USES_REPLAY, strategies_of
+from harness.settings import MNIST, NETWORKS, ROOT, STRATEGIES, Run
+
+T = TypeVar("T")
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} (allowed: an integer, 1 or more)")
-    return value
+def _words(text: list[str]) -> tuple[str, ...]:
+    """What commas and blanks part."""
+    return tuple(" ".join(text).replace(",", " ").split())
 
 
-def natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} (allowed: an integer, 0 or more)")
-    return value
+def _assignments(text: list[str]) -> dict[str, float]:
+    values = {}
+    for word in _words(text):
+        name, _, number = word.partition("=")
+        try:
+            values[name] = float(number)
+        except ValueError:
+            raise ValueError(f"{word} (allowed: NAME=NUMBER)") from None
+    return values
 
 
-def buffers(text: str) -> list[int]:
-    return [positive(number) for number in text.split(",")]
+def _list(kind: type, metavar: str, parse: Callable[[list[str]], object]) -> PrimitiveConstructorSpec:
+    return PrimitiveConstructorSpec(
+        "*", metavar, parse, lambda value: isinstance(value, kind), lambda value: [",".join(map(str, value))]
+    )
 
 
-def names_of(kind: str, allowed: tuple[str, ...]):
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
+Names = Annotated[tuple[str, ...], _list(tuple, "A,B", _words)]
+Numbers = Annotated[tuple[int, ...], _list(tuple, "N,M", lambda text: tuple(map(int, _words(text))))]
+_Assignments = Annotated[dict[str, float], _list(dict, "NAME=VALUE,...", _assignments)]
+
+
+def processors() -> int:
+    """Number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where runs are trained, and where their results go.
+
+    Attributes:
+        output: folder of results and figures
+        jobs: runs at a time, one thread each; by default the processors that the process may use
+        scheduler: run on the workers of this Dask scheduler instead: docs/sweeps.md
+        dataset_root: folder of MNIST/raw/*-ubyte
+    """
+
+    output: Path = ROOT / "results"
+    jobs: int = processors()
+    scheduler: str | None = None
+    dataset_root: Path = MNIST
+
+    def __post_init__(self):
+        self.at_least(1, "jobs")
+        if not (self.dataset_root / "MNIST" / "raw" / "train-images-idx3-ubyte").exists():
+            allowed = "a folder with MNIST/raw/train-images-idx3-ubyte"
+            raise ValueError(f"Invalid dataset_root: {self.dataset_root} (allowed: {allowed})")
+
+    def at_least(self, least: int, *names: str) -> None:
         for name in names:
-            if name not in allowed:
-                raise argparse.ArgumentTypeError(f"unknown {kind} {name!r} (allowed: {', '.join(allowed)})")
-        return names
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"Invalid {name}: {value} (allowed: {least} or more)")
 
-    return parse
-
-
-def dataset_root(text: str) -> str:
-    if not (Path(text) / "MNIST" / "raw" / "train-images-idx3-ubyte").exists():
-        raise argparse.ArgumentTypeError(f"no MNIST in {text} (expected {text}/MNIST/raw/train-images-idx3-ubyte)")
-    return text
+    def one_of(self, name: str, allowed: Iterable[str]) -> None:
+        for value in getattr(self, name):
+            if value not in allowed:
+                raise ValueError(f"Invalid {name}: {value} (allowed: {', '.join(allowed)})")
 
 
-def override(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
+@dataclass(frozen=True)
+class Training(Where):
+    """How a strategy is trained.
+
+    Attributes:
+        epochs: epochs an experience
+        batch_size: stream samples in a mini-batch
+        network: hidden widths, or a small CNN
+        first_seed: the first seed
+        set: settings of the strategy that replace its recipe's, such as lr=0.1
+    """
+
+    epochs: int = 1
+    batch_size: int = 64
+    network: Literal[tuple(NETWORKS)] = "256-256"
+    first_seed: int = 0
+    set: Annotated[tuple[_Assignments, ...], tyro.conf.UseAppendAction] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(1, "epochs", "batch_size")
+        self.at_least(0, "first_seed")
+
+    def run(self, benchmark: str, strategy: str, protocol: str | None = None, **settings) -> Run:
+        """A run with these settings. Those of ``set`` go before the protocol's."""
+        own = [pair for values in self.set for pair in values.items()]
+        overrides = overrides_of(benchmark, protocol, strategy, settings["replay_buffer"], own)
+        shared = {"epochs": self.epochs, "batch_size": self.batch_size, "network": self.network}
+        return Run(benchmark, strategy, overrides=overrides, **shared, **settings)
+
+
+@dataclass(frozen=True)
+class Comparison(Training):
+    """A comparison of strategies on one benchmark.
+
+    Attributes:
+        strategies: names, in any order
+        tasks: experiences
+        replay_buffer: numbers of stored samples of the strategies with replay
+        seeds: number of seeds
+        against: also report each strategy's ACC minus this one's, paired by seed
+        validation: score on held-out training images, for tuning
+        protocol: a published protocol, whose settings are the defaults: harness/protocols.py
+    """
+
+    benchmark: ClassVar[str]
+    strategies: Names = STRATEGIES
+    tasks: int = 2
+    replay_buffer: Numbers = (200,)
+    seeds: int = 3
+    against: str | None = None
+    validation: bool = False
+    protocol: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(1, "tasks", "seeds")
+        if min(self.replay_buffer, default=0) < 1:
+            raise ValueError(f"Invalid replay_buffer: {self.replay_buffer} (allowed: numbers of 1 or more)")
+        if self.against is not None and (self.against not in self.strategies or self.seeds < 2):
+            allowed = f"one of {', '.join(self.strategies)}, with 2 seeds or more"
+            raise ValueError(f"Invalid against: {self.against} (allowed: {allowed})")
+        for run in self.runs():
+            run.settings()  # the strategy exists, and so do its settings
+
+    def of_benchmark(self) -> dict:
+        """Settings of a run that the benchmark alone has."""
+        raise NotImplementedError
+
+    def runs(self) -> list[Run]:
+        """Seeds outermost, so that a comparison cut short is a whole one with fewer seeds."""
+        shared = {"n_tasks": self.tasks, "validation": self.validation, **self.of_benchmark()}
+        return [
+            self.run(self.benchmark, strategy, self.protocol, replay_buffer=buffer, seed=seed, **shared)
+            for seed in range(self.first_seed, self.first_seed + self.seeds)
+            for strategy in self.strategies
+            for buffer in (self.replay_buffer if strategy in USES_REPLAY else (0,))
+        ]
+
+
+@dataclass(frozen=True)
+class SplitMNIST(Comparison):
+    """Split MNIST.
+
+    Attributes:
+        task_incremental: a head for each task, chosen by task labels; the defaults are then 5 tasks, 2 epochs
+    """
+
+    benchmark: ClassVar[str] = "split-mnist"
+    output: Path = ROOT / "results" / "split_mnist"
+    protocol: Literal[tuple(PROTOCOLS["split-mnist"])] | None = None
+    tasks: Literal[2, 5, 10] = 2
+    task_incremental: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.task_incremental and self.tasks == 10:
+            raise ValueError("Invalid tasks: 10 (allowed with task_incremental: 2, 5, as one class is no task)")
+
+    def of_benchmark(self) -> dict:
+        return {"task_incremental": self.task_incremental}
+
+
+@dataclass(frozen=True)
+class PermutedMNIST(Comparison):
+    """Permuted MNIST.
+
+    Attributes:
+        train_per_task: training images a task; None: all 60000
+    """
+
+    benchmark: ClassVar[str] = "permuted-mnist"
+    output: Path = ROOT / "results" / "permuted_mnist"
+    protocol: Literal[tuple(PROTOCOLS["permuted-mnist"])] | None = None
+    tasks: int = 10
+    train_per_task: int | None = None
+
+    def __post_init__(self):
+        self.at_least(1, "train_per_task")
+        super().__post_init__()
+
+    def of_benchmark(self) -> dict:
+        return {"train_per_task": self.train_per_task}
+
+
+@dataclass(frozen=True)
+class _Presets:
+    protocol: str | None = None
+    task_incremental: bool = False
+
+
+def parsed(kind: type[T], argv: list[str] | None, description: str, default: T | None = None) -> T:
+    """The command line's settings. An error is explained on stderr and ends the process with status 2."""
+    return tyro.cli(kind, args=argv, description=description, default=default)
+
+
+def comparison(kind: type[Comparison], argv: list[str] | None, description: str) -> Comparison:
+    """The settings of a comparison. A protocol's are the defaults."""
+    presets, _ = tyro.cli(_Presets, args=argv, return_unknown_args=True, add_help=False)
+    defaults: dict = {}
+    if presets.task_incremental:  # PackNet needs a second epoch
+        defaults = {"tasks": 5, "epochs": 2, "strategies": TASK_INCREMENTAL, "task_incremental": True}
+    if presets.protocol in PROTOCOLS[kind.benchmark]:
+        defaults |= PROTOCOLS[kind.benchmark][presets.protocol].arguments
+    return parsed(kind, argv, f"{description}\n\n{about(kind.benchmark)}", kind(**defaults))
+
+
+def about(*benchmarks: str) -> str:
+    """A line on each strategy that the benchmarks have."""
+    names = {name for benchmark in benchmarks for name in strategies_of(benchmark)}
+    names.update(TASK_INCREMENTAL if "split-mnist" in benchmarks else ())
+    return "strategies:\n" + "\n".join(f"  {name:<21} {line}" for name, line in ABOUT.items() if name in names)
+
+
+def status(work: Callable[[], int], go_on: str) -> int:
+    """The exit status of ``work``: its own, 130 after Ctrl-C, 1 after an error.
+
+    Args:
+        go_on: where the results so far are.
+    """
     try:
-        return name, float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} (allowed: name=number)") from None
-
-
-def parser(description: str, *, benchmark: str, output: str, tasks: tuple[int, ...] | None) -> argparse.ArgumentParser:
-    """Arguments that every script takes; ``tasks`` lists the numbers of tasks allowed (None: any)."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument(
-        "--protocol", choices=PROTOCOLS[benchmark], help="what else isn't said is as there: harness/protocols.py"
-    )
-    p.add_argument("--tasks", type=positive, choices=tasks, default=tasks[0] if tasks else 10, help="experiences")
-    add_training(p)
-    p.add_argument(
-        "--replay-buffer", type=buffers, default=[200], metavar="N,M", help="stored samples of the replay strategies"
-    )
-    names = strategies_of(benchmark)
-    if benchmark == "split-mnist":
-        names = tuple(dict.fromkeys((*names, *TASK_INCREMENTAL)))
-    p.add_argument(
-        "--strategies", type=names_of("strategy", names), default=list(STRATEGIES), metavar="A,B", help=", ".join(names)
-    )
-    add_common(p, seeds=3, output=output)
-    p.add_argument("--against", metavar="A", help="also report each strategy's ACC minus this one's, paired by seed")
-    p.add_argument("--validation", action="store_true", help="score on held-out training images, for tuning")
-    p.add_argument("--set", type=override, action="append", default=[], metavar="NAME=VALUE", help="override a setting")
-    return p
-
-
-def parsed(p: argparse.ArgumentParser, benchmark: str, argv: list[str] | None) -> argparse.Namespace:
-    """The arguments; a protocol's stand where the command line doesn't say otherwise."""
-    known = p.parse_known_args(argv)[0]
-    if getattr(known, "task_incremental", False):
-        p.set_defaults(tasks=5, epochs=2, strategies=list(TASK_INCREMENTAL))  # PackNet needs a second epoch
-    if known.protocol is not None:
-        p.set_defaults(**PROTOCOLS[benchmark][known.protocol].arguments)
-    return p.parse_args(argv)
-
-
-def add_training(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--epochs", type=positive, default=1, help="epochs an experience")
-    p.add_argument("--batch-size", type=positive, default=64, help="stream samples in a mini-batch")
-    p.add_argument("--network", choices=NETWORKS, default="256-256", help="hidden widths, or a small CNN")
-
-
-def add_common(p: argparse.ArgumentParser, *, seeds: int, output: str) -> None:
-    p.add_argument("--seeds", type=positive, default=seeds, help="number of seeds")
-    p.add_argument("--first-seed", type=natural, default=0, help="the first of them")
-    p.add_argument("--output", type=Path, default=ROOT / "results" / output, help="folder for results and figures")
-    add_workers(p)
-
-
-def add_workers(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--jobs", type=positive, default=os.cpu_count(), help="runs at a time, one thread each")
-    p.add_argument("--scheduler", metavar="ADDRESS", help="run on the workers of this Dask scheduler: docs/sweeps.md")
-    p.add_argument("--dataset-root", type=dataset_root, default=str(MNIST), help="folder with MNIST/raw/*-ubyte")
-
-
-def runs_of(args: argparse.Namespace, benchmark: str) -> list[Run]:
-    """Seeds outermost, so that a comparison cut short is a whole one with fewer seeds."""
-    return [
-        Run(
-            benchmark=benchmark,
-            strategy=strategy,
-            n_tasks=args.tasks,
-            epochs=args.epochs,
-            batch_size=args.batch_size,
-            replay_buffer=buffer,
-            seed=seed,
-            train_per_task=getattr(args, "train_per_task", None),
-            validation=args.validation,
-            network=args.network,
-            overrides=overrides_of(benchmark, args.protocol, strategy, buffer, args.set),
-            task_incremental=getattr(args, "task_incremental", False),
-        )
-        for seed in range(args.first_seed, args.first_seed + args.seeds)
-        for strategy in args.strategies
-        for buffer in (args.replay_buffer if strategy in USES_REPLAY else (0,))
-    ]
-
-
-def check_task_incremental(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    allowed = strategies_of("split-mnist", args.task_incremental)
-    for name in args.strategies:
-        if name not in allowed:
-            which = "with" if args.task_incremental else "without"
-            p.error(f"--strategies {name}: not {which} --task-incremental (allowed: {', '.join(allowed)})")
-    if args.task_incremental and args.tasks == 10:
-        p.error("--tasks 10: not with --task-incremental, where a task of one class is no task (allowed: 2, 5)")
-
-
-def check_against(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.against is not None and (args.against not in args.strategies or args.seeds < 2):
-        p.error(f"--against {args.against}: needs 2 seeds or more, and one of --strategies {','.join(args.strategies)}")
-
-
-def compare(runs: list[Run], args: argparse.Namespace) -> int:
-    """Runs what is missing, writes and prints the report; the script's exit status."""
-    results = args.output / "results.jsonl"
-    where = f"on {args.scheduler}" if args.scheduler else f"{args.jobs} at a time"
-    print(f"{len(runs)} runs, {where}; results go to {results}", flush=True)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        records, failed = run_all(runs, results, args.dataset_root, args.jobs, args.scheduler)
-        if records:
-            from harness.report import write_report  # here, as scipy is slow to load
-
-            for path in write_report(records, args.output, args.against):
-                print(path)
+        return work()
     except KeyboardInterrupt:
-        print(f"\nInterrupted. {_go_on(results)}", file=sys.stderr)
+        print(f"\nInterrupted. {go_on}", file=sys.stderr)
         return 130
-    except (OSError, ImportError) as error:  # a full disk, no such scheduler, or no Dask
-        print(f"\nStopped: {error}. {_go_on(results)}", file=sys.stderr)
+    except Exception as error:  # a full disk, no such scheduler, no Dask, or a search's run
+        print(f"\nStopped: {error}. {go_on}", file=sys.stderr)
         return 1
-    if failed:
-        print(f"{failed} of {len(runs)} runs failed: their errors are in {results}", file=sys.stderr)
-    return 1 if failed else 0
 
 
-def _go_on(results: Path) -> str:
-    return f"Finished runs are in {results}; the same command goes on from there."
+def compare(settings: Comparison) -> int:
+    """Trains what is missing, then writes and prints the report; the script's exit status."""
+    from harness.jobs import run_all  # here, as pandas is slow to load
+    from harness.store import Store, key_of
+
+    def work() -> int:
+        store, runs = Store(settings.output), settings.runs()
+        where = f"on {settings.scheduler}" if settings.scheduler else f"{settings.jobs} at a time"
+        print(f"{len(runs)} runs, {where}; results go to {settings.output}", flush=True)
+        failed = run_all(runs, store, settings.dataset_root, settings.jobs, settings.scheduler)
+        if failed:
+            print(f"{failed} of {len(runs)} runs failed: their errors are in {settings.output}", file=sys.stderr)
+        frame = store.frame()
+        if keys := [key for key in map(key_of, (run.settings() for run in runs)) if key in frame.index]:
+            from harness.report import report
+
+            print(*report(frame.loc[keys], settings.output, settings.against), sep="\n")
+        return 1 if failed else 0
+
+    return status(work, f"Finished runs are in {settings.output}; the same command goes on from there.")

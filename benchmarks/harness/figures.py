@@ -1,4 +1,4 @@
-"""Figures of a comparison: one colour for each strategy, everywhere, from a colour-blind safe set."""
+"""Figures of runs: one colour for each strategy, everywhere, from a colour-blind safe set."""
 
 from __future__ import annotations
 
@@ -9,152 +9,172 @@ import matplotlib
 matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
-from harness.comparison import Cell
-from harness.settings import BOUNDS, position
-from harness.statistics import bootstrap
-from harness.studies import ALONE, OURS, WITH_AND_WITHOUT
+from harness.settings import BOUNDS, NETWORKS
+from harness.statistics import bootstrap, student
+from harness.studies import ALONE, BY_BUFFER, LAYERS, OURS, STUDIES, WITH_AND_WITHOUT
+from harness.tables import by_seed, cells, title
 
-# Blues and greens for what replays (P. Tol, Colour schemes, 2021), red for selective plasticity, greys for the rest.
+# Blues and greens for replay (P. Tol, Colour schemes, 2021), red for selective plasticity, greys for the rest.
 _COLOURS = {
-    "naive-sgd": "#bbbbbb",
-    "naive-adam": "#999999",
-    "ewc": "#ddcc77",
-    "si": "#999933",
-    "mas": "#886622",
-    "lwf": "#aa8866",
-    "rf-ridge": "#666666",
-    "gaussian-replay": "#997700",
-    "sp-gaussian": "#ff7799",
-    "replay-gaussian": "#774411",
-    "sp-replay-gaussian": "#ee3377",
-    "sp": "#ee8866",
-    "sp-both": "#aa3377",
-    "sp-replay": "#cc3311",
-    "replay-sgd": "#88ccee",
-    "replay-adam": "#77aadd",
-    "replay-joint": "#332288",
-    "replay-adaptive": "#ddaa33",
-    "sp-replay-sgd": "#ee7733",
-    "replay-gated": "#6655aa",
-    "replay-distilled": "#aa99dd",
-    "er-ace": "#44aa99",
-    "der++": "#117733",
-    "gdumb": "#bbcc33",
-    "a-gem": "#cc6677",
-    "gem": "#882255",
-    "cumulative": "#555555",
-    "joint": "#000000",
-}
-# For those that only a colour would tell apart where they are drawn in one panel.
+    "naive-sgd": "#bbbbbb", "naive-adam": "#999999", "ewc": "#ddcc77", "si": "#999933", "mas": "#886622",
+    "lwf": "#aa8866", "rf-ridge": "#666666", "gaussian-replay": "#997700", "sp-gaussian": "#ff7799",
+    "replay-gaussian": "#774411", "sp-replay-gaussian": "#ee3377", "sp": "#ee8866", "sp-both": "#aa3377",
+    "sp-replay": "#cc3311", "replay-sgd": "#88ccee", "replay-adam": "#77aadd", "replay-joint": "#332288",
+    "replay-adaptive": "#ddaa33", "sp-replay-sgd": "#ee7733", "replay-gated": "#6655aa",
+    "replay-distilled": "#aa99dd", "er-ace": "#44aa99", "der++": "#117733", "gdumb": "#bbcc33", "a-gem": "#cc6677",
+    "gem": "#882255", "cumulative": "#555555", "joint": "#000000",
+}  # fmt: skip
+# Markers of the lines of one panel, whose colours alone are hard to distinguish.
 _MARKERS = {"sp-replay": "o", "replay-joint": "s", "der++": "^", "er-ace": "v", "replay-sgd": "D", "gdumb": "P"}
 _MARKERS |= {"replay-adaptive": "X", "sp-replay-gaussian": "h", "replay-gaussian": "d"}
-# What a strategy that stores samples is without any: where its line begins.
+# The same strategies without stored samples: their lines begin with these.
 _BEGINS_AS = {**WITH_AND_WITHOUT, "replay-gaussian": "gaussian-replay"}
 
 
-def colour(strategy: str) -> str:
+def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draws the figures of the documents; returns their paths.
+
+    Args:
+        frame: the newest run of each setting.
+    """
+    training = {"compare": "training_split2.png", "buffers_split5": "training_split5.png"}
+    return [
+        acc_by_buffer(frame, folder / "buffers.png"),
+        *(accuracy_in_training(STUDIES[name].select(frame), folder / file) for name, file in training.items()),
+        contributions_of_layers(frame, folder / "layers.png"),
+    ]
+
+
+def _colour(strategy: str) -> str:
     return _COLOURS.get(strategy, "#cc3311" if strategy.startswith("sp-") else "#777777")
 
 
-def label(strategy: str, replay_buffer: int) -> str:
-    return f"{strategy} ({replay_buffer})" if replay_buffer else strategy
+def _name(label: str, buffer: int) -> str:
+    return f"{label} ({buffer})" if buffer else label
 
 
-def acc_by_strategy(summary: list[dict], title: str, path: Path) -> Path:
-    """Bars: mean accuracy over all tasks after the last, with its interval."""
-    fig, ax = plt.subplots(figsize=(8, 0.6 + 0.32 * len(summary)), layout="constrained")
-    y = np.arange(len(summary))[::-1]
-    means = [s["acc"]["mean"] for s in summary]
-    errors = [s["acc"]["ci95"] or 0.0 for s in summary]
-    ax.barh(y, means, xerr=errors, color=[colour(s["strategy"]) for s in summary], height=0.75, capsize=2)
-    for yi, mean, error in zip(y, means, errors):
-        ax.text(min(mean + error, 100) + 0.8, yi, f"{mean:.1f}", va="center", fontsize=8)
-    ax.set_yticks(y, [label(s["strategy"], s["replay_buffer"]) for s in summary], fontsize=9)
-    ax.set(xlim=(0, 106), xlabel="ACC: mean accuracy over all tasks, %")
-    ax.set_title(title, fontsize=8, loc="left")
-    ax.spines[["top", "right"]].set_visible(False)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+def _save(figure, path: Path) -> Path:
+    for ax in figure.axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
     return path
 
 
-def acc_by_buffer(panels: list[tuple[str, list[Cell]]], path: Path) -> Path:
+def acc_by_strategy(runs: pd.DataFrame, path: Path) -> Path:
+    """Bars: mean accuracy over all tasks after the last one, with Student's interval."""
+    rows = [(_name(label, buffer), cell["strategy"].iloc[0], cell["acc"]) for label, buffer, cell in cells(runs)][::-1]
+    figure, ax = plt.subplots(figsize=(8, 0.6 + 0.32 * len(rows)), layout="constrained")
+    means, errors = [acc.mean() for _, _, acc in rows], [np.nan_to_num(student(acc.tolist())) for _, _, acc in rows]
+    ax.barh(range(len(rows)), means, xerr=errors, color=[_colour(name) for _, name, _ in rows], height=0.75, capsize=2)
+    for y, (mean, error) in enumerate(zip(means, errors)):
+        ax.text(min(mean + error, 100) + 0.8, y, f"{mean:.1f}", va="center", fontsize=8)
+    ax.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=9)
+    ax.set(xlim=(0, 106), xlabel="ACC: mean accuracy over all tasks, %")
+    ax.set_title(title(runs), fontsize=8, loc="left")
+    return _save(figure, path)
+
+
+def acc_by_buffer(frame: pd.DataFrame, path: Path) -> Path:
     """Lines: accuracy against stored samples, with bootstrap intervals; none are at the left, bounds are dashed.
 
-    What lies far below everything that `sp-replay` reaches is cut off.
+    Accuracies more than 20 points below the lowest one of ``sp-replay`` are cut off.
     """
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 4.4), squeeze=False, layout="constrained")
-    for ax, (title, cells) in zip(axes.flat, panels):
-        buffers = sorted({c.buffer for c in cells if c.buffer})
-        nothing = buffers[0] / 2
-        lines = list(dict.fromkeys(c.label for c in cells if c.buffer))
-        begins = {_BEGINS_AS[name] for name in lines if name in _BEGINS_AS}
-        for name in lines:
-            line = [c for c in cells if c.label in (name, _BEGINS_AS.get(name))]
-            line.sort(key=lambda c: c.buffer)
-            x = [c.buffer or nothing for c in line]
-            low, high = zip(*(bootstrap(list(c.values().values())) for c in line))
-            width = 2.4 if name in WITH_AND_WITHOUT else 1.3
-            marker = _MARKERS.get(name, ".")
-            ax.plot(x, [c.mean() for c in line], marker + "-", color=colour(name), lw=width, ms=5, label=name)
-            ax.fill_between(x, low, high, color=colour(name), alpha=0.2, lw=0)
-        ours = [c.mean() for c in cells if c.label in (OURS, ALONE)]
-        bottom = max(0, min(ours) - 20) if ours else 0
-        for c in (c for c in cells if not c.buffer):
-            if c.strategy in BOUNDS:
-                style = "--" if c.strategy == "joint" else ":"
-                ax.axhline(c.mean(), color=colour(c.strategy), ls=style, lw=1, label=c.label)
-            elif c.label not in begins and c.mean() >= bottom:
-                ax.plot([nothing], [c.mean()], "x", color=colour(c.label), label=c.label)
-        ax.set_ylim(bottom, 100)
-        ax.set_xscale("log")
-        ax.set_xticks([nothing, *buffers], ["none", *map(str, buffers)], fontsize=7)
+    figure, axes = plt.subplots(1, len(BY_BUFFER), figsize=(4.4 * len(BY_BUFFER), 4.4), squeeze=False)
+    figure.subplots_adjust(0.045, 0.26, 0.99, 0.94, wspace=0.12)
+    for ax, name in zip(axes.flat, BY_BUFFER):
+        runs = STUDIES[name].select(frame)
+        accuracies = by_seed(runs)
+        labels = accuracies.index.get_level_values("label")
+        sizes = sorted(size for size in runs["replay_buffer"].unique() if size)
+        nothing = sizes[0] / 2
+        lines = dict.fromkeys(runs.loc[runs["replay_buffer"] > 0, "label"])
+        for line in lines:
+            points = accuracies[labels.isin((line, _BEGINS_AS.get(line)))].droplevel("label").sort_index()
+            x = [size or nothing for size in points.index]
+            low, high = zip(*(bootstrap(tuple(values.dropna())) for _, values in points.iterrows()))
+            width, marker = 2.4 if line in WITH_AND_WITHOUT else 1.3, _MARKERS.get(line, ".")
+            ax.plot(x, points.mean(axis=1), marker + "-", color=_colour(line), lw=width, ms=5, label=line)
+            ax.fill_between(x, low, high, color=_colour(line), alpha=0.2, lw=0)
+        bottom = max(0, accuracies[labels.isin((OURS, ALONE))].mean(axis=1).min() - 20)
+        begins = {_BEGINS_AS.get(line) for line in lines}
+        for label, acc in accuracies.xs(0, level="replay_buffer").mean(axis=1).items():
+            if label in BOUNDS:
+                ax.axhline(acc, color=_colour(label), ls="--" if label == "joint" else ":", lw=1, label=label)
+            elif label not in begins and acc >= bottom:
+                ax.plot([nothing], [acc], "x", color=_colour(label), label=label)
+        ax.set(ylim=(bottom, 100), xscale="log")
+        ax.set_xticks([nothing, *sizes], ["none", *map(str, sizes)], fontsize=7)
         ax.minorticks_off()
         ax.set_xlabel("stored samples", fontsize=8)
-        ax.set_title(title, fontsize=9)
-        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_title(STUDIES[name].title, fontsize=9)
         ax.grid(axis="y", color="#eeeeee")
     handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(handles.values(), handles, loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    figure.legend(handles.values(), handles, loc="lower center", ncols=8, fontsize=8, frameon=False)
     axes.flat[0].set_ylabel("ACC, %")
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
-    return path
+    return _save(figure, path)
 
 
-def accuracy_over_training(records: list[dict], title: str, path: Path) -> Path:
-    """Small multiples: accuracy of each task while the tasks are learned one after another, mean over seeds."""
-    groups: dict[tuple[str, int], list[dict]] = {}
-    for r in records:
-        groups.setdefault((r["run"]["strategy"], r["run"]["replay_buffer"]), []).append(r)
-    columns = min(4, len(groups))
-    rows = -(-len(groups) // columns)
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(2.6 * columns, 1.9 * rows + 0.6), sharey=True, squeeze=False, layout="constrained"
-    )
-    for ax in axes.flat[len(groups) :]:
+def accuracy_in_training(runs: pd.DataFrame, path: Path) -> Path:
+    """Small multiples: accuracy of each task during training, mean over the seeds that have a curve."""
+    panels = list(cells(runs[runs["curve"].notna()]))
+    panels.sort(key=lambda panel: (panel[0] in BOUNDS, panel[1]))
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    width, height = 2.6 * columns, 1.9 * rows + 0.6
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), sharey=True, squeeze=False)
+    figure.subplots_adjust(0.65 / width, 0.6 / height, 1 - 0.1 / width, 1 - 0.5 / height, wspace=0.12, hspace=0.45)
+    for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
-    for ax, name in zip(axes.flat, sorted(groups, key=lambda g: position(*g))):
-        group = groups[name]
-        x = [p["iteration"] for p in group[0]["curve"]]
-        curves = np.mean([[p["task_acc"] for p in r["curve"]] for r in group], axis=0)
-        tasks = curves.shape[1]
-        for t in range(tasks):
-            shade = plt.cm.viridis(0.85 * t / max(1, tasks - 1))
-            ax.plot(x, curves[:, t], color=shade, lw=1.4, label=f"task {t + 1}")
-        ends = {p["experience"]: p["iteration"] for p in group[0]["curve"]}
+    for ax, (label, buffer, cell) in zip(axes.flat, panels):
+        points = cell["curve"].iloc[0]
+        iterations = [point["iteration"] for point in points]
+        accuracies = np.mean([[point["task_acc"] for point in curve] for curve in cell["curve"]], axis=0)
+        for task, line in enumerate(accuracies.T):
+            shade = plt.cm.viridis(0.85 * task / max(1, accuracies.shape[1] - 1))
+            ax.plot(iterations, line, color=shade, lw=1.4, label=f"task {task + 1}")
+        ends = {point["experience"]: point["iteration"] for point in points}
         for end in sorted(ends.values())[:-1]:
             ax.axvline(end, color="#bbbbbb", lw=0.7, ls=":")
-        ax.set_title(label(*name), fontsize=9)
-        ax.set_ylim(0, 101)
+        ax.set_title(_name(label, buffer), fontsize=9)
+        ax.set(ylim=(0, 101), yticks=(0, 50, 100))  # ticks take most of the time
+        ax.locator_params("x", nbins=4)
         ax.tick_params(labelsize=7)
-        ax.spines[["top", "right"]].set_visible(False)
     handles, names = axes.flat[0].get_legend_handles_labels()
-    fig.legend(handles[:10], names[:10], loc="outside lower right", ncols=min(10, len(handles)), fontsize=7)
-    fig.supxlabel("training iteration", fontsize=8, x=0.3)
-    fig.supylabel("accuracy, %", fontsize=8)
-    fig.suptitle(title, fontsize=8)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
-    return path
+    figure.legend(handles[:10], names[:10], loc="lower right", ncols=min(10, len(handles)), fontsize=7, frameon=False)
+    figure.supxlabel("training iteration", fontsize=8, x=0.3)
+    figure.supylabel("accuracy, %", fontsize=8, x=0.05 / width)
+    figure.suptitle(title(runs), fontsize=8, y=1 - 0.08 / height)
+    return _save(figure, path)
+
+
+def contributions_of_layers(frame: pd.DataFrame, path: Path) -> Path:
+    """Bars with bootstrap intervals: differences in ACC, paired by seed. A row a network, a bar a layer."""
+    panels = {
+        "Protection of one layer": {
+            "alone, minus none": ("only {}", "none"),
+            "all but it, minus all": ("all but {}", "all"),
+        },
+        "Openness of one layer": {"times 4": ("{} x 4", "all"), "divided by 4": ("{} / 4", "all")},
+    }
+    figure, axes = plt.subplots(len(LAYERS), 2, figsize=(8.4, 2.6 * len(LAYERS)), squeeze=False)
+    figure.subplots_adjust(0.085, 0.09, 0.99, 0.93, wspace=0.15, hspace=0.6)
+    for row, (network, layers) in zip(axes, LAYERS.items()):
+        accuracies = by_seed(STUDIES[f"layers_{network}"].select(frame)).droplevel("replay_buffer")
+        for ax, (heading, bars) in zip(row, panels.items()):
+            for i, (label, (kind, reference)) in enumerate(bars.items()):
+                gains = [accuracies.loc[kind.format(layer)] - accuracies.loc[reference] for layer in layers]
+                means = np.array([gain.mean() for gain in gains])
+                low, high = np.array([bootstrap(tuple(gain)) for gain in gains]).T
+                x, errors = np.arange(len(layers)) + 0.38 * (i - 0.5), np.clip([means - low, high - means], 0, None)
+                colour, hatch = (("#332288", ""), ("#ddaa33", "//"))[i]  # of different lightness, too
+                ax.bar(x, means, 0.36, yerr=errors, capsize=3, color=colour, label=label, hatch=hatch)
+            ax.axhline(0, color="#555555", lw=0.8)
+            ax.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers], fontsize=8)
+            ax.set_title(f"{heading}\n{NETWORKS[network].split(' of')[0]}", fontsize=8, loc="left")
+            ax.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
+            ax.tick_params(labelsize=7)
+        row[0].set_ylabel("ACC, percentage points", fontsize=8)
+    return _save(figure, path)

@@ -1,127 +1,163 @@
-"""Runs jobs in parallel; results are appended as they come, and never computed twice."""
+"""Runs jobs in parallel, in processes of this machine or on a Dask cluster. Each result is stored as it comes."""
 
 from __future__ import annotations
 
-import json
+import multiprocessing
+import os
 import sys
+import threading
 import traceback
-from collections.abc import Callable
-from concurrent.futures import Future, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from contextlib import closing, contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
+from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 
-from harness.executors import open_executor, prepared, result_of
-from harness.files import append_lines
-from harness.settings import Run, code_fingerprint
+from harness.settings import ROOT, Run
+from harness.store import Store, key_of
 
-
-def read_results(path: Path) -> list[dict]:
-    """All records in a results file. A last line that a kill cut short is left out."""
-    records = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
-def append_result(path: Path, record: dict) -> None:
-    """One line, in one write, on disk before this returns; several processes may append to one file.
-
-    A run that another process has finished in the meantime is not written again.
-
-    Raises:
-        OSError: it could not be written (a full disk, say). The file is as it was.
-    """
-    append_lines(path, json.dumps(record, separators=(",", ":")) + "\n", unless=lambda: _is_finished(record, path))
-
-
-def _is_finished(record: dict, path: Path) -> bool:
-    if "key" not in record or "error" in record:
-        return False
-    return any(r.get("key") == record["key"] and "error" not in r for r in read_results(path))
+ATTEMPTS = 3  # of a job whose process dies; Dask has as many
 
 
 def run_all(
-    runs: list[Run],
-    results: Path,
-    dataset_root: str,
+    runs: Sequence[Run],
+    store: Store,
+    dataset_root: Path,
     jobs: int,
     scheduler: str | None = None,
     keeps_curve: Callable[[Run], bool] = lambda run: True,
-) -> tuple[list[dict], int]:
-    """Finishes every run that ``results`` doesn't hold yet.
+) -> int:
+    """Finishes every run that ``store`` doesn't hold yet.
 
     Args:
-        runs: what is to be in the results.
-        results: the file, made if it isn't there.
+        runs: all that the store is to hold in the end.
+        store: the results. A failed run is stored with its error, and tried again by the next start.
         dataset_root: folder with MNIST, as the workers see it.
         jobs: processes, without a scheduler.
-        scheduler: address of a Dask scheduler, whose workers then do the runs.
-        keeps_curve: whether a run's accuracy curve, most of its record and of the time that measuring takes, is to be
-            in the results. Without it there is no worst case either.
+        scheduler: address of a Dask scheduler, whose workers then train.
+        keeps_curve: whether a run's accuracy is measured during training, too, which takes longer than to train it.
 
     Returns:
-        The records of ``runs``, in their order, and the number of runs that failed. A failed run is recorded with
-        its error and tried again by the next start.
+        The number of runs that failed.
 
     Raises:
-        OSError: results can't be written, or the scheduler is not there (any more). What was finished is kept.
+        OSError: results can't be written, or there is no scheduler (any more). Finished runs are kept.
     """
-    code = code_fingerprint()
-    done = {r["key"]: r for r in read_results(results) if "error" not in r}
-    todo = [run for run in runs if run.key(code) not in done]
-    if len(todo) < len(runs):
-        print(f"{len(runs) - len(todo)} of {len(runs)} runs are already in {results}")
-    failed = 0
-    if todo:
-        with open_executor(min(jobs, len(todo)), scheduler) as executor:
-            try:
-                failed = _run_missing(todo, code, done, results, dataset_root, executor, keeps_curve)
-            except BaseException:
-                executor.shutdown(wait=False)
-                raise
-    return [done[run.key(code)] for run in runs if run.key(code) in done], failed
-
-
-def _run_missing(
-    todo: list[Run], code: str, done: dict, results: Path, dataset_root: str, executor, keeps_curve
-) -> int:
-    failed = 0
-    patience = 0.5 if sys.stdout.isatty() else 10  # seconds between updates: few lines in a log file
-    with tqdm(total=len(todo), unit="run", file=sys.stdout, mininterval=patience) as progress:
-        futures = {executor.submit(_execute, run, dataset_root, code, keeps_curve(run)): run for run in todo}
-        for future in as_completed(futures):
-            run = futures[future]
-            record = _record(future, run, code)
-            append_result(results, record)
-            if "error" in record:
+    keys, stored = {key_of(run.settings()): run for run in runs}, store.keys()
+    tasks = [(run, str(dataset_root), keeps_curve(run)) for key, run in keys.items() if key not in stored]
+    if len(tasks) < len(keys):
+        print(f"{len(keys) - len(tasks)} of {len(keys)} runs are already in {store.path}")
+    failed, patience = 0, 0.5 if sys.stdout.isatty() else 10  # seconds between updates: few lines in a log file
+    bar = tqdm(total=len(tasks), unit="run", file=sys.stdout, mininterval=patience, disable=not tasks)
+    with bar as progress, closing(in_parallel(_train, tasks, jobs, scheduler)) as finished:
+        for (run, *_), row in finished:
+            if isinstance(row, Exception):
+                row = {"settings": run.settings(), "error": f"{type(row).__name__}: {row}"}
+            store.append(row)
+            if "error" in row:
                 failed += 1
-                progress.write(f"FAILED {run.strategy}, seed {run.seed}: {record['error'].splitlines()[-1]}")
-            else:
-                done[record["key"]] = record
+                progress.write(f"FAILED {run.strategy}, seed {run.seed}: {row['error'].splitlines()[-1]}")
             progress.set_postfix_str(f"{run.strategy}, seed {run.seed}", refresh=False)
             progress.update()
     return failed
 
 
-def _record(future: Future, run: Run, code: str) -> dict:
+def in_parallel(function: Callable, jobs: Sequence, workers: int, scheduler: str | None = None) -> Iterator[tuple]:
+    """Each job with its result, or with its exception, in the order in which they end.
+
+    A job whose process dies is tried again in a fresh one, ``ATTEMPTS`` times.
+
+    Args:
+        function: a module's function of one job.
+        jobs: its arguments.
+        workers: processes, without a scheduler.
+        scheduler: address of a Dask scheduler.
+
+    Raises:
+        OSError: there is no scheduler (any more).
+        ImportError: Dask is not installed.
+    """
+    if not jobs:
+        return
+    with _cluster(scheduler) if scheduler else _processes(min(workers, len(jobs))) as submit:
+        pending = {submit(function, job): (job, 1) for job in jobs}
+        while pending:
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                job, attempt = pending.pop(future)
+                try:
+                    result = future.result()
+                except CancelledError:
+                    raise ConnectionError("the Dask scheduler is gone") from None
+                except ProcessExpired as error:
+                    if attempt < ATTEMPTS:
+                        pending[submit(function, job)] = job, attempt + 1
+                        continue
+                    result = RuntimeError(f"its process died {ATTEMPTS} times, at last with exit code {error.exitcode}")
+                except Exception as error:
+                    result = error
+                yield job, result
+
+
+@contextmanager
+def _processes(workers: int) -> Iterator[Callable[..., Future]]:
+    context = multiprocessing.get_context()
+    if "forkserver" in multiprocessing.get_all_start_methods():  # it imports torch and Avalanche once for all workers
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["harness.run"])
+        # Before Python 3.13 the server has the environment's path alone, and silently loads nothing.
+        path = os.pathsep.join(filter(None, [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
+        with mock.patch.dict(os.environ, PYTHONPATH=path):
+            forkserver.ensure_running()
+    pool = ProcessPool(workers, context=context)
     try:
-        return result_of(future)
-    except ConnectionError:
-        raise
-    except Exception as error:  # its process died, again and again, or could not even begin
-        text = "".join(traceback.format_exception_only(error)).strip()
-        return {"key": run.key(code), "run": run.to_json(), "error": text}
+        yield lambda function, job: pool.schedule(function, [job])
+    finally:
+        pool.stop()  # all jobs have ended, unless something was raised
+        pool.join()
 
 
-def _execute(run: Run, dataset_root: str, code: str, watch: bool) -> dict:
+@contextmanager
+def _cluster(scheduler: str) -> Iterator[Callable[..., Future]]:
     try:
-        with prepared(code):
-            from harness.run import execute
+        from distributed import Client
+    except ImportError as error:
+        raise ImportError("--scheduler needs Dask: pip install '.[cluster]'") from error
+    try:
+        client = Client(scheduler, timeout=10)
+    except (OSError, ValueError) as error:
+        raise ConnectionError(f"no Dask scheduler at {scheduler}: {error}") from error
+    with client:
+        executor = client.get_executor(pure=False)
+        try:
+            yield executor.submit
+        finally:
+            executor.shutdown(wait=False)
 
-            return execute(run, dataset_root, run.key(code), watch=watch)
-    except Exception:
-        return {"key": run.key(code), "run": run.to_json(), "error": traceback.format_exc()}
+
+def _train(task: tuple[Run, str, bool]) -> dict:
+    """A run's row, with "error" if it failed; a worker's job."""
+    run, dataset_root, curve = task
+    with worker():
+        from harness.run import execute
+
+        try:
+            return execute(run, dataset_root, curve=curve)
+        except Exception:
+            return {"settings": run.settings(), "error": traceback.format_exc()}
+
+
+_one_at_a_time = threading.Lock()  # a Dask worker may have several threads; torch's random numbers have one state
+
+
+@contextmanager
+def worker() -> Iterator[None]:
+    """Whatever trains in a worker does so within this: one at a time in its process."""
+    with _one_at_a_time:
+        from harness.run import quiet  # here, as only workers need torch
+
+        quiet()
+        yield

@@ -8,8 +8,6 @@ from avalanche.models.packnet import PackNetModel
 from torch import nn
 
 from avalanche_sp import SelectivePlasticityPlugin
-from avalanche_sp.layers import gated_layers, weights_and_bias
-from avalanche_sp.packed import PackedRows
 from harness.settings import NETWORKS
 
 CHANNELS = (16, 32)
@@ -84,15 +82,14 @@ def network_bytes(model: nn.Module) -> int:
 
 
 def gate_bytes(model: nn.Module) -> int:
-    """What ``SelectivePlasticityPlugin()`` keeps beside a network, in single precision."""
+    """Memory of ``SelectivePlasticityPlugin()`` with a network, in single precision."""
     total, gate = 0, SelectivePlasticityPlugin()
-    layers = gated_layers(model)
-    *_, last = layers.values()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    last = list(layers)[-1]
     for name, layer in layers.items():
         units, inputs = len(layer.weight), layer.weight[0].numel() + (layer.bias is not None)
-        kept = min(gate.rank_of(name, inputs, layer is last), inputs)
+        kept = min(gate.rank_of(name, inputs, name == last), inputs)
         total += 4 * (kept * (inputs + units + 2) + 1)
         if kept < inputs:
-            total += PackedRows.of(weights_and_bias(layer)).state_bytes
-    total += 4 * weights_and_bias(last).numel()  # the gradient that is left in the readout
-    return total
+            total += units * ((inputs + 1) // 2 + 4)  # the weights in four bits each, and a scale for each unit
+    return total + 4 * units * inputs  # the gradient that is left in the readout

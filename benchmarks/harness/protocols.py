@@ -1,4 +1,4 @@
-"""Protocols of the literature by name: what they set, and what was published under them."""
+"""Published protocols by name: their settings, and the accuracies published with them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a named protocol sets.
+    """A named protocol.
 
     Attributes:
-        arguments: values of the scripts' arguments, where the command line doesn't say otherwise.
-        settings: of strategies that have published ones, or whose recipe doesn't suit it, each a number, or a number by
-            buffer. The others train with their recipes, which were tuned with one epoch and batches of 64.
+        arguments: defaults of the scripts' arguments.
+        settings: of strategies with published settings, or with a recipe that doesn't suit the protocol, each a number,
+            or a number by buffer. The others train with their recipes, which were tuned with one epoch and batches of
+            64.
         published: accuracy in percent by strategy and buffer (0: none).
         source: of both.
         note: how the conditions differ.
@@ -25,15 +26,6 @@ class Protocol:
     source: str = ""
     note: str = ""
 
-    def settings_of(self, strategy: str, replay_buffer: int) -> dict[str, float]:
-        values = {}
-        for name, value in self.settings.get(strategy, {}).items():
-            if not isinstance(value, dict):
-                values[name] = value
-            elif replay_buffer in value:
-                values[name] = value[replay_buffer]
-        return values
-
 
 _MAMMOTH = "P. Buzzega et al., Dark experience for general continual learning, NeurIPS 2020"
 _RESERVOIR = "Stored samples are drawn from the stream as it comes there, and when a task ends here."
@@ -43,12 +35,12 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
     "split-mnist": {
         # Half of each batch is replayed: 64 new samples and 64 stored ones.
         "original": Protocol(
-            {"tasks": 2, "epochs": 5, "batch_size": 64, "network": "256-256", "replay_buffer": [2000]},
+            {"tasks": 2, "epochs": 5, "batch_size": 64, "network": "256-256", "replay_buffer": (2000,)},
             {"replay-gaussian": {"lr": 1e-3}},
             source="the method's first publication: docs/original.md",
         ),
         "mammoth": Protocol(
-            {"tasks": 5, "epochs": 1, "batch_size": 10, "network": "100-100", "replay_buffer": [200, 500, 5120]},
+            {"tasks": 5, "epochs": 1, "batch_size": 10, "network": "100-100", "replay_buffer": (200, 500, 5120)},
             {"replay-sgd": {"lr": {200: 0.01, 500: 0.1, 5120: 0.1}}},
             {("replay-sgd", 200): 80.4, ("replay-sgd", 500): 86.1, ("replay-sgd", 5120): 93.4, ("joint", 0): 95.6},
             _MAMMOTH,
@@ -64,7 +56,7 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
     },
     "permuted-mnist": {
         "mammoth": Protocol(
-            {"tasks": 20, "epochs": 1, "batch_size": 128, "network": "100-100", "replay_buffer": [200, 500, 5120]},
+            {"tasks": 20, "epochs": 1, "batch_size": 128, "network": "100-100", "replay_buffer": (200, 500, 5120)},
             {
                 "replay-sgd": {"lr": 0.022},
                 "der++": {
@@ -80,7 +72,7 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
             "are between 0 and 1 there and normalised here, where their mean square is 9 times as large.",
         ),
         "gpm": Protocol(
-            {"tasks": 10, "epochs": 5, "batch_size": 10, "network": "100-100", "replay_buffer": [1000]},
+            {"tasks": 10, "epochs": 5, "batch_size": 10, "network": "100-100", "replay_buffer": (1000,)},
             {
                 "replay-sgd": {"lr": 0.01},
                 "gpm": {"lr": 0.01, "epsilon": 0.95, "epsilon_hidden": 0.99},
@@ -107,7 +99,8 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
 
 def overrides_of(
     benchmark: str, protocol: str | None, strategy: str, buffer: int, own: Iterable[tuple[str, float]]
-) -> tuple[tuple[str, float], ...]:
-    """A run's overrides: the protocol's published settings, if there is one, and over them those of one's own."""
-    published = PROTOCOLS[benchmark][protocol].settings_of(strategy, buffer) if protocol else {}
-    return tuple(sorted({**published, **dict(own)}.items()))
+) -> dict[str, float]:
+    """A run's overrides: the protocol's published settings, if there are any, then one's own."""
+    settings = PROTOCOLS[benchmark][protocol].settings.get(strategy, {}) if protocol else {}
+    by_buffer = {name: value if isinstance(value, dict) else {buffer: value} for name, value in settings.items()}
+    return {name: values[buffer] for name, values in by_buffer.items() if buffer in values} | dict(own)

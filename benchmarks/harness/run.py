@@ -1,27 +1,24 @@
-"""Trains and measures one run: from its settings to a record of results. Runs in a worker process."""
+"""Trains and measures one run: from its settings to the row of the store."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import random
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from avalanche.benchmarks.scenarios import CLScenario
 from avalanche.models import avalanche_forward
-from avalanche.training.plugins import AGEMPlugin, EvaluationPlugin, GEMPlugin, SupervisedPlugin
-from avalanche.training.regularization import RegularizationMethod
-from torch import nn
+from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
 from avalanche_sp import (
     AccuracyMatrix,
-    ConsolidationPlugin,
     SelectivePlasticityPlugin,
     average_forgetting,
     backward_transfer,
@@ -29,11 +26,12 @@ from avalanche_sp import (
     permuted_mnist,
     split_mnist,
 )
-from avalanche_sp.classic import benchmark_of
-from harness.networks import build_network, network_bytes
-from harness.rehearsal import stored_bytes
+from harness.build import build_model, build_strategy
+from harness.internals import benchmark_of
+from harness.memory import extra_memory_bytes
+from harness.networks import build_network
 from harness.settings import Run
-from harness.strategies import build_model, build_strategy, recipe_of
+from harness.store import version_of
 from harness.streams import class_order, drifting, parts, rearranged
 
 CURVE_POINTS = 10  # measurements of the accuracy curve in an experience
@@ -42,7 +40,7 @@ CURVE_IMAGES = 1000  # test images a task behind each
 
 
 class AccuracyCurve(SupervisedPlugin):
-    """Accuracy on every task, in percent, during an experience; ``seconds`` is what measuring took."""
+    """Accuracy on every task, in percent, during an experience; ``seconds`` is the time of the measurements."""
 
     def __init__(self, test_sets: list[list[torch.Tensor]]):
         super().__init__()
@@ -73,41 +71,55 @@ class AccuracyCurve(SupervisedPlugin):
         self.seconds += time.perf_counter() - start
 
 
-def execute(
-    run: Run,
-    dataset_root: str,
-    key: str,
-    after_experience: Callable[[np.ndarray], None] | None = None,
-    watch: bool = True,
-) -> dict:
-    """Trains the run and returns its record, as it is written to ``results.jsonl``.
+def worst_case(points: list[dict]) -> float | None:
+    """Mean over the old tasks of their lowest accuracy after their own experience; None if no task is old.
+
+    M. De Lange et al.: Continual evaluation for lifelong learning, ICLR 2023, min-ACC.
 
     Args:
-        after_experience: called after each experience with the accuracy matrix so far; what it raises ends the run.
-        watch: whether to measure accuracies during an experience, too, which takes longer than to train it.
+        points: of an accuracy curve.
+    """
+    old = range(points[-1]["experience"])
+    lowest = [min(p["task_acc"][task] for p in points if p["experience"] > task) for task in old]
+    return float(np.mean(lowest)) if lowest else None
+
+
+def execute(
+    run: Run, dataset_root: str, after_experience: Callable[[np.ndarray], None] | None = None, *, curve: bool = True
+) -> dict:
+    """Trains the run and returns its row: "settings", "figures" and "versions".
+
+    Args:
+        run: its settings.
+        dataset_root: folder with MNIST.
+        after_experience: called after each experience with the accuracy matrix so far. Its exceptions end the run.
+        curve: whether to measure accuracies during an experience, too. It takes longer than to train.
+
+    Raises:
+        ValueError: for settings that the strategy or the data rule out.
+        FloatingPointError: training diverged.
     """
     torch.set_num_threads(1)
-    benchmark = build_benchmark(run, dataset_root)
+    settings, benchmark = run.settings(), build_benchmark(run, dataset_root)
     smallest = min(len(e.dataset) for e in benchmark.train_stream)
     if run.batch_size > smallest:  # no whole batch: nothing would be trained
         raise ValueError(f"Invalid batch_size: {run.batch_size} (allowed: at most {smallest}, the smallest experience)")
     test_sets = [_first_images(e.dataset, CURVE_IMAGES) for e in benchmark.test_stream]
     torch.manual_seed(run.seed)
-    random.seed(run.seed)  # which Avalanche's A-GEM draws its memory with
-    recipe = recipe_of(run)
+    random.seed(run.seed)  # Avalanche's A-GEM draws its memory with it
     model = build_model(run)
-    matrix, curve = AccuracyMatrix(), AccuracyCurve(test_sets)
-    # An online stream's curve would have a point for every batch; and amid pruning PackNet has no old task's network.
-    watch = watch and run.stream == "tasks" and recipe.model != "packnet"
-    strategy, plugins = build_strategy(run, model, [curve] if watch else [], EvaluationPlugin(matrix))
+    matrix, watch = AccuracyMatrix(), AccuracyCurve(test_sets)
+    # An online stream's curve would have a point for every batch. Amid pruning PackNet has no old task's network.
+    curve = curve and run.stream == "tasks" and run.strategy != "packnet"
+    strategy, plugins = build_strategy(run, model, [watch] if curve else [], EvaluationPlugin(matrix))
 
     seconds, ends, ranks = 0.0, [], []
     gate = next((p for p in plugins if isinstance(p, SelectivePlasticityPlugin)), None)
-    train_stream = benchmark.train_stream
-    for experiences in [train_stream] if run.strategy == "joint" else train_stream:
+    whole = run.strategy == "joint"
+    for experiences in [benchmark.train_stream] if whole else benchmark.train_stream:
         start = time.perf_counter()
-        # A last batch of a few images makes a step of a few images' noise: it can undo a class (docs/experiments.md).
-        for part in [experiences] if run.strategy == "joint" else parts(run, experiences):
+        # A last batch of a few images would be a noisy step that can undo a class (docs/experiments.md).
+        for part in [experiences] if whole else parts(run, experiences):
             strategy.train(part, drop_last=True, shuffle=run.stream != "drifting")
         seconds += time.perf_counter() - start
         _check_finite(strategy)
@@ -119,48 +131,31 @@ def execute(
 
     accuracy = matrix.result()
     accuracy = accuracy[~np.isnan(accuracy).all(axis=1)]  # an online stream is evaluated when a task ends
-    incremental = accuracy.shape[0] == accuracy.shape[1]
-    return {
-        "key": key,
-        "run": run.to_json(),
-        "recipe": {**asdict(recipe), "plugins": list(recipe.plugins)},  # as it is read back from JSON
+    figures = {
         "acc": float(accuracy[-1].mean()),
-        "bwt": backward_transfer(accuracy) if incremental else None,
-        "forgetting": average_forgetting(accuracy) if incremental else None,
-        "learning_acc": learning_accuracy(accuracy) if incremental else None,
-        "min_acc": worst_case(curve.points) if incremental and curve.points else None,
         "accuracy_matrix": accuracy.round(4).tolist(),
-        "curve": curve.points,
         "task_ends": ends,
-        "consolidated_at": gate.consolidated_at if gate is not None else [],
-        "claimed_rank": ranks,
-        "seconds": seconds - curve.seconds,
-        "extra_memory_bytes": sum(memory_bytes(p) for p in plugins)
-        + stored_bytes(strategy)
-        + optimizer_bytes(strategy.optimizer)
-        + network_bytes(model)
-        - network_bytes(build_network(run.network, run.heads)),  # a network of another size counts by what it is larger
-        "versions": versions(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": seconds - watch.seconds,
+        "extra_memory_bytes": extra_memory_bytes(strategy, plugins, build_network(run.network, run.heads)),
     }
-
-
-def worst_case(points: list[dict]) -> float | None:
-    """Mean over the old tasks of the lowest accuracy that each had after it was learned (M. De Lange et al., Continual
-    evaluation for lifelong learning, ICLR 2023, min-ACC), on the curve's images; None if no task is old."""
-    last = points[-1]["experience"]
-    lowest = [min(p["task_acc"][task] for p in points if p["experience"] > task) for task in range(last)]
-    return float(np.mean(lowest)) if lowest else None
+    if watch.points:
+        figures["curve"] = watch.points
+    if accuracy.shape[0] == accuracy.shape[1]:
+        figures["bwt"] = backward_transfer(accuracy)
+        figures["forgetting"] = average_forgetting(accuracy)
+        figures["learning_acc"] = learning_accuracy(accuracy)
+        figures |= {"min_acc": worst_case(watch.points)} if watch.points and len(accuracy) > 1 else {}
+    if gate is not None:
+        figures |= {"consolidated_at": gate.consolidated_at, "claimed_rank": ranks}
+    return {"settings": settings, "figures": figures, "versions": {"algorithm": version_of(run.strategy), **versions()}}
 
 
 def _check_finite(strategy) -> None:
-    """Few methods look at their loss: one that diverged would be reported as one that guesses."""
+    """Few methods check their loss: one that diverged would be reported as one that guesses."""
     if not all(p.isfinite().all() for p in strategy.model.parameters()):
         number = strategy.clock.train_exp_counter - 1
-        raise FloatingPointError(
-            f"the weights are not finite after training experience {number}. The usual cause is too high a "
-            "learning rate."
-        )
+        cause = "The usual cause is too high a learning rate."
+        raise FloatingPointError(f"the weights are not finite after training experience {number}. {cause}")
 
 
 def build_benchmark(run: Run, dataset_root: str) -> CLScenario:
@@ -179,7 +174,7 @@ def build_benchmark(run: Run, dataset_root: str) -> CLScenario:
     else:
         size = run.train_per_task
         if run.validation and size is not None:
-            size = min(60000, round(size * 6 / 5))  # what is held out comes on top
+            size = min(60000, round(size * 6 / 5))  # the held-out images come on top
         benchmark = permuted_mnist(run.n_tasks, train_size=size, seed=run.seed, dataset_root=dataset_root)
     if not run.validation and run.stream in ("tasks", "random classes"):
         return benchmark
@@ -188,45 +183,6 @@ def build_benchmark(run: Run, dataset_root: str) -> CLScenario:
         held_out = [len(d) // 6 for d in train]
         train, test = [d[n:] for d, n in zip(train, held_out)], [d[:n] for d, n in zip(train, held_out)]
     return benchmark_of(*rearranged(run, train, test))
-
-
-def memory_bytes(plugin: SupervisedPlugin) -> int:
-    """What a method keeps from one experience to the next, beyond the network and its optimizer's state."""
-    if hasattr(plugin, "state_bytes"):
-        return plugin.state_bytes
-    if isinstance(plugin, ConsolidationPlugin):
-        return 0  # it holds the optimizer's own tensors
-    kept = vars(plugin)
-    if isinstance(plugin, (AGEMPlugin, GEMPlugin)):  # their gradients are made anew for each step
-        kept = {}
-    tensors = {t.data_ptr(): t.numel() * t.element_size() for t in _tensors(kept)}
-    return sum(tensors.values()) + stored_bytes(plugin)
-
-
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """What a method adds to SGD's or Adam's own state."""
-    own = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
-    return sum(
-        t.numel() * t.element_size()
-        for state in optimizer.state.values()
-        for name, t in state.items()
-        if isinstance(t, torch.Tensor) and name not in own
-    )
-
-
-def _tensors(value) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [t for v in value.values() for t in _tensors(v)]
-    if isinstance(value, (list, tuple)):
-        return [t for v in value for t in _tensors(v)]
-    if isinstance(value, nn.Module):
-        return [*value.parameters(), *value.buffers()]
-    if isinstance(value, RegularizationMethod):
-        return _tensors(vars(value))
-    data = getattr(value, "data", None)  # Avalanche's ParamData
-    return [data] if isinstance(data, torch.Tensor) else []
 
 
 def _first_images(dataset, n: int) -> list[torch.Tensor]:
@@ -239,10 +195,11 @@ def versions() -> dict[str, str]:
     return {p: importlib.metadata.version(p) for p in packages} | {"python": platform.python_version()}
 
 
+@functools.cache
 def quiet() -> None:
-    """Drops what Avalanche says to itself: that it has no loggers, and what it will deprecate.
+    """Drops Avalanche's own warnings: that it has no loggers, and deprecations.
 
-    Its decorator resets the warning filters at every call, so the filter is where warnings are shown.
+    Its decorator resets the warning filters at every call, so the filter is in the function that shows warnings.
     """
     show = warnings.showwarning
 

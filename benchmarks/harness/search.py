@@ -1,34 +1,33 @@
-"""A search over settings with Optuna: what is searched, one trial of it, and what is known in the end.
-
-Several processes share a study: they claim trials under one lock, and what a killed one left half done is let go.
-"""
+"""A search over a strategy's settings with Optuna: the space, a worker's trials, and the report."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import itertools
 import json
-import time
-import traceback
-import uuid
+import shlex
 import warnings
-from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
-from optuna.pruners import BasePruner
+from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 
-from harness import files
-from harness.executors import prepared
-from harness.jobs import append_result
-from harness.settings import Run
+from harness.cli import Training
+from harness.jobs import in_parallel, worker
+from harness.recipes import USES_REPLAY, recipe_of
+from harness.recipes.recipe import OPTIMIZER_NUMBERS
+from harness.settings import MNIST, ROOT, Run
+from harness.store import Store, key_of
 
 # The ranges of trace_decay, plasticity_k and warmup_steps are the original method's.
 RANGES: dict[str, BaseDistribution] = {
@@ -48,248 +47,236 @@ RANGES: dict[str, BaseDistribution] = {
     "gate": FloatDistribution(0.01, 1.0, log=True),
     "shrinkage": FloatDistribution(1.0, 100.0, log=True),
 }
-RATES = {
-    True: FloatDistribution(1e-5, 1e-2, log=True),  # steps as large as the learning rate
-    False: FloatDistribution(1e-3, 1.0, log=True),  # steps as large as the gradient
-}
-NOT_ADAPTIVE = ("SGD", "UPGD", "legacy")
-POLL = 0.5  # seconds between looks at the trials that other processes still run
-FIRST_SEED = 100  # lower seeds are those that are reported
+_AS_LARGE_AS_THE_GRADIENT = ("SGD", "UPGD", "legacy")  # steps; the other optimizers' are as large as the learning rate
+COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
-class Search:
-    """What one study is about; equal searches, of the same code, are one study.
+class Search(Training):
+    """A search. Equal ones, of the same version of the algorithm, are one study.
 
     Attributes:
-        run: benchmark, strategy and protocol; its seed is the first one, its overrides are held fixed.
-        seeds: runs of a trial, with seeds from the run's up; the trial's value is their mean ACC.
-        trials: of the whole study, whoever runs them.
-        output: folder that all processes see: the study, its locks and results.
-        dataset_root: folder with MNIST.
-        code: fingerprint of the code.
-        storage: URL of a database for Optuna, or None for a file in ``output``.
-        layers: names, or patterns of them, of layers that get an openness of their own, instead of one for all.
-
-    Raises:
-        ValueError: at construction, for runs that don't score on validation images or use seeds that are reported.
+        strategy: its name
+        benchmark: what is learned
+        tasks: experiences; by default 2 of split-mnist, 10 of permuted-mnist
+        train_per_task: training images a task of permuted-mnist; None: all 50000
+        replay_buffer: stored samples, of a strategy with replay
+        trials: of the whole study, with those that are already finished
+        seeds: runs of a trial, whose value is their mean ACC on validation images
+        first_seed: the first of their seeds, 100 or more: lower ones are reported
+        set: settings that are held fixed, such as lr=0.1
+        storage: URL of a database for Optuna; None: a file in the output folder
     """
 
-    run: Run
-    seeds: int
-    trials: int
-    output: Path
-    dataset_root: str
-    code: str
+    strategy: str = "sp"
+    benchmark: Literal["split-mnist", "permuted-mnist"] = "split-mnist"
+    tasks: int | None = None
+    train_per_task: int | None = None
+    replay_buffer: int = 200
+    trials: int = 50
+    seeds: int = 2
+    first_seed: int = 100
     storage: str | None = None
-    layers: tuple[str, ...] = ()
+    output: Path = ROOT / "results" / "search"
 
     def __post_init__(self):
-        if not self.run.validation:
-            raise ValueError("Invalid validation value: False (allowed: True, a search never sees test images)")
-        if self.run.seed < FIRST_SEED:
-            raise ValueError(f"Invalid first seed: {self.run.seed} (allowed: {FIRST_SEED} or more, never reported)")
-        for name in ("seeds", "trials"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Invalid {name} value: {getattr(self, name)} (allowed: 1 or more)")
-        if self.storage is None and files.fcntl is None:
-            raise ValueError("Invalid storage: None (allowed: a database's URL, as this system has no file locks)")
+        super().__post_init__()
+        self.at_least(1, "trials", "tasks", "train_per_task", "replay_buffer", "seeds")
+        self.at_least(100, "first_seed")
+        if self.benchmark == "split-mnist" and self.tasks not in (None, 2, 5, 10):
+            raise ValueError(f"Invalid tasks: {self.tasks} (allowed on split-mnist: 2, 5, 10)")
+        if self.benchmark == "split-mnist" and self.train_per_task is not None:
+            raise ValueError(f"Invalid train_per_task: {self.train_per_task} (allowed on permuted-mnist alone)")
+        if not self.space():
+            raise ValueError("Invalid set: every setting is held fixed (allowed: one or more left to search)")
 
     @property
-    def name(self) -> str:
-        what = json.dumps([self.run.to_json(), self.seeds, self.code, *self.layers], sort_keys=True)
-        return f"{self.run.benchmark} {self.run.strategy} {hashlib.sha256(what.encode()).hexdigest()[:16]}"
-
-    def study(self) -> optuna.Study:
-        """The study, made if it isn't there."""
-        return _study(self)
-
-
-@functools.cache
-def _study(search: Search) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = search.storage or JournalStorage(_Journal(str(search.output / "study.jsonl")))
-    with files.locked(search.output / ".study.lock"):
-        study = optuna.create_study(
-            storage=storage, study_name=search.name, direction="maximize", pruner=Median(), load_if_exists=True
+    def first_run(self) -> Run:
+        """A trial's first run, without the settings that are searched."""
+        return self.run(
+            self.benchmark,
+            self.strategy,
+            n_tasks=self.tasks or {"split-mnist": 2, "permuted-mnist": 10}[self.benchmark],
+            train_per_task=self.train_per_task,
+            replay_buffer=self.replay_buffer if self.strategy in USES_REPLAY else 0,
+            seed=self.first_seed,
+            validation=True,
         )
-        if not study.user_attrs:
-            study.set_user_attr("search", {"run": search.run.to_json(), "seeds": search.seeds})
-    return study
+
+    def space(self) -> dict[str, BaseDistribution]:
+        """What is searched: the learning rate, and each setting of the strategy with a range that isn't held fixed."""
+        recipe = recipe_of(self.first_run)
+        names = {*recipe.arguments, *recipe.optional, *recipe.optimizer_arguments, *OPTIMIZER_NUMBERS[recipe.optimizer]}
+        if recipe.optimizer_arguments.get("plasticity_k") == 0:  # without its gate, or it would be another strategy
+            names -= {"plasticity_k", "warmup_steps"}
+        large = recipe.optimizer in _AS_LARGE_AS_THE_GRADIENT
+        rate = FloatDistribution(1e-3, 1.0, log=True) if large else FloatDistribution(1e-5, 1e-2, log=True)
+        fixed = dict(self.first_run.overrides)
+        ranges = {"lr": rate} | {name: values for name, values in RANGES.items() if name in names}
+        return {name: values for name, values in ranges.items() if name not in fixed}
+
+    def study(self, seed: int | None = None, *, new: bool = False) -> optuna.Study:
+        """The study, made if it isn't there.
+
+        Args:
+            seed: of the sampler; None: a fresh one.
+            new: it must not be there.
+
+        Raises:
+            DuplicatedStudyError: it is there, with ``new``.
+        """
+        key = key_of({**self.first_run.settings(), "seeds": self.seeds})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.create_study(
+                storage=self.storage or JournalStorage(JournalFileBackend(str(self.output / "study.log"))),
+                study_name=f"{self.benchmark} {self.strategy} {key}",
+                direction="maximize",
+                sampler=TPESampler(seed=seed, multivariate=True, constant_liar=True),
+                pruner=MedianPruner(n_startup_trials=5, n_warmup_steps=1),  # the first task alone forgets nothing
+                load_if_exists=not new,
+            )
 
 
-class _Journal(JournalFileBackend):
-    """Optuna's journal, appended to as results are: its own lock outlives a killed process by half a minute, and a
-    line that a full disk cut short would make it unreadable."""
+def search(settings: Search) -> list[Path]:
+    """Runs the trials that the study lacks, and writes the report; returns its paths.
 
-    def append_logs(self, logs: list[dict]) -> None:
-        text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        files.append_lines(Path(self._file_path), text)
+    Raises:
+        OSError: the study or the results can't be written, or there is no scheduler (any more).
+        Exception: from a run, or from the database's driver.
+    """
+    Store(settings.output)  # it can be written
+    print(f"{settings.trials} trials of {settings.seeds} runs; results go to {settings.output}", flush=True)
+    seed = settings.first_seed if settings.jobs == 1 else None
+    try:
+        settings.study(new=True)
+    except optuna.exceptions.DuplicatedStudyError:
+        seed = None  # another command on the study must not draw the same, nor must several workers
+    tasks = [(settings, seed)] * settings.jobs
+    with closing(in_parallel(work, tasks, settings.jobs, settings.scheduler)) as workers:
+        for _, error in workers:
+            if error is not None:
+                raise error
+    return write_report(settings, settings.study())
 
 
-class Median(BasePruner):
-    """Ends a trial that is below the median of the finished ones at the same step.
-
-    Optuna's MedianPruner compares the best value that a trial had so far. Ours fall with every task: nearly all of
-    them are best after the first, before anything can be forgotten, and none would be pruned for forgetting.
+def work(task: tuple[Search, int | None]) -> None:
+    """Runs trials until the study has all of its; a worker's job.
 
     Args:
-        startup_trials: finished trials before any is pruned.
-        warmup_steps: steps of a trial that don't count: the first task alone says nothing about forgetting.
-    """
-
-    def __init__(self, startup_trials: int = 5, warmup_steps: int = 1):
-        self.startup_trials = startup_trials
-        self.warmup_steps = warmup_steps
-
-    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
-        step = trial.last_step
-        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        values = [t.intermediate_values[step] for t in finished if step in t.intermediate_values]
-        if step is None or step < self.warmup_steps or len(values) < self.startup_trials:
-            return False
-        return trial.intermediate_values[step] < float(np.median(values))
-
-
-def space_of(run: Run, layers: tuple[str, ...] = ()) -> dict[str, BaseDistribution]:
-    """What is searched: the learning rate, and each setting of the strategy that has a range and isn't held fixed.
+        task: the search, and the sampler's seed.
 
     Raises:
-        ValueError: the strategy doesn't exist on the benchmark, or doesn't have a setting that is held fixed, or layers
-            are given and it has no openness.
-    """
-    from harness.strategies import OPTIMIZERS, numbers_of, recipe_of  # here, as only workers need torch
-
-    recipe = recipe_of(run)
-    names = {*recipe.settings, *recipe.optimizer_settings, *numbers_of(OPTIMIZERS[recipe.optimizer])}
-    if "openness" in names:
-        names.add("rank")  # whose default depends on the layer, so that no recipe states it
-    if recipe.optimizer_settings.get("plasticity_k") == 0:  # without its gate, which makes it what it is
-        names -= {"plasticity_k", "warmup_steps"}
-    space = {"lr": RATES[recipe.optimizer not in NOT_ADAPTIVE], **RANGES}
-    if layers:
-        if "openness" not in names:
-            raise ValueError(f"Invalid layers: {', '.join(layers)} (allowed: none, as {run.strategy} has no openness)")
-        of_layers = [f"openness:{layer}" for layer in layers]
-        names = names - {"openness"} | set(of_layers)
-        space |= dict.fromkeys(of_layers, RANGES["openness"])
-    fixed = dict(run.overrides)
-    return {name: values for name, values in space.items() if (name == "lr" or name in names) and name not in fixed}
-
-
-# -- Trials ----------------------------------------------------------------------------------------------------------
-
-
-def work(search: Search) -> dict | None:
-    """Claims a trial and runs it: a worker's job.
-
-    Returns:
-        The trial's number, state and value; None if the study has all its trials.
-
-    Raises:
-        ValueError: for settings that can't be.
         OSError: the study or the results can't be written.
+        Exception: from a run. Its trial has failed.
     """
-    with prepared(search.code), warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        space, study = space_of(search.run, search.layers), search.study()
-        if not space:
-            raise ValueError("Invalid overrides: every setting is held fixed (allowed: one or more left to search)")
-        while (trial := _claim(search, study, space)) is None:
-            if len(finished(study)) >= search.trials:
-                return None
-            time.sleep(POLL)
-        try:
-            state, value = TrialState.COMPLETE, _run(search, trial)
-        except optuna.TrialPruned:
-            state, value = TrialState.PRUNED, None
-        except OSError:  # the study can't be written either: it goes as a killed trial does
-            raise
-        except Exception as error:
-            trial.set_user_attr("error", traceback.format_exc())
-            study.tell(trial, state=TrialState.FAIL)
-            if isinstance(error, ValueError):
-                raise
-            return {"number": trial.number, "state": "FAIL", "value": None}
-        study.tell(trial, value, state)
-        return {"number": trial.number, "state": state.name, "value": value}
+    search, seed = task
+    with worker():
+        study = search.study(seed)
+        if study.trials:  # after a worker that died, for example
+            study.sampler.reseed_rng()
+        if len(finished(study)) < search.trials:
+            study.optimize(_objective(search), callbacks=[MaxTrialsCallback(search.trials, COUNTED)])
 
 
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """The trials that count: complete, pruned, or failed by an error; not those of killed processes."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
-    return [t for t in trials if t.state != TrialState.FAIL or "error" in t.user_attrs]
+    """The trials that count: complete or pruned. Failed ones don't, nor those of killed processes."""
+    return study.get_trials(deepcopy=False, states=COUNTED)
 
 
-def _claim(search: Search, study: optuna.Study, space: dict[str, BaseDistribution]) -> optuna.Trial | None:
-    """A trial of our own, if there are fewer than wanted, counting those that living processes run."""
-    with files.locked(search.output / ".study.lock"):
-        _let_go(search, study)
-        states = Counter(t.state for t in study.get_trials(deepcopy=False))
-        if len(finished(study)) + states[TrialState.RUNNING] >= search.trials:
-            return None
-        # Its own seed for each trial, so that no two processes, and no two starts, draw the same.
-        seed = np.random.SeedSequence([search.run.seed, states.total()]).generate_state(1)
-        study.sampler = TPESampler(seed=int(seed[0]), multivariate=True, constant_liar=True)
-        trial = study.ask(space)
-        trial.set_user_attr("worker", _worker(search.output))
-        return trial
-
-
-def _let_go(search: Search, study: optuna.Study) -> None:
-    """Fails the trials of processes that have ended: whose lock can be had. Under the study's lock."""
-    own = _worker(search.output)
-    ended = [path for path in (search.output / "workers").iterdir() if path.name != own and _has_ended(path)]
-    names = {None, *(path.name for path in ended)}  # None: it was killed within _claim
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if trial.user_attrs.get("worker") in names:
-            study.tell(trial.number, state=TrialState.FAIL)
-    for path in ended:
-        path.unlink()
-
-
-def _has_ended(worker: Path) -> bool:
-    with open(worker, "ab") as file:
-        return files.lock(file, wait=False)
-
-
-_open = []  # this process's lock, held to its end
-
-
-@functools.cache
-def _worker(output: Path) -> str:
-    """Names this process by a file that it holds a lock on."""
-    name = uuid.uuid4().hex
-    (output / "workers").mkdir(parents=True, exist_ok=True)
-    _open.append(open(output / "workers" / name, "ab"))
-    files.lock(_open[-1])
-    return name
-
-
-def _run(search: Search, trial: optuna.Trial) -> float:
+def _objective(search: Search) -> Callable[[optuna.Trial], float]:
     """Mean ACC over the seeds; 0 if training diverged."""
-    import torch
+    from torch.linalg import LinAlgError  # here, as only workers need torch
 
     from harness.run import execute
 
-    overrides = tuple(sorted({**dict(search.run.overrides), **trial.params}.items()))
-    accs, steps = [], 0
+    store, first = Store(search.output), search.first_run
 
-    def after_experience(matrix: np.ndarray) -> None:
-        nonlocal steps
-        seen = matrix.shape[1] if search.run.strategy == "joint" else len(matrix)
-        trial.report(float(matrix[-1, :seen].mean()), steps)
-        steps += 1
-        if trial.should_prune():
-            raise optuna.TrialPruned()
+    def value_of(trial: optuna.Trial) -> float:
+        found, accs, steps = {}, [], itertools.count()
+        for name, values in search.space().items():
+            suggest = trial.suggest_int if isinstance(values, IntDistribution) else trial.suggest_float
+            found[name] = suggest(name, values.low, values.high, log=values.log)
 
-    for seed in range(search.run.seed, search.run.seed + search.seeds):
-        run = replace(search.run, seed=seed, overrides=overrides)
-        try:
-            record = execute(run, search.dataset_root, run.key(search.code), after_experience, watch=False)
-        except (FloatingPointError, torch.linalg.LinAlgError) as error:
-            trial.set_user_attr("diverged", str(error))
-            return 0.0
-        append_result(search.output / "results.jsonl", record)
-        accs.append(record["acc"])
-    return float(np.mean(accs))
+        def after_experience(matrix: np.ndarray) -> None:
+            # The trial's value if nothing more were learned. It grows with the tasks: Optuna's pruner compares the best
+            # of a trial's values so far, so it would never prune if they fell.
+            seen = matrix.shape[1] if search.strategy == "joint" else len(matrix)
+            trial.report(float(sum(accs) + matrix[-1, :seen].sum() / matrix.shape[1]) / search.seeds, next(steps))
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        for seed in range(search.first_seed, search.first_seed + search.seeds):
+            run = replace(first, seed=seed, overrides={**dict(first.overrides), **found})
+            try:
+                row = execute(run, str(search.dataset_root), after_experience, curve=False)
+            except (FloatingPointError, LinAlgError) as error:
+                trial.set_user_attr("diverged", str(error))
+                return 0.0
+            store.append(row)
+            accs.append(row["figures"]["acc"])
+        return float(np.mean(accs))
+
+    return value_of
+
+
+def write_report(search: Search, study: optuna.Study) -> list[Path]:
+    """Writes best.json, trials.csv and, if trials differ, importances.png; prints the best settings.
+
+    Raises:
+        ValueError: no trial was completed.
+    """
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if not complete:
+        raise ValueError(f"none of {len(finished(study))} trials was completed")
+    paths = [search.output / "trials.csv", search.output / "best.json"]
+    study.trials_dataframe(("number", "state", "value", "duration", "params", "user_attrs")).to_csv(
+        paths[0], index=False
+    )
+    importances = {}
+    if len({trial.value for trial in complete}) > 1:
+        importances = _importances(study, search.output / "importances.png")
+        paths.append(search.output / "importances.png")
+    settings = {**dict(search.first_run.overrides), **study.best_params}
+    best = {
+        "run": search.first_run.settings(),
+        "seeds": search.seeds,
+        "value": study.best_value,
+        "settings": settings,
+        "trials": {"complete": len(complete), "pruned": len(finished(study)) - len(complete)},
+        "importances": importances,
+        "command": command_of(search, settings),
+    }
+    paths[1].write_text(json.dumps(best, indent=1) + "\n")
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in settings.items())
+    number = f"best of {len(finished(study))} trials"
+    print(f"\n{number}: {study.best_value:.2f} on validation images, with {shown}\n\n{best['command']}\n")
+    return paths
+
+
+def _importances(study: optuna.Study, figure: Path) -> dict[str, float]:
+    """PED-ANOVA (S. Watanabe et al., IJCAI 2023), also drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # files only: no display is needed
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        axes = optuna.visualization.matplotlib.plot_param_importances(study, evaluator=evaluator)
+    axes.figure.savefig(figure, dpi=150, bbox_inches="tight")
+    return optuna.importance.get_param_importances(study, evaluator=evaluator)
+
+
+def command_of(search: Search, settings: dict[str, float]) -> str:
+    """The command that runs the settings on test images, with seeds that the search has not seen."""
+    run = search.first_run
+    words = ["python", f"benchmarks/{run.benchmark.replace('-', '_')}.py", "--strategies", run.strategy]
+    words += ["--tasks", run.n_tasks, "--epochs", run.epochs, "--batch-size", run.batch_size, "--network", run.network]
+    if run.strategy in USES_REPLAY:
+        words += ["--replay-buffer", run.replay_buffer]
+    if run.train_per_task is not None:
+        words += ["--train-per-task", run.train_per_task]
+    if search.dataset_root != MNIST:
+        words += ["--dataset-root", search.dataset_root]
+    words += ["--set", *(f"{name}={value!r}" for name, value in settings.items())]
+    return shlex.join(map(str, [*words, "--output", search.output / "best"]))

@@ -1,16 +1,22 @@
-"""What a run is: its settings, all of them, and nothing else."""
+"""A run: its settings, all of them, and nothing else."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from harness.recipes import ABOUT, TASK_INCREMENTAL, USES_REPLAY, recipe_of, strategies_of
+
+__all__ = [
+    "ABOUT", "BOUNDS", "MNIST", "NETWORKS", "ROOT", "Run", "STRATEGIES", "STREAMS", "TASK_INCREMENTAL", "USES_REPLAY",
+    "in_mini_batches", "strategies_of",
+]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]
 MNIST = ROOT / "benchmarks" / "data" / "mnist"
 
-# Networks and what reports call them.
+# Networks, and their names in reports.
 NETWORKS = {
     "256-256": "MLP 784-256-256-10",
     "100-100": "MLP 784-100-100-10",
@@ -19,87 +25,12 @@ NETWORKS = {
     "1000": "MLP 784-1000-10",
     "cnn": "CNN of two convolutions (16 and 32 channels) and a linear layer",
 }
-# In the order in which tables and figures show them.
-STRATEGIES = (
-    "naive-sgd",
-    "naive-adam",
-    "ewc",
-    "si",
-    "mas",
-    "rf-ridge",
-    "sp-optimizer",
-    "sp",
-    "sp-both",
-    "gaussian-replay",
-    "sp-gaussian",
-    "replay-sgd",
-    "replay-adam",
-    "replay-joint",
-    "sp-replay",
-    "joint",
-)
-# What else can be asked for by name: more methods, and studies of a part, each on its benchmark.
-_NO_REPLAY = ("lwf", "owm", "gpm")
-_REPLAY = (
-    "a-gem", "gem", "gdumb", "er-ace", "der++", "replay-distilled", "replay-gated", "replay-adaptive", "sp-replay-sgd",
-    "replay-gaussian", "sp-replay-gaussian",
-)  # fmt: skip
-# The plugin where it isn't told when a task ends.
-UNTOLD = tuple(f"{name}-{when}" for name in ("sp", "sp-both", "sp-replay") for when in ("surprise", "continuous"))
-# How the tasks come: one after another; the same in experiences of one batch, for strategies that are told nothing;
-# mixed with their neighbours; each turning slowly into the next; the first once more at the end; or of classes drawn at
-# random, by seed (Split MNIST's are in order otherwise).
-STREAMS = ("tasks", "online", "blurred", "drifting", "returning", "random classes")
+STRATEGIES = tuple(ABOUT)[:16]  # the ones that every comparison trains, unless others are asked for
 BOUNDS = ("cumulative", "joint")
-# Where every task has a head of its own, which is chosen by the task's label.
-TASK_INCREMENTAL = (
-    "naive-sgd", "ewc", "si", "mas", "lwf", "packnet", "sp", "sp-both",
-    "replay-sgd", "replay-joint", "sp-replay", "joint",
-)  # fmt: skip
-STUDIES = {
-    "split-mnist": (
-        *_NO_REPLAY,
-        *_REPLAY,
-        *UNTOLD,
-        "cumulative",
-        "legacy-adam",
-        "legacy-sp",
-        "legacy-adam-replay",
-        "legacy-control",
-        "legacy-sp-replay",
-    ),
-    "permuted-mnist": (
-        *_NO_REPLAY,
-        *_REPLAY,
-        *UNTOLD,
-        "cumulative",
-        "upgd",
-        "gate-off",
-        "gate-constant",
-        "gate-random",
-        "sp-running",
-        "sp-consolidated-adam",
-        "sp-consolidated",
-    ),
-}
-USES_REPLAY = (
-    "replay-sgd", "replay-adam", "replay-joint", "sp-replay", *_REPLAY, *UNTOLD[4:],
-    "legacy-adam-replay", "legacy-control", "legacy-sp-replay",
-)  # fmt: skip
-
-
-def strategies_of(benchmark: str, task_incremental: bool = False) -> tuple[str, ...]:
-    """Those that can be asked for."""
-    return TASK_INCREMENTAL if task_incremental else STRATEGIES + STUDIES[benchmark]
-
-
-def position(strategy: str, replay_buffer: int) -> tuple:
-    """Sort key of tables and figures: by buffer, then as listed; the upper bounds last."""
-    more = (*STUDIES.values(), TASK_INCREMENTAL)
-    others = tuple(dict.fromkeys(name for names in more for name in names if name not in _REPLAY))
-    ours = STRATEGIES.index("sp-replay")  # last of those with replay
-    names = STRATEGIES[:ours] + _REPLAY + STRATEGIES[ours:] + others
-    return strategy in BOUNDS, replay_buffer, names.index(strategy)
+# The order of the tasks: one after another; one after another, each experience one mini-batch, for strategies that are
+# not told the boundaries; mixed with their neighbours; each turning slowly into the next; the first task again at the
+# end; or of classes in random order (otherwise 0 to 9).
+STREAMS = ("tasks", "online", "blurred", "drifting", "returning", "random classes")
 
 
 @dataclass(frozen=True)
@@ -108,14 +39,14 @@ class Run:
 
     Attributes:
         benchmark: "split-mnist" or "permuted-mnist".
-        strategy: one of STRATEGIES, or of the benchmark's STUDIES; or of TASK_INCREMENTAL.
+        strategy: one of ``strategies_of(benchmark, task_incremental)``.
         n_tasks, epochs, batch_size: experiences, epochs an experience, samples of the stream in a mini-batch.
         replay_buffer: stored samples; 0 for strategies without replay.
-        seed: fixes data order, initial weights and permutations; runs with equal seeds are paired.
-        train_per_task: training images a task (Permuted MNIST); None is all.
+        seed: decides the data's order, initial weights and permutations. Runs with equal seeds are paired.
+        train_per_task: training images a task (Permuted MNIST); None: all.
         validation: score on 1/6 of the training images, held out, instead of the test set, for tuning.
         network: one of NETWORKS.
-        overrides: (name, value) pairs that replace the strategy's settings, for tuning.
+        overrides: settings of the strategy that replace its recipe's, as a mapping or as pairs.
         stream: one of STREAMS.
         task_incremental: a head for each task, and task labels in training and in tests (Split MNIST).
     """
@@ -123,63 +54,34 @@ class Run:
     benchmark: str
     strategy: str
     n_tasks: int
-    epochs: int
-    batch_size: int
-    replay_buffer: int
-    seed: int
+    epochs: int = 1
+    batch_size: int = 64
+    replay_buffer: int = 0
+    seed: int = 0
     train_per_task: int | None = None
     validation: bool = False
     network: str = "256-256"
-    overrides: tuple[tuple[str, float], ...] = ()
+    overrides: tuple[tuple[str, float], ...] | Mapping[str, float] = ()
     stream: str = "tasks"
     task_incremental: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "overrides", tuple(sorted(dict(self.overrides).items())))
 
     @property
     def heads(self) -> int:
         return self.n_tasks if self.task_incremental else 1
 
-    def to_json(self) -> dict:
-        values = {**asdict(self), "overrides": dict(self.overrides)}
-        for name, usual in (("stream", "tasks"), ("task_incremental", False)):  # stored results may not have these
-            if values[name] == usual:
-                del values[name]
-        return values
+    def settings(self) -> dict:
+        """All that decides its result, as the store keeps it: its own settings and its recipe's.
 
-    def key(self, code: str) -> str:
-        """Names the run and the code that made it: a stored result is only ever reused for the same of both."""
-        settings = json.dumps(self.to_json(), sort_keys=True)
-        return f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}-{code}"
-
-
-def settings_of(run: dict) -> str:
-    """What a record's run is, whatever its seed, as a key."""
-    return json.dumps({name: value for name, value in run.items() if name != "seed"}, sort_keys=True)
+        Raises:
+            ValueError: the benchmark has no such strategy, or the strategy no such setting.
+        """
+        return {**asdict(self), "overrides": dict(self.overrides), **recipe_of(self).to_json()}
 
 
 def in_mini_batches(run: Run) -> bool:
     """Whether each experience that the strategy trains on is one mini-batch."""
-    return run.stream == "online" and run.strategy in (*UNTOLD, "naive-sgd", "replay-adaptive")
-
-
-def code_fingerprint() -> str:
-    """Hash of the code that determines a run's result: the library, and how the harness trains with it."""
-    files = sorted((ROOT / "avalanche_sp").rglob("*.py"))
-    files += [
-        ROOT / "benchmarks" / "harness" / name
-        for name in (
-            "controls.py",
-            "legacy.py",
-            "networks.py",
-            "projections.py",
-            "recipes.py",
-            "rehearsal.py",
-            "ridge.py",
-            "run.py",
-            "strategies.py",
-            "streams.py",
-        )
-    ]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    untold = run.strategy.endswith(("-surprise", "-continuous"))
+    return run.stream == "online" and (untold or run.strategy in ("naive-sgd", "replay-adaptive"))

@@ -1,7 +1,8 @@
-"""Streams whose tasks don't simply come one after another."""
+"""Streams of tasks that are not in order, mixed, or drifting."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -11,15 +12,15 @@ from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.benchmarks.utils import AvalancheDataset
 
 from avalanche_sp import split_mnist
-from avalanche_sp.classic import TensorClassificationDataset, TensorSource
+from harness.internals import TensorClassificationDataset, TensorSource
 from harness.settings import Run, in_mini_batches
 
-BLURRED = 20  # of each task's samples, one in so many is exchanged with each neighbour's
+BLURRED = 20  # a task exchanges one of this number of samples with each neighbour
 BLOCK = 100  # images of a drifting stream that share their permutation
 
 
 def class_order(run: Run) -> list[int] | None:
-    """In which Split MNIST's classes come; None for 0 to 9."""
+    """The order of Split MNIST's classes; None for 0 to 9."""
     if run.stream != "random classes":
         return None
     return torch.randperm(10, generator=torch.Generator().manual_seed(run.seed)).tolist()
@@ -35,25 +36,18 @@ def rearranged(run: Run, train: list, test: list) -> tuple[list, list]:
 
 
 def parts(run: Run, experience: CLExperience) -> Iterable[CLExperience]:
-    """What ``train`` is called with, one after another."""
+    """The arguments of ``train``, one after another."""
     if not in_mini_batches(run):
         return [experience]
     return split_online_stream([experience], run.batch_size, seed=run.seed, drop_last=True)
 
 
 def blurred(tasks: Sequence[AvalancheDataset]) -> list[AvalancheDataset]:
-    """Tasks that have exchanged a twentieth with each neighbour: a tenth of an inner one's samples are others'."""
+    """Each task exchanges a twentieth of its samples with each neighbour."""
     shares = [[task.subset(part.tolist()) for part in torch.arange(len(task)).tensor_split(BLURRED)] for task in tasks]
     for left, right in zip(shares, shares[1:]):
         left[-1], right[0] = right[0], left[-1]
-    return [_joined(share) for share in shares]
-
-
-def _joined(datasets: list[AvalancheDataset]) -> AvalancheDataset:
-    whole = datasets[0]
-    for dataset in datasets[1:]:
-        whole = whole.concat(dataset)
-    return whole
+    return [functools.reduce(AvalancheDataset.concat, share) for share in shares]
 
 
 def drifting(run: Run, dataset_root: str) -> tuple[list, list]:

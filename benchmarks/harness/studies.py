@@ -1,35 +1,30 @@
-"""What the page of results shows: its studies, and the runs that each is made of."""
+"""The studies that the documents show: each is a set of runs that one table compares."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
 
 from harness.protocols import PROTOCOLS, overrides_of
-from harness.recipes import RECIPES
-from harness.settings import TASK_INCREMENTAL, USES_REPLAY, Run, settings_of
+from harness.settings import STRATEGIES, TASK_INCREMENTAL, USES_REPLAY
+from harness.store import USUAL_RUN, as_text
+
+# The settings that tell runs apart; the rest of a run's settings follows from them.
+IDENTITY = ["benchmark", "strategy", "n_tasks", "epochs", "batch_size", "replay_buffer", "network", *USUAL_RUN]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A strategy, and how it differs from its recipe.
-
-    Attributes:
-        strategy: its name.
-        overrides: settings that aren't its recipe's.
-        label: what reports call it; its name, if there is nothing else to say.
-        buffers: stored samples that it is trained with, where these aren't all of the study's.
-        epochs, batch_size: where they aren't the study's.
-        stream: how the tasks come, as in a run.
-    """
+    """A strategy of a study, its name in tables, and the settings and buffers that are not the study's."""
 
     strategy: str
-    overrides: tuple[tuple[str, float], ...] = ()
     label: str = ""
     buffers: tuple[int, ...] | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    stream: str = "tasks"
+    changes: Mapping = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,249 +32,241 @@ class Study:
     """Runs that are compared with each other.
 
     Attributes:
-        title: what it is about.
-        benchmark, n_tasks, epochs, batch_size, train_per_task, network: as in a run.
-        rows: what is compared.
-        buffers: stored samples of the rows with replay.
-        curves: with which of them the accuracy curve is kept; 0: of the rows without replay.
-        seeds: runs of each row, unless fewer are asked for.
-        protocol: the protocol that it follows, whose published settings go before the recipes'.
-        task_incremental: as in a run.
+        title: its name in captions.
+        settings: of all its runs; by default one epoch, batches of 64 and the usual network.
+        rows: the compared strategies, in the order of the tables.
+        buffers: numbers of stored samples of the strategies with replay.
+        curves: numbers of stored samples with which accuracy is measured during training, too. 0: without any.
+        seeds: number of runs of each row.
+        protocol: the published protocol whose settings it has.
     """
 
     title: str
-    benchmark: str
-    n_tasks: int
-    rows: tuple[Row, ...]
-    buffers: tuple[int, ...]
-    epochs: int = 1
-    batch_size: int = 64
-    train_per_task: int | None = None
-    network: str = "256-256"
+    settings: Mapping
+    rows: Sequence[Row]
+    buffers: tuple[int, ...] = (200,)
     curves: tuple[int, ...] = ()
     seeds: int = 10
     protocol: str | None = None
-    task_incremental: bool = False
 
-    def runs(self, seeds: int, strategies: list[str] | None = None) -> list[Run]:
-        """Seeds outermost, so that a study cut short is a whole one with fewer seeds.
-
-        Args:
-            seeds: how many, from 0 up.
-            strategies: those wanted; all, by default.
-        """
+    def cells(self) -> list[dict]:
+        """Settings of each row with each of its buffers, without the seed; "label" is its name in tables."""
         return [
-            self._run(row, buffer, seed)
-            for seed in range(seeds)
+            {"label": row.label or row.strategy, "epochs": 1, "batch_size": 64, "network": "256-256"}
+            | {**USUAL_RUN, **self.settings, **row.changes, "strategy": row.strategy, "replay_buffer": buffer}
+            | {"overrides": self._overrides(row, buffer)}
             for row in self.rows
-            if strategies is None or row.strategy in strategies
-            for buffer in self.buffers_of(row)
+            for buffer in ((row.buffers or self.buffers) if row.strategy in USES_REPLAY else (0,))
         ]
 
-    def buffers_of(self, row: Row) -> tuple[int, ...]:
-        return (row.buffers or self.buffers) if row.strategy in USES_REPLAY else (0,)
+    def select(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Its runs among the newest ones, in the order of its rows, with their "label"."""
+        cells = self.cells()
+        places = {tuple(as_text(cell[name]) for name in IDENTITY): place for place, cell in enumerate(cells)}
+        place = np.array([places.get(identity, -1) for identity in frame["identity"]])
+        order = np.argsort(place, kind="stable")
+        order = order[place[order] >= 0]
+        return frame.iloc[order].assign(label=[cells[i]["label"] for i in place[order]])
 
-    def labels(self) -> dict[str, str]:
-        """What reports call a run, by its settings."""
-        return {
-            settings_of(self._run(row, buffer, 0).to_json()): row.label or row.strategy
-            for row in self.rows
-            for buffer in self.buffers_of(row)
-        }
+    def runs(self, seeds: int) -> list[dict]:
+        """Settings of its runs, with the seed. Seeds outermost: a study cut short is a whole one with fewer seeds."""
+        cells = [{name: value for name, value in cell.items() if name != "label"} for cell in self.cells()]
+        return [{**cell, "seed": seed} for seed in range(seeds) for cell in cells]
 
-    def keeps_curve(self, run: Run) -> bool:
+    def keeps_curve(self, run) -> bool:
         return run.replay_buffer in self.curves
 
-    def _run(self, row: Row, buffer: int, seed: int) -> Run:
-        return Run(
-            benchmark=self.benchmark,
-            strategy=row.strategy,
-            n_tasks=self.n_tasks,
-            epochs=row.epochs or self.epochs,
-            batch_size=row.batch_size or self.batch_size,
-            replay_buffer=buffer,
-            seed=seed,
-            train_per_task=self.train_per_task,
-            network=self.network,
-            overrides=overrides_of(self.benchmark, self.protocol, row.strategy, buffer, row.overrides),
-            task_incremental=self.task_incremental,
-            stream=row.stream,
-        )
+    def _overrides(self, row: Row, buffer: int) -> dict[str, float]:
+        own = {**self.settings.get("overrides", {}), **row.changes.get("overrides", {})}
+        return dict(overrides_of(self.settings["benchmark"], self.protocol, row.strategy, buffer, own.items()))
 
 
-def _rows(*strategies: str) -> tuple[Row, ...]:
-    return tuple(Row(strategy) for strategy in strategies)
+def newest(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of a store's runs with equal settings and seed the one of the newest version, by seed."""
+    settings = frame[IDENTITY].astype(object).where(frame[IDENTITY].notna(), None)
+    frame = frame.assign(identity=list(settings.itertuples(index=False, name=None)))
+    frame = frame.sort_values(["version", "finished"]).drop_duplicates(["identity", "seed"], keep="last")
+    return frame.sort_values("seed", kind="stable")
 
 
-def _protocol(benchmark: str, name: str, *strategies: str, seeds: int = 3) -> Study:
-    arguments = PROTOCOLS[benchmark][name].arguments
-    return Study(
-        title=f"{ {'split-mnist': 'Split', 'permuted-mnist': 'Permuted'}[benchmark]} MNIST, `{name}`",
-        benchmark=benchmark,
-        n_tasks=arguments["tasks"],
-        rows=_rows(*strategies),
-        buffers=tuple(arguments.get("replay_buffer", ())),
-        epochs=arguments["epochs"],
-        batch_size=arguments["batch_size"],
-        network=arguments["network"],
-        seeds=seeds,
-        protocol=name,
-    )
+def _rows(strategies: str) -> tuple[Row, ...]:
+    return tuple(map(Row, strategies.split()))
 
 
-BUFFERS = (50, 100, 200, 500, 1000, 2000, 5000)
+def _set(overrides: Mapping[str, float], strategy: str, label: str = "", *buffers: int) -> Row:
+    return Row(strategy, label, buffers or None, {"overrides": overrides})
+
+
+def _split(tasks: int, **settings) -> dict:
+    return {"benchmark": "split-mnist", "n_tasks": tasks, **settings}
+
+
+def _permuted(tasks: int, **settings) -> dict:
+    return {"benchmark": "permuted-mnist", "n_tasks": tasks, **settings}
+
+
+def _protocol(benchmark: str, name: str, strategies: str, seeds: int = 3) -> Study:
+    arguments = dict(PROTOCOLS[benchmark][name].arguments)
+    buffers = tuple(arguments.pop("replay_buffer", ()))
+    settings = {"benchmark": benchmark, "n_tasks": arguments.pop("tasks"), **arguments}
+    title = f"{'Split' if benchmark == 'split-mnist' else 'Permuted'} MNIST, `{name}`"
+    return Study(title, settings, _rows(strategies), buffers, seeds=seeds, protocol=name)
+
+
 OURS = "sp-replay"
-ALONE = "sp-both"  # ours without any stored sample
-# Ours with stored samples, and the same without any; the second with samples drawn from Gaussians, too.
+ALONE = "sp-both"  # ours without stored samples
+# Ours with stored samples, and the same without any. The second pair has samples drawn from Gaussians as well.
 WITH_AND_WITHOUT = {OURS: ALONE, "sp-replay-gaussian": "sp-gaussian"}
 BEST_WITHOUT = ("rf-ridge", ALONE, "gaussian-replay", "sp-gaussian")
-_WITHOUT = ("naive-sgd", "ewc", "si", "mas", "lwf", "rf-ridge", "sp", ALONE, "gaussian-replay", "sp-gaussian")
-_WITH = (
-    "replay-sgd", "replay-joint", "replay-adaptive", "gdumb", "a-gem", "er-ace", "der++", OURS,
-    "replay-gaussian", "sp-replay-gaussian",
-)  # fmt: skip
-_SWEEP = (*_rows(*_WITHOUT, *_WITH), Row("gem", buffers=(50, 200)), *_rows("cumulative", "joint"))  # GEM is slow
 
-# By the name of their folder in docs/results.
+_TWO, _FIVE, _TEN = "Split MNIST, 2 tasks", "Split MNIST, 5 tasks", "Permuted MNIST, 10 tasks"
+_SMALL_TEN, _TEN_THOUSAND = f"{_TEN} of 10,000 images", _permuted(10, train_per_task=10000)
+_SIZES, _FOUR_SIZES = (50, 100, 200, 500, 1000, 2000, 5000), (50, 200, 1000, 2000)
+_EVERY_METHOD = (
+    *_rows("naive-sgd ewc si mas lwf rf-ridge sp sp-both gaussian-replay sp-gaussian"),
+    *_rows("replay-sgd replay-joint replay-adaptive gdumb a-gem er-ace der++ sp-replay replay-gaussian"),
+    *(Row("sp-replay-gaussian"), Row("gem", buffers=(50, 200)), *_rows("cumulative joint")),  # GEM is slow
+)
 BY_BUFFER = {
-    "buffers_split2": Study("Split MNIST, 2 tasks", "split-mnist", 2, _SWEEP, BUFFERS),
-    "buffers_split5": Study("Split MNIST, 5 tasks", "split-mnist", 5, _SWEEP, BUFFERS, curves=(0, 200)),
-    "buffers_permuted10": Study(
-        "Permuted MNIST, 10 tasks of 10,000 images",
-        "permuted-mnist",
-        10,
-        _SWEEP,
-        BUFFERS,
-        train_per_task=10000,
-    ),
+    "buffers_split2": Study(_TWO, _split(2), _EVERY_METHOD, _SIZES),
+    "buffers_split5": Study(_FIVE, _split(5), _EVERY_METHOD, _SIZES, curves=(0, 200)),
+    "buffers_permuted10": Study(_SMALL_TEN, _TEN_THOUSAND, _EVERY_METHOD, _SIZES),
 }
-# Learning rates by buffer: with five times as many steps the other methods want smaller ones (docs/experiments.md).
+
+_NAIVE, _NO_REPLAY = "naive-sgd naive-adam ewc si mas", "rf-ridge sp sp-both gaussian-replay sp-gaussian"
+_ALL_FIVE = f"{_NAIVE} {_NO_REPLAY} lwf owm gpm replay-joint der++ replay-adaptive sp-replay joint"
+_GATES = "upgd gate-off gate-constant gate-random sp-running sp-consolidated-adam sp-consolidated"
+_SLOWER = (*_rows("rf-ridge sp sp-both"), _set({"lr": 1e-4}, "gaussian-replay"), Row("sp-gaussian"))
+_NARROW = {"network": "100-100"}
+WITHOUT_REPLAY = {
+    "compare": Study(_TWO, _split(2), _rows(" ".join(STRATEGIES)), (200, 2000), curves=(0, 200, 2000)),
+    "split5": Study(_FIVE, _split(5), _rows(_ALL_FIVE)),
+    "split2_5epochs": Study(_TWO, _split(2, epochs=5), _rows("rf-ridge sp sp-both sp-gaussian")),
+    "split5_5epochs": Study(_FIVE, _split(5, epochs=5), _SLOWER),
+    "split5_wide": Study(_FIVE, _split(5, network="1000"), _rows("rf-ridge sp-both gaussian-replay sp-gaussian")),
+    "split5_cnn": Study(_FIVE, _split(5, network="cnn"), _rows(_NO_REPLAY)),
+    "classes10": Study("Split MNIST, 10 tasks", _split(10), _rows(f"naive-sgd {_NO_REPLAY} owm gpm")),
+    "permuted10k": Study(_SMALL_TEN, _TEN_THOUSAND, _rows(f"{_NAIVE} sp-optimizer {_GATES}")),
+    "permuted10k_no_replay": Study(_SMALL_TEN, _TEN_THOUSAND, _rows(f"{_NO_REPLAY} gpm joint")),
+    "permuted60k": Study(_TEN, _permuted(10), _rows(f"{_NAIVE} sp sp-both {_GATES}"), seeds=7),
+    "permuted60k_100": Study(_TEN, _permuted(10, **_NARROW), _rows(f"{_NO_REPLAY} joint")),
+    "permuted60k_100_20": Study("Permuted MNIST, 20 tasks", _permuted(20, **_NARROW), _rows("sp sp-both joint")),
+}
+
+# Learning rates by buffer: with five times as many steps the other methods need smaller ones (docs/experiments.md).
 _FIVE_EPOCHS = {
     "replay-joint": {50: 0.001, 200: 0.005, 1000: 0.03, 2000: 0.1},
     "replay-adaptive": {50: 3e-6, 200: 3e-5, 1000: 1.5e-4, 2000: 5e-4},
     "der++": {50: 0.001, 200: 0.005, 1000: 0.02, 2000: 0.02},
 }
-EPOCHS = {
+_EPOCHS = [_set({"lr": lr}, name, "", size) for name, rates in _FIVE_EPOCHS.items() for size, lr in rates.items()]
+_STEP_ALONE = {"openness": 1e9, "pull_back": 0.0}
+_NO_PLUGIN, _NO_GATE, _NO_PENALTY = {"openness": math.inf}, {"plasticity_k": 0.0}, {"pull_back": 0.0}
+_NO_STEP = {"readout_step": 0.0}
+_CONTROLS = (
+    Row(ALONE),
+    _set(_NO_STEP, ALONE, "the same, no readout step"),
+    _set(_NO_PENALTY, ALONE, "the same, no penalty"),
+    _set(_STEP_ALONE, ALONE, "the same, of the plugin the readout step alone"),
+    _set(_NO_PLUGIN, ALONE, "the same, no plugin"),
+    _set(_NO_GATE, ALONE, "the same, no gate in the optimizer"),
+    Row("sp", "the plugin with SGD"),
+    _set(_NO_STEP, "sp", "the plugin with SGD, no readout step"),
+    _set(_STEP_ALONE, "sp", "SGD, of the plugin the readout step alone"),
+    Row("naive-sgd", "SGD alone"),
+)
+_ABLATIONS = (
+    Row(OURS),
+    _set(_NO_PLUGIN, OURS, "the same, no plugin"),
+    _set(_NO_GATE, OURS, "the same, no gate in the optimizer"),
+    _set(_NO_PLUGIN | _NO_GATE, OURS, "the same, neither gate"),
+    _set(_NO_PENALTY, OURS, "the same, no penalty"),
+    _set(_NO_STEP, OURS, "the same, no readout step"),
+    _set({"shrinkage": 0.0}, OURS, "the same, a small memory at its full weight"),
+    Row("sp-replay-sgd", "the plugin with SGD"),
+    Row("replay-gated", "SGD with one constant gate"),
+    Row("replay-distilled", "SGD with distillation, no gate"),
+    Row("replay-joint", "SGD alone"),
+)
+RATES = {"sp": 0.07, ALONE: 1e-3, "sp-gaussian": 1e-3, "joint": 1e-3}  # as tuned for five tasks
+_CHANGES = {
+    "as tuned": lambda rate: {},
+    "learning rate x 3": lambda rate: {"overrides": {"lr": 3 * rate}},
+    "learning rate / 3": lambda rate: {"overrides": {"lr": rate / 3}},
+    "batch 10": lambda rate: {"batch_size": 10},
+    "batch 256": lambda rate: {"batch_size": 256},
+    "10 epochs": lambda rate: {"epochs": 10},
+    "random classes": lambda rate: {"stream": "random classes"},
+}
+_CHANGED = [Row(name, label, None, change(rate)) for label, change in _CHANGES.items() for name, rate in RATES.items()]
+_HEADS = _split(5, epochs=2, task_incremental=True)
+PARTS = {
     "epochs_split5": Study(
-        "Split MNIST, 5 tasks",
-        "split-mnist",
-        5,
-        (
-            *(
-                Row(strategy, (("lr", lr),), buffers=(buffer,))
-                for strategy, rates in _FIVE_EPOCHS.items()
-                for buffer, lr in rates.items()
-            ),
-            *_rows("er-ace", "rf-ridge", ALONE, OURS),
-        ),
-        (50, 200, 1000, 2000),
-        epochs=5,
-    )
-}
-# The plugin with nothing but its readout's step.
-_STEP_ALONE = (("openness", 1e9), ("pull_back", 0.0))
-ABLATIONS = {
-    "controls_split5": Study(
-        "Split MNIST, 5 tasks, no stored sample",
-        "split-mnist",
-        5,
-        (
-            Row(ALONE),
-            Row(ALONE, (("readout_step", 0.0),), "the same, the readout not settled"),
-            Row(ALONE, (("pull_back", 0.0),), "the same, the pull-back off"),
-            Row(ALONE, _STEP_ALONE, "the same, of the plugin the readout's step alone"),
-            Row(ALONE, (("openness", math.inf),), "the same, the plugin off"),
-            Row(ALONE, (("plasticity_k", 0.0),), "the same, the optimizer's gate off"),
-            Row("sp", label="the plugin with SGD"),
-            Row("sp", (("readout_step", 0.0),), "the plugin with SGD, the readout not settled"),
-            Row("sp", _STEP_ALONE, "SGD, of the plugin the readout's step alone"),
-            Row("naive-sgd", label="SGD, neither"),
-        ),
-        (),
+        _FIVE, _split(5, epochs=5), (*_EPOCHS, *_rows("er-ace rf-ridge sp-both sp-replay")), _FOUR_SIZES
     ),
-    "ablations_split5": Study(
-        "Split MNIST, 5 tasks",
-        "split-mnist",
-        5,
-        (
-            Row(OURS),
-            Row(OURS, (("openness", math.inf),), "the same, the plugin off"),
-            Row(OURS, (("plasticity_k", 0.0),), "the same, the optimizer's gate off"),
-            Row(OURS, (("openness", math.inf), ("plasticity_k", 0.0)), "the same, both gates off"),
-            Row(OURS, (("pull_back", 0.0),), "the same, the pull-back off"),
-            Row(OURS, (("readout_step", 0.0),), "the same, the readout not settled"),
-            Row(OURS, (("shrinkage", 0.0),), "the same, a small memory at its full weight"),
-            Row("sp-replay-sgd", label="the plugin with SGD"),
-            Row("replay-gated", label="SGD with one constant gate"),
-            Row("replay-distilled", label="SGD with distillation, no gate"),
-            Row("replay-joint", label="SGD, neither"),
-        ),
-        (50, 200, 1000, 2000),
-    )
-}
-TASK_LABELS = {
-    "task_incremental_split5": Study(
-        "Split MNIST, 5 tasks, a head for each",
-        "split-mnist",
-        5,
-        _rows(*TASK_INCREMENTAL),
-        (200,),
-        epochs=2,
-        task_incremental=True,
-    )
+    "robustness_split5": Study(_FIVE, _split(5), _CHANGED),
+    "controls_split5": Study(f"{_FIVE}, no stored sample", _split(5), _CONTROLS),
+    "ablations_split5": Study(_FIVE, _split(5), _ABLATIONS, _FOUR_SIZES),
+    "task_incremental_split5": Study(f"{_FIVE}, a head for each", _HEADS, _rows(" ".join(TASK_INCREMENTAL))),
 }
 
-# What changes with the learning rate, the batch, the epochs and the tasks' classes; joint training shows what of it is
-# theirs alone.
-_RATES = {name: RECIPES["split-mnist"][5][name].lr for name in ("sp", ALONE, "sp-gaussian", "joint")}
-ROBUSTNESS = {
-    "robustness_split5": Study(
-        "Split MNIST, 5 tasks",
-        "split-mnist",
-        5,
-        tuple(
-            Row(name, label=f"{name}, {label}" if label else name, **change(rate))
-            for label, change in (
-                ("", lambda rate: {}),
-                ("learning rate x 3", lambda rate: {"overrides": (("lr", 3 * rate),)}),
-                ("learning rate / 3", lambda rate: {"overrides": (("lr", rate / 3),)}),
-                ("batch 10", lambda rate: {"batch_size": 10}),
-                ("batch 256", lambda rate: {"batch_size": 256}),
-                ("10 epochs", lambda rate: {"epochs": 10}),
-                ("random classes", lambda rate: {"stream": "random classes"}),
-            )
-            for name, rate in _RATES.items()
-        ),
-        (),
-    )
-}
-
-
-def _legacy(title: str, *rows: Row) -> Study:
-    return Study(title, "split-mnist", 2, rows, (2000,), epochs=5, batch_size=128)
-
-
-ORIGINAL = {
-    "original": _legacy(
-        "As published",
-        *_rows("legacy-adam", "legacy-sp", "legacy-adam-replay", "legacy-control", "legacy-sp-replay"),
-    ),
-    "original_working_buffer": _legacy(
-        "The same with a buffer that keeps what it stored",
-        *(Row(name, (("fifo", 0.0),)) for name in ("legacy-adam-replay", "legacy-control", "legacy-sp-replay")),
-    ),
-    "protocol_original": _protocol(
-        "split-mnist", "original",
-        "replay-sgd", "replay-adam", "replay-joint", "replay-adaptive", "er-ace", "der++", ALONE, OURS,
-        "replay-gaussian", "sp-replay-gaussian", "joint",
-        seeds=10,
-    )  # fmt: skip
-}
+_LEGACY, _BUFFERED = _split(2, epochs=5, batch_size=128), "legacy-adam-replay legacy-control legacy-sp-replay"
+_WORKING = "The same with a buffer that keeps its samples"
+_TUNED = "replay-sgd replay-adam replay-joint replay-adaptive er-ace der++ sp-both sp-replay replay-gaussian"
 PUBLISHED = {
-    "protocol_mammoth_split": _protocol("split-mnist", "mammoth", "replay-sgd", "joint", OURS),
-    "protocol_mammoth_permuted": _protocol("permuted-mnist", "mammoth", "replay-sgd", "der++", "joint", OURS),
-    "protocol_gpm": _protocol("permuted-mnist", "gpm", "replay-sgd", "gpm", "joint", ALONE),
-    "protocol_van_de_ven_split": _protocol("split-mnist", "van-de-ven", "naive-adam", "joint", ALONE),
-    "protocol_van_de_ven_permuted": _protocol("permuted-mnist", "van-de-ven", "naive-adam", "joint", ALONE),
+    "original": Study("As published", _LEGACY, _rows(f"legacy-adam legacy-sp {_BUFFERED}"), (2000,)),
+    "original_working_buffer": Study(
+        _WORKING, _LEGACY, [_set({"fifo": 0.0}, name) for name in _BUFFERED.split()], (2000,)
+    ),
+    "protocol_original": _protocol("split-mnist", "original", f"{_TUNED} sp-replay-gaussian joint", seeds=10),
+    "protocol_mammoth_split": _protocol("split-mnist", "mammoth", "replay-sgd joint sp-replay"),
+    "protocol_mammoth_permuted": _protocol("permuted-mnist", "mammoth", "replay-sgd der++ joint sp-replay"),
+    "protocol_gpm": _protocol("permuted-mnist", "gpm", "replay-sgd gpm joint sp-both"),
+    "protocol_van_de_ven_split": _protocol("split-mnist", "van-de-ven", "naive-adam joint sp-both"),
+    "protocol_van_de_ven_permuted": _protocol("permuted-mnist", "van-de-ven", "naive-adam joint sp-both"),
 }
-EVERY = {**BY_BUFFER, **EPOCHS, **ROBUSTNESS, **ABLATIONS, **TASK_LABELS, **ORIGINAL, **PUBLISHED}
+
+# Streams that do not say where a task ends, by the name that their table gives them. Each strategy is told the
+# boundaries, finds them by surprise, or consolidates in chunks of the stream.
+_SP, _BOTH, _OURS = (_rows(f"{name} {name}-surprise {name}-continuous") for name in ("sp", ALONE, OURS))
+_ONLINE = _split(5, stream="online", batch_size=10)
+BOUNDARIES = {
+    "split": Study(_FIVE, _split(5), (*_SP, *_BOTH)),
+    "split-replay": Study(_FIVE, _split(5), _OURS, (200, 1000)),
+    "online": Study(_FIVE, {**_ONLINE, "overrides": {"lr": 0.02, "openness": 0.1}}, _SP),
+    "online naive": Study(_FIVE, {**_ONLINE, "overrides": {"lr": 0.02}}, _rows("naive-sgd")),
+    "online-replay": Study(_FIVE, {**_ONLINE, "overrides": {"lr": 3e-4}}, (*_OURS, Row("replay-adaptive")), (500,)),
+    "permuted": Study(_SMALL_TEN, _TEN_THOUSAND, (*_SP, *_BOTH)),
+    "permuted-replay": Study(_SMALL_TEN, _TEN_THOUSAND, _OURS, (200, 1000)),
+    "one task": Study("MNIST, 1 task", _split(1, epochs=20), _rows("naive-sgd sp-surprise sp-continuous")),
+    "blurred-split": Study(_FIVE, _split(5, stream="blurred"), _SP),
+    "blurred-permuted": Study(_SMALL_TEN, {**_TEN_THOUSAND, "stream": "blurred"}, _SP),
+    "drifting": Study(_SMALL_TEN, {**_TEN_THOUSAND, "stream": "drifting"}, (*_SP, Row("naive-sgd"))),
+    "returning": Study(_FIVE, _split(5, stream="returning"), _SP),
+}
+
+# The protection of single layers, by network, whose gated layers are named first to last.
+LAYERS = {"256-256": ("1", "3", "5"), "cnn": ("0", "2", "5")}
+
+
+def _layers(network: str) -> Study:
+    rows = [Row("sp", "all"), _set(_NO_PLUGIN, "sp", "none")]
+    for layer in LAYERS[network]:
+        one = f"openness:{layer}"
+        rows += [_set({**_NO_PLUGIN, one: 0.5}, "sp", f"only {layer}"), _set({one: math.inf}, "sp", f"all but {layer}")]
+        rows += [_set({one: 2.0}, "sp", f"{layer} x 4"), _set({one: 0.125}, "sp", f"{layer} / 4")]
+    return Study(_FIVE, _split(5, network=network), rows)
+
+
+# All that the documents show, by the name that they and the command line give it.
+STUDIES = {**BY_BUFFER, **WITHOUT_REPLAY, **PARTS, **PUBLISHED}
+STUDIES |= {f"boundaries_{name}".replace(" ", "_"): study for name, study in BOUNDARIES.items()}
+STUDIES |= {f"layers_{network}": _layers(network) for network in LAYERS}
+
+# The table at the head of the README, by the heads of its columns.
+_METHODS = "naive-sgd ewc si mas gpm rf-ridge sp sp-both gaussian-replay sp-gaussian replay-joint der++ sp-replay"
+_COLUMNS = {"2 tasks": _split(2), "5 tasks": _split(5), "10 tasks, a class each": _split(10)}
+_COLUMNS["10 permutations"] = _TEN_THOUSAND
+OVERVIEW = {
+    name: Study(name, settings, _rows(f"{_METHODS} sp-replay-gaussian joint")) for name, settings in _COLUMNS.items()
+}

@@ -1,0 +1,6 @@
+"""All that the benchmarks use of the package beyond its public names."""
+
+from avalanche_sp.data import TensorClassificationDataset, TensorSource, benchmark_of
+from avalanche_sp.training.replay import stream_rows
+
+__all__ = ["TensorClassificationDataset", "TensorSource", "benchmark_of", "stream_rows"]

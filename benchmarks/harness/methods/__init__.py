@@ -1,0 +1,1 @@
+"""Methods of other authors, and controls of ours, that Avalanche does not have."""

@@ -1,0 +1,155 @@
+"""GPM and OWM: a layer's gradient is projected away from the inputs of earlier experiences.
+
+A linear layer computes z = W x + b. Both methods count the bias as the weight of one more input, which is always 1: the
+joint gradient [dW, db], shape (out, d + 1), is projected from the right. Their papers' networks have no biases.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor, nn
+
+
+class GradientProjection(SupervisedPlugin):
+    """Before each step, replaces the gradient of every linear layer in ``kept`` by its projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept: dict[str, Tensor] = {}
+        """A subclass's summary of each layer's inputs, by the layer's name."""
+
+    def project(self, gradient: Tensor, kept: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def before_update(self, strategy, **kwargs):
+        for name, layer in linear_layers(strategy.model).items():
+            if name in self.kept:
+                bias = [] if layer.bias is None else [layer.bias.grad[:, None]]
+                gradient = self.project(torch.cat([layer.weight.grad, *bias], dim=1), self.kept[name])
+                layer.weight.grad.copy_(gradient[:, : layer.in_features])
+                if layer.bias is not None:
+                    layer.bias.grad.copy_(gradient[:, -1])
+
+
+class GradientProjectionMemory(GradientProjection):
+    r"""Gradient projection memory (GPM): steps orthogonal to the inputs of earlier experiences.
+
+    After each experience, with R (d, n) a layer's inputs for n of its samples and M (d, r) the orthonormal basis so
+    far, the basis gains the leading left singular vectors of its residual, the fewest, k, for which
+
+    .. math::
+        \hat R = R - M M^\top R = U \Sigma V^\top, \qquad
+        \|M M^\top R\|_F^2 + \|\hat R_k\|_F^2 \ge \epsilon_{th} \|R\|_F^2
+
+    (equations 8 and 9; equation 5 is the same with M empty). From then on the gradient is :math:`\nabla_W L -
+    (\nabla_W L) M M^\top` (equation 6).
+
+    G. Saha, I. Garg, K. Roy: Gradient projection memory for continual learning, ICLR 2021.
+
+    Args:
+        epsilon: :math:`\epsilon_{th}`, the share of energy to keep, between 0 and 1, the same for all experiences. (The
+            authors also let it grow by .003 an experience: no better on Split MNIST, ``docs/experiments.md``.)
+        epsilon_hidden: the same of all layers but the first, as the authors do on Permuted MNIST. Default: ``epsilon``.
+        samples: n, evenly spread over the experience; 300 as in the authors' code.
+    """
+
+    def __init__(self, epsilon: float, epsilon_hidden: float | None = None, samples: int = 300):
+        super().__init__()
+        self.epsilons = epsilon, epsilon if epsilon_hidden is None else epsilon_hidden
+        for name, value in zip(("epsilon", "epsilon_hidden"), self.epsilons):
+            if not 0 < value < 1:
+                raise ValueError(f"Invalid {name} value: {value} (allowed: between 0 and 1)")
+        self.samples = samples
+
+    def project(self, gradient: Tensor, kept: Tensor) -> Tensor:
+        return gradient - gradient @ kept @ kept.T
+
+    def after_training_exp(self, strategy, **kwargs):
+        dataset = strategy.experience.dataset
+        rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), self.samples)).long()
+        x = dataset.read_batch(rows.tolist())[0].to(strategy.device)
+        for number, (name, inputs) in enumerate(layer_inputs(strategy.model, x).items()):
+            basis = self.kept.get(name, inputs.new_zeros(inputs.shape[1], 0))
+            self.kept[name] = extend_basis(basis, inputs, self.epsilons[min(number, 1)])
+
+
+class OrthogonalWeightsModification(GradientProjection):
+    r"""Orthogonal weights modification (OWM): steps scaled down along the inputs of earlier experiences.
+
+    With A the inputs so far, as columns, a layer's gradient is multiplied by
+
+    .. math::
+        P = I - A (A^\top A + \alpha I)^{-1} A^\top = \alpha\, (\alpha I + A A^\top)^{-1}
+
+    (main text). The columns are the layer's inputs, averaged over each batch, with the weights at the end of the
+    experience; P takes them in one by one, by recursive least squares (``take_in``; Methods, step e). The authors'
+    code does this at every iteration, with the weights of the moment, and so already protects the present experience.
+    On validation images it ends lower here (``docs/experiments.md``).
+
+    G. Zeng, Y. Chen, B. Cui, S. Yu: Continual learning of context-dependent processing in neural networks, Nature
+    Machine Intelligence 2019.
+
+    Args:
+        alpha: :math:`\alpha`, greater than 0; smaller values close more.
+    """
+
+    def __init__(self, alpha: float):
+        super().__init__()
+        if not 0 < alpha < float("inf"):
+            raise ValueError(f"Invalid alpha value: {alpha} (allowed: greater than 0)")
+        self.alpha = alpha
+
+    def project(self, gradient: Tensor, kept: Tensor) -> Tensor:
+        return gradient @ kept
+
+    def after_training_exp(self, strategy, **kwargs):
+        dataset, size = strategy.experience.dataset, strategy.train_mb_size
+        for start in range(0, len(dataset) - size + 1, size):  # whole batches, as in training
+            x = dataset.read_batch(list(range(start, start + size)))[0].to(strategy.device)
+            for name, inputs in layer_inputs(strategy.model, x).items():
+                if name not in self.kept:
+                    self.kept[name] = torch.eye(inputs.shape[1]).to(inputs)
+                take_in(self.kept[name], inputs.mean(0), self.alpha)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
+
+
+@torch.no_grad()
+def layer_inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The input (n, d) of each linear layer for the samples ``x``, with a column of ones for a bias."""
+    inputs: dict[str, Tensor] = {}
+
+    def record(name: str, layer: nn.Linear, args: tuple) -> None:
+        rows = args[0].reshape(-1, layer.in_features)
+        inputs[name] = rows if layer.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+
+    layers = linear_layers(model).items()
+    handles = [layer.register_forward_pre_hook(partial(record, name)) for name, layer in layers]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs
+
+
+def extend_basis(basis: Tensor, inputs: Tensor, epsilon: float) -> Tensor:
+    """GPM's update of a basis M (d, r) by the inputs R^T (n, d): the fewest new columns that reach ``epsilon``."""
+    missed = inputs - inputs @ basis @ basis.T
+    vectors, values, _ = torch.linalg.svd(missed.T, full_matrices=False)
+    total = inputs.square().sum()
+    energy = total - missed.square().sum() + values.square().cumsum(0) - values.square()  # before each new column
+    new = int((energy < epsilon * total).sum())
+    return torch.cat([basis, vectors[:, :new]], dim=1)[:, : inputs.shape[1]]
+
+
+def take_in(projector: Tensor, x: Tensor, alpha: float) -> None:
+    """OWM's recursive least squares, in place: the projector P (d, d) takes in one more input x (d,)."""
+    px = projector @ x
+    projector.addr_(px, px / (alpha + x @ px), alpha=-1)

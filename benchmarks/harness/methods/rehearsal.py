@@ -1,0 +1,138 @@
+"""Avalanche's methods that store samples, on equal terms: as many samples, and as large a batch of them, for each."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from avalanche.benchmarks.utils import AvalancheDataset
+from avalanche.training.plugins import AGEMPlugin, GDumbPlugin, GEMPlugin, ReplayPlugin, SupervisedPlugin
+from avalanche.training.storage_policy import ReservoirSamplingBuffer
+from torch import nn
+
+from avalanche_sp import GaussianBuffer
+from harness.internals import TensorClassificationDataset, TensorSource, stream_rows
+from harness.settings import Run, in_mini_batches
+
+
+def memory_of(run: Run) -> dict[str, int]:
+    """Avalanche's arguments of a memory.
+
+    A batch has as many stored samples as stream samples, but never more than there are: Avalanche would never fill
+    such a batch, and as runs drop incomplete batches the memory would not be seen.
+    """
+    return {"mem_size": run.replay_buffer, "batch_size_mem": min(run.batch_size, run.replay_buffer)}
+
+
+def replay(run: Run) -> ReplayPlugin:
+    """Avalanche's replay. If an experience is one mini-batch, its memory is a random part of the whole stream: the
+    default, as much of each experience, would be the first samples."""
+    return ReplayPlugin(**memory_of(run), storage_policy=Reservoir(run.replay_buffer) if in_mini_batches(run) else None)
+
+
+def gaussian_replay(run: Run) -> ReplayPlugin:
+    """Avalanche's replay of samples drawn from Gaussians, and of stored ones if the run has a buffer."""
+    policy = GaussianBuffer(2000 + run.replay_buffer, stored=run.replay_buffer)
+    return policy.replay_plugin(batch_size_mem=run.batch_size)
+
+
+class Reservoir(ReservoirSamplingBuffer):
+    """Avalanche's, but with copies of the samples: views of views are one deeper, and slower, with every mini-batch."""
+
+    def update_from_dataset(self, new_data: AvalancheDataset) -> None:
+        super().update_from_dataset(new_data)
+        images, labels, _ = self.buffer.read_batch(list(range(len(self.buffer))))
+        self.buffer = TensorClassificationDataset.from_source(TensorSource(images, labels), 0)
+
+
+def averaged_gem(run: Run) -> AGEMPlugin:
+    """A. Chaudhry et al.: Efficient lifelong learning with A-GEM, ICLR 2019.
+
+    The memory is divided among the tasks that are old when the last one is learned: then all of it is in use, as in
+    replay. Upstream draws from each old task alike, so a batch holds at least one sample of each.
+    """
+    return AGEMPlugin(_share(run), sample_size=max(memory_of(run)["batch_size_mem"], run.n_tasks - 1))
+
+
+def gradient_episodic_memory(run: Run, memory_strength: float) -> GEMPlugin:
+    """D. Lopez-Paz, M. Ranzato: Gradient episodic memory for continual learning, NeurIPS 2017.
+
+    Every step looks at all stored samples, so it is slow with many.
+    """
+    return GEMPlugin(_share(run), memory_strength)
+
+
+def _share(run: Run) -> int:
+    share = run.replay_buffer // max(1, run.n_tasks - 1)
+    if share < 1:
+        raise ValueError(
+            f"Invalid replay_buffer: {run.replay_buffer} (allowed for {run.strategy}: at least a sample of each old "
+            f"task, {run.n_tasks - 1})"
+        )
+    return share
+
+
+class GDumb(GDumbPlugin):
+    """A fresh network at every experience, trained on the stored samples alone, the new ones among them.
+
+    A. Prabhu, P. Torr, P. Dokania: GDumb, a simple approach that questions our progress, ECCV 2020.
+
+    Args:
+        mem_size: samples stored.
+        passes: over the stored samples, for each network.
+    """
+
+    def __init__(self, mem_size: int, passes: int):
+        super().__init__(mem_size)
+        if passes < 1:
+            raise ValueError(f"Invalid passes value: {passes} (allowed: 1 or more)")
+        self.passes = passes
+
+    def before_training(self, strategy, **kwargs):
+        strategy.train_epochs = self.passes
+        strategy.train_mb_size = min(strategy.train_mb_size, self.mem_size)
+
+
+class MemoryDistillation(SupervisedPlugin):
+    """Keeps the outputs for stored samples near those of the network at the end of the last experience.
+
+    Adds ``weight`` times their squared distance, summed over outputs and averaged over the stored samples of a batch:
+    the addition of dark experience replay (P. Buzzega et al., NeurIPS 2020) to replay. It needs ``ReplayPlugin``.
+    """
+
+    def __init__(self, weight: float):
+        super().__init__()
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"Invalid weight value: {weight} (allowed: greater than 0)")
+        self.weight = weight
+        self.teacher: nn.Module | None = None
+
+    def before_backward(self, strategy, **kwargs):
+        stream = stream_rows(strategy)
+        if self.teacher is not None and stream < len(strategy.mb_x):
+            with torch.no_grad():
+                targets = self.teacher(strategy.mb_x[stream:])
+            strategy.loss += self.weight * (strategy.mb_output[stream:] - targets).square().sum(1).mean()
+
+    def after_training_exp(self, strategy, **kwargs):
+        self.teacher = copy.deepcopy(strategy.model).eval()
+
+
+class ConstantGate(SupervisedPlugin):
+    """Multiplies the error signal of the stream's samples by ``gate`` while stored samples are replayed.
+
+    The control of the plugin with replay: as its gate, but one number for every input.
+    """
+
+    def __init__(self, gate: float):
+        super().__init__()
+        if not 0 < gate <= 1:
+            raise ValueError(f"Invalid gate value: {gate} (allowed: greater than 0, at most 1)")
+        self.gate = gate
+
+    def after_forward(self, strategy, **kwargs):
+        stream = stream_rows(strategy)
+        if stream < len(strategy.mb_x):
+            factor = torch.ones(len(strategy.mb_x), 1)
+            factor[:stream] = self.gate
+            strategy.mb_output.register_hook(lambda error: error * factor)

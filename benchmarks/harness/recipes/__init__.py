@@ -1,0 +1,87 @@
+"""The strategies: a line on each, and what it trains with on each benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from harness.recipes import permuted_mnist, split_mnist
+from harness.recipes.recipe import Recipe
+
+# In the order of tables and figures.
+ABOUT = {
+    "naive-sgd": "SGD, nothing against forgetting",
+    "naive-adam": "Adam, nothing against forgetting",
+    "ewc": "elastic weight consolidation: penalty on changes of important weights, by squared gradients",
+    "si": "synaptic intelligence: the same, importance by the path of the weights",
+    "mas": "memory-aware synapses: the same, importance by the outputs' sensitivity",
+    "rf-ridge": "ridge regression on fixed random features, with the memory of `sp`",
+    "sp-optimizer": "our optimizer with its default arguments, without consolidation",
+    "sp": "our plugin with SGD",
+    "sp-both": "our plugin and our optimizer",
+    "gaussian-replay": "replay of samples drawn from Gaussians, no gate: the control of `sp-gaussian`",
+    "sp-gaussian": "our plugin and optimizer with replay of samples drawn from Gaussians",
+    "replay-sgd": "replay of stored samples, SGD",
+    "replay-adam": "replay of stored samples, Adam",
+    "replay-joint": "replay with squared error, weighed as in joint training, SGD",
+    "sp-replay": "our plugin and optimizer with replay of stored samples",
+    "joint": "one training on all tasks at once: upper bound",
+    "lwf": "learning without forgetting: distillation from the network before the task",
+    "owm": "orthogonal weights modification: gradients scaled down along old inputs",
+    "gpm": "gradient projection memory: gradients orthogonal to old inputs",
+    "a-gem": "averaged gradient episodic memory: gradient that lowers no loss on stored samples",
+    "gem": "gradient episodic memory: the same, task by task; slow",
+    "gdumb": "a fresh network trained on the stored samples alone",
+    "er-ace": "replay with asymmetric cross-entropy",
+    "der++": "dark experience replay: stored samples with their outputs",
+    "replay-distilled": "`replay-joint` and distillation on the stored samples",
+    "replay-gated": "`replay-joint` with one constant gate: a control of `sp-replay`",
+    "replay-adaptive": "`sp-replay` without gates: its control",
+    "sp-replay-sgd": "our plugin with SGD and replay of stored samples",
+    "replay-gaussian": "`gaussian-replay` with stored samples, too",
+    "sp-replay-gaussian": "`sp-gaussian` with stored samples, too",
+    "cumulative": "training on all samples so far, task by task: upper bound",
+    "upgd": "utility-based perturbed gradient descent",
+    "gate-off": "our optimizer without its gate: control",
+    "gate-constant": "our optimizer, one gate a tensor of the same mean: control",
+    "gate-random": "our optimizer, its gates shuffled within each tensor: control",
+    "sp-running": "our optimizer with a running importance, without consolidation",
+    "sp-consolidated-adam": "our optimizer with consolidation, with Adam's momentum and eps",
+    "sp-consolidated": "our optimizer with consolidation",
+    "legacy-adam": "first publication: Adam without memory",
+    "legacy-sp": "first publication: its gate on SGD",
+    "legacy-adam-replay": "first publication: Adam with its memory",
+    "legacy-control": "first publication: its memory without its gate",
+    "legacy-sp-replay": "first publication: its gate and its memory",
+    "packnet": "PackNet: each task prunes and freezes a part of the network (task labels)",
+}
+for _name, _what in (("sp", "our plugin with SGD"), ("sp-both", "`sp-both`"), ("sp-replay", "`sp-replay`")):
+    ABOUT[f"{_name}-surprise"] = f"{_what}, which finds the tasks' boundaries by surprise"
+    ABOUT[f"{_name}-continuous"] = f"{_what}, which consolidates in chunks of the stream"
+
+_BY_BENCHMARK = {"split-mnist": split_mnist.RECIPES, "permuted-mnist": permuted_mnist.RECIPES}
+_HEADS = split_mnist.TASK_INCREMENTAL
+TASK_INCREMENTAL = tuple(_HEADS)
+USES_REPLAY = tuple(name for name in ABOUT if any(r[name].stores for r in _BY_BENCHMARK.values() if name in r))
+# Learning rates for other networks than perceptrons.
+_RATES = {"cnn": {"sp": 0.02, "sp-both": 1.5e-4}}
+
+
+def strategies_of(benchmark: str, task_incremental: bool = False) -> tuple[str, ...]:
+    """Names of the strategies that a benchmark has."""
+    recipes = _HEADS if task_incremental else _BY_BENCHMARK[benchmark]
+    return tuple(name for name in ABOUT if name in recipes)
+
+
+def recipe_of(run) -> Recipe:
+    """What a ``settings.Run`` trains with: the recipe tuned for the nearest numbers, with the run's overrides.
+
+    Raises:
+        ValueError: the benchmark has no such strategy, or the strategy no such setting.
+    """
+    allowed = strategies_of(run.benchmark, run.task_incremental)
+    if run.strategy not in allowed:
+        raise ValueError(f"Invalid strategy: {run.strategy} (allowed: {', '.join(allowed)})")
+    recipe = (_HEADS if run.task_incremental else _BY_BENCHMARK[run.benchmark])[run.strategy]
+    recipe = recipe.at(run.n_tasks, run.replay_buffer or run.train_per_task or 60000)
+    recipe = replace(recipe, lr=_RATES.get(run.network, {}).get(run.strategy, recipe.lr))
+    return recipe.override(dict(run.overrides))

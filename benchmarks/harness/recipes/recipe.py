@@ -1,0 +1,112 @@
+"""What a strategy trains with, and the values that were tuned for other numbers of tasks and samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+CE, SE = "cross-entropy", "squared error"
+
+PER_LAYER = ("openness", "pull_back", "rank")  # arguments of the plugin that a layer may have for itself
+# Arguments of an optimizer that are numbers, besides its learning rate.
+OPTIMIZER_NUMBERS = {
+    "SGD": ("momentum", "dampening", "weight_decay"),
+    "Adam": ("eps", "weight_decay"),
+    "UPGD": ("beta_utility", "sigma"),
+    "legacy": ("trace_decay", "plasticity_k", "warmup_steps"),
+}
+for _name in ("SelectivePlasticity", "constant gate", "random gate"):
+    OPTIMIZER_NUMBERS[_name] = ("trace_decay", "plasticity_k", "warmup_steps", "surprise_weight", "alignment_threshold")
+    OPTIMIZER_NUMBERS[_name] += ("beta1", "eps", "weight_decay")
+
+
+class Tasks(dict):
+    """A setting by the number of tasks that it was tuned for."""
+
+
+class Size(dict):
+    """A setting by the number of stored samples that it was tuned for; without any, by the training images a task."""
+
+
+def tuned(value, n_tasks: int, size: int):
+    """The value that was tuned for the nearest numbers, in ratio."""
+    while isinstance(value, (Tasks, Size)):
+        number = n_tasks if isinstance(value, Tasks) else size
+        value = value[min(value, key=lambda n: abs(math.log(number / n)))]
+    return value
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a strategy trains with. Any value may depend on the number of tasks or samples (``Tasks``, ``Size``).
+
+    Attributes:
+        optimizer, lr, loss: names of ``build.OPTIMIZERS`` and ``build.LOSSES``, and the learning rate.
+        plugins: names of ``build.PLUGINS``.
+        arguments: those of the plugins and of the template.
+        optimizer_arguments: those of the optimizer, without the learning rate.
+        joint_weight: the loss weighs replayed samples as joint training would, but for a "shrinkage" in ``arguments``.
+        template: name of ``build.TEMPLATES``, the Avalanche strategy.
+        model: "network", "packnet" (the network with masks) or "random features" (instead of the network).
+        stores: whether it keeps ``replay_buffer`` samples.
+    """
+
+    optimizer: str
+    lr: float | dict
+    loss: str | dict = CE
+    plugins: tuple[str, ...] = ()
+    arguments: Mapping[str, float | dict] = field(default_factory=dict)
+    optimizer_arguments: Mapping[str, float] = field(default_factory=dict)
+    joint_weight: bool = False
+    template: str = "naive"
+    model: str = "network"
+    stores: bool = False
+
+    def at(self, n_tasks: int, size: int) -> Recipe:
+        """The recipe with the values that were tuned for the nearest number of tasks and size."""
+        lr, loss = (tuned(value, n_tasks, size) for value in (self.lr, self.loss))
+        arguments = {name: tuned(value, n_tasks, size) for name, value in self.arguments.items()}
+        return replace(self, lr=lr, loss=loss, arguments=arguments)
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Arguments of its plugins that may be set, although the recipe leaves them at their defaults."""
+        names = ("rank", "readout_step") if "openness" in self.arguments else ()
+        return (*names, "epsilon_hidden") if "epsilon" in self.arguments else names
+
+    def override(self, overrides: Mapping[str, float]) -> Recipe:
+        """The recipe with other values. "openness:1" is the openness of layer "1".
+
+        Raises:
+            ValueError: the strategy has no such setting.
+        """
+        arguments = tuple(dict.fromkeys((*self.arguments, *self.optional)))
+        of_optimizer = tuple(dict.fromkeys((*self.optimizer_arguments, *OPTIMIZER_NUMBERS[self.optimizer])))
+        by_layer = [name for name in PER_LAYER if name in arguments]
+        allowed = ["lr", *arguments, *of_optimizer]
+        for name in overrides:
+            if name not in allowed and name.partition(":")[0] not in by_layer:
+                forms = [*allowed, *(f"{name}:LAYER" for name in by_layer)]
+                raise ValueError(f"Invalid setting: {name} (allowed for this strategy: {', '.join(forms)})")
+        in_arguments = {k: v for k, v in overrides.items() if k in arguments or k.partition(":")[0] in by_layer}
+        in_optimizer = {k: v for k, v in overrides.items() if k in of_optimizer}
+        return replace(
+            self,
+            lr=overrides.get("lr", self.lr),
+            arguments={**self.arguments, **in_arguments},
+            optimizer_arguments={**self.optimizer_arguments, **in_optimizer},
+        )
+
+    def to_json(self) -> dict:
+        """The settings of a run that the recipe decides."""
+        return {
+            "optimizer": self.optimizer,
+            "lr": self.lr,
+            "loss": self.loss,
+            "plugins": list(self.plugins),
+            "arguments": {**self.arguments, **self.optimizer_arguments},
+            "joint_weight": self.joint_weight,
+            "template": self.template,
+            "model": self.model,
+        }

@@ -1,0 +1,150 @@
+"""The store of results: a folder with one file of JSON lines a benchmark, one line a run.
+
+A line holds four mappings of a run:
+
+    {"settings": {"benchmark": "split-mnist", "strategy": "sp", ..., "seed": 0},  everything that decides the result
+     "figures":  {"acc": 90.5, ..., "accuracy_matrix": [[...]], "seconds": 3.3},  or "error": the text of a failure
+     "versions": {"algorithm": 1, "torch": "2.14.1", ...},
+     "finished": "2026-11-26T17:12:14Z"}
+
+The settings include the values of the strategy (learning rate, loss, arguments of the plugin), so that another
+learning rate is another run. Settings in USUAL may be left out: so a new setting makes no stored run stale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pandas as pd
+
+try:
+    import fcntl
+except ImportError:  # Windows: one process for each store
+    fcntl = None  # type: ignore[assignment]
+
+# Settings that a row may leave out, because most runs share them: of the run, and of its strategy.
+USUAL_RUN = {"train_per_task": None, "overrides": {}, "stream": "tasks", "task_incremental": False, "validation": False}
+USUAL_TRAINING = {"plugins": [], "arguments": {}, "joint_weight": False, "model": "network", "template": "naive"}
+USUAL = USUAL_RUN | USUAL_TRAINING
+
+# Versions of the algorithms: of the ones of this project ("ours") and of all others with the training loop they share.
+# Raise a number by hand if a change of the code gives other results for the same settings and seed: other equations,
+# other random numbers, another order of the data. Never for a docstring, a comment, a new name or a faster way to the
+# same numbers. A change of the training loop, the networks or the benchmarks raises both.
+ALGORITHM_VERSION = {"ours": 2, "others": 1}
+
+
+def version_of(strategy: str) -> int:
+    """Present version of the strategy's algorithm."""
+    return ALGORITHM_VERSION["ours" if strategy.startswith("sp") or "gaussian" in strategy else "others"]
+
+
+def key_of(settings: Mapping, version: int | None = None) -> str:
+    """Identifies a run: its settings with the seed, and the version of its algorithm, by default the present one."""
+    if version is None:
+        version = version_of(settings["strategy"])
+    # Equal settings are equal text: 1 and 1.0, lists and tuples.
+    plain = json.loads(json.dumps(without_usual(settings)), parse_int=float)
+    return f"{hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]}-{version}"
+
+
+def without_usual(settings: Mapping) -> dict:
+    return {name: value for name, value in settings.items() if name not in USUAL or value != USUAL[name]}
+
+
+class Store:
+    """Results in one folder. Several processes may append at the same time, and a kill loses at most its own row.
+
+    Args:
+        path: the folder, made if it does not exist.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise OSError(error.errno, f"the results cannot be written: {error.strerror}", str(self.path)) from error
+
+    def append(self, row: Mapping) -> None:
+        """Writes one row, on disk before this returns.
+
+        Args:
+            row: "settings", "figures" (or "error") and whatever else is to be kept. "versions" and "finished" are
+                completed here.
+
+        Raises:
+            OSError: the row could not be written (a full disk, for example). The rows before it are as they were.
+        """
+        settings = without_usual(row["settings"])
+        versions = {"algorithm": version_of(settings["strategy"]), **row.get("versions", {})}
+        finished = row.get("finished", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+        whole = {**row, "settings": settings, "versions": versions, "finished": finished}
+        line = json.dumps(whole, separators=(",", ":")) + "\n"
+        path = self.path / f"{settings['benchmark']}.jsonl"
+        try:
+            with open(path, "a+b") as file:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, or its process has ended
+                end = file.seek(0, os.SEEK_END)
+                if end:
+                    file.seek(end - 1)
+                    if file.read(1) != b"\n":  # a kill cut the last line off: it stays, and is skipped by rows()
+                        file.write(b"\n")
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+    def rows(self) -> Iterator[dict]:
+        """All rows as they were appended, failed runs too. A line that a kill cut off is skipped."""
+        for file in sorted(self.path.glob("*.jsonl")):
+            for line in file.read_bytes().splitlines():
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue
+
+    def finished(self) -> dict[str, dict]:
+        """Rows of the runs that did not fail, by key. Of two rows with one key the last one counts."""
+        found = (row for row in self.rows() if "error" not in row)
+        return {key_of(row["settings"], row["versions"]["algorithm"]): row for row in found}
+
+    def keys(self) -> set[str]:
+        """Keys of the runs that did not fail."""
+        return set(self.finished())
+
+    def frame(self) -> pd.DataFrame:
+        """One row a run that did not fail, its key as the index.
+
+        Columns are the settings, the figures, "version" (of the algorithm), "torch" and "finished". Among the settings
+        a mapping or a list is shown as text ("lr=0.1 openness=0.5"), so that runs can be grouped by it. Lists among the
+        figures stay Python objects.
+        """
+        rows = {
+            key: {name: as_text(value) for name, value in {**USUAL, **row["settings"]}.items()}
+            | row["figures"]
+            | {"version": row["versions"]["algorithm"], "torch": row["versions"].get("torch")}
+            | {"finished": row.get("finished")}
+            for key, row in self.finished().items()
+        }
+        return pd.DataFrame(list(rows.values()), index=list(rows))
+
+
+def as_text(value):
+    """A setting as tables show it and runs are grouped by it."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={number:g}" for name, number in sorted(value.items()))
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,361 @@
+"""Tables: queries on the runs of a study, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import numpy as np
+import pandas as pd
+
+from harness.protocols import PROTOCOLS
+from harness.settings import ABOUT, BOUNDS, NETWORKS, USES_REPLAY
+from harness.statistics import bootstrap, holm, rank_biserial, student, wilcoxon
+from harness.store import version_of
+from harness.studies import BEST_WITHOUT, BOUNDARIES, LAYERS, OVERVIEW, STUDIES, WITH_AND_WITHOUT, Study
+
+ALPHA = 0.05
+CELL = ["label", "replay_buffer"]
+
+
+def table(frame: pd.DataFrame, kind: str, *arguments: str) -> str:
+    """The table that a document asks for.
+
+    Args:
+        frame: the newest run of each setting (``studies.newest``).
+        kind: a key of OF_ONE_STUDY or OF_SEVERAL.
+        arguments: for OF_ONE_STUDY the name of the study first, then the function's own.
+    """
+    if kind in OF_SEVERAL:
+        return OF_SEVERAL[kind](frame, *arguments)
+    study = STUDIES[arguments[0]]
+    return OF_ONE_STUDY[kind](study.select(frame), study, *arguments[1:])
+
+
+def markdown(rows: Iterable[Mapping[str, object]]) -> str:
+    """A Markdown table. A row may lack any column."""
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, *([str(row.get(name, "")) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "".join("| " + " | ".join(map(str.ljust, line, widths)) + " |\n" for line in lines)
+
+
+def caption(title: str, runs: pd.DataFrame) -> str:
+    """Settings that the runs share, and their number of seeds."""
+    run, seeds = runs.iloc[0], runs.groupby([*CELL, "strategy"]).size()
+    older = sum(version < version_of(name) for version, name in zip(runs["version"], runs["strategy"]))
+    parts = [f"{run.epochs} epoch{'s' if run.epochs > 1 else ''}", f"batch {run.batch_size}", NETWORKS[run.network]]
+    number = " to ".join(str(n) for n in sorted({seeds.min(), seeds.max()}))
+    parts.append(f"{number} seed{'s' if seeds.max() > 1 else ''}")
+    return f"**{title}**: {', '.join(parts)}{f'; {older} runs of an older version' if older else ''}.\n\n"
+
+
+def title(runs: pd.DataFrame) -> str:
+    """Benchmark, tasks and images of runs that are no study."""
+    run = runs.iloc[0]
+    name = {"split-mnist": "Split MNIST", "permuted-mnist": "Permuted MNIST"}[run.benchmark]
+    images = f" of {run.train_per_task:,.0f} images" if pd.notna(run.train_per_task) else ""
+    heads = ", a head for each" if run.task_incremental else ""
+    return f"{name}, {run.n_tasks} tasks{images}{heads}" + (", validation images" if run.validation else "")
+
+
+# -- Cells: the runs of one row with one number of stored samples -----------------------------------------------------
+
+
+def cells(runs: pd.DataFrame) -> Iterator[tuple[str, int, pd.DataFrame]]:
+    """The runs by label and number of stored samples, in the order of the study."""
+    for (label, buffer), cell in runs.groupby(CELL, sort=False):
+        yield label, buffer, cell
+
+
+def with_bootstrap(values: pd.Series) -> str:
+    """Mean with its bootstrap interval; "-" if a run has no such figure."""
+    if values.isna().any():
+        return "-"
+    low, high = bootstrap(tuple(values))
+    return f"{values.mean():.1f}" + (f" [{low:.1f}, {high:.1f}]" if len(values) > 1 else "")
+
+
+def with_student(values: pd.Series, sign: str = "") -> str:
+    """Mean with the half-width of its interval by Student's t; "-" if a run has no such figure."""
+    if values.isna().any():
+        return "-"
+    return f"{values.mean():{sign}.1f}" + (f" ± {student(values):.1f}" if len(values) > 1 else "")
+
+
+def each_task(cell: pd.DataFrame) -> np.ndarray:
+    """Accuracy on each task after the last one, mean over the runs."""
+    return np.mean([matrix[-1] for matrix in cell["accuracy_matrix"]], axis=0)
+
+
+def _all_tasks(cell: pd.DataFrame) -> str:
+    accuracies = each_task(cell)
+    if len(accuracies) > 5:
+        return f"{accuracies.min():.1f} to {accuracies.max():.1f}"
+    return " / ".join(f"{accuracy:.1f}" for accuracy in accuracies)
+
+
+def _trained_with(cell: pd.DataFrame) -> str:
+    run = cell.iloc[0]
+    return f"{run.optimizer} {run.lr:g}, {run.loss}" + (f"; {run.arguments}" if run.arguments else "")
+
+
+# -- Comparisons, paired by seed --------------------------------------------------------------------------------------
+
+
+def by_seed(runs: pd.DataFrame) -> pd.DataFrame:
+    """ACC: a row a cell, a column a seed."""
+    return runs.pivot_table("acc", CELL, "seed", sort=False)
+
+
+def differences(ours: pd.Series, others: pd.DataFrame) -> pd.DataFrame:
+    """Ours minus every other row, as one family of comparisons.
+
+    Args:
+        ours: a row of ``by_seed``.
+        others: other rows of it. One with fewer than two of our seeds is left out.
+
+    Returns:
+        A row a cell: "gains" by seed, their "mean", "p" corrected for the number of cells, and "other", its ACC.
+    """
+    gains = [row[~np.isnan(row)] for row in ours.to_numpy() - others.to_numpy()]
+    found = pd.DataFrame({"gains": gains, "other": others.mean(axis=1)}, index=others.index)
+    found = found.loc[[len(gain) > 1 for gain in gains]]
+    return found.assign(mean=found["gains"].map(np.mean), p=holm(list(map(wilcoxon, found["gains"]))))
+
+
+def against_others(runs: pd.DataFrame, name: str) -> dict[int, pd.DataFrame]:
+    """By number of stored samples: ours minus each row with the same number, and minus the best ones without any."""
+    accuracies, found = by_seed(runs), {}
+    labels, buffers = (accuracies.index.get_level_values(level) for level in CELL)
+    for buffer in buffers[labels == name]:
+        ours = (labels == name) & (buffers == buffer)
+        found[buffer] = differences(
+            accuracies[ours].iloc[0], accuracies[(labels.isin(BEST_WITHOUT) | (buffers == buffer)) & ~ours]
+        )
+    return {buffer: rows for buffer, rows in found.items() if len(rows)}
+
+
+def growth(runs: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Ours with each number of stored samples minus ours with the next smaller one, from none on."""
+    accuracies = by_seed(runs)
+    ours = accuracies[accuracies.index.get_level_values("label").isin((name, WITH_AND_WITHOUT[name]))]
+    ours = ours.sort_index(level="replay_buffer").droplevel("label")
+    found = pd.concat([differences(ours.iloc[i], ours.iloc[[i - 1]]) for i in range(1, len(ours))])
+    return found.set_axis(ours.index[1:]).assign(p=holm(found["p"]))
+
+
+def verdict(difference: pd.Series) -> str:
+    if difference["p"] >= ALPHA:
+        return "level"
+    return "above" if difference["mean"] > 0 else "below"
+
+
+def _interval(gains: np.ndarray, digits: int = 1) -> str:
+    low, high = bootstrap(tuple(gains))
+    return f"{gains.mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+# -- Tables of one study ----------------------------------------------------------------------------------------------
+
+
+def _of(name: str, text: Callable[[pd.Series], str] = with_bootstrap) -> Callable[[pd.DataFrame], str]:
+    return lambda cell: text(cell[name])
+
+
+_ACC = {"ACC %": _of("acc")}
+_SECONDS = {"seconds": lambda cell: f"{cell['seconds'].mean():.1f}"}
+_MEMORY = {"extra kB": lambda cell: f"{cell['extra_memory_bytes'].max() / 1000:.0f}"}
+_FULL = {"ACC %": _of("acc", with_student), "BWT %": _of("bwt", with_student), "each task %": _all_tasks}
+LISTINGS: dict[str, dict[str, Callable[[pd.DataFrame], str]]] = {
+    "full": _FULL | _SECONDS | _MEMORY | {"trained with": _trained_with},
+    "worst": {"worst case %": _of("min_acc")} | _ACC,
+    "costs": _SECONDS | {"times replay-joint": lambda cell: f"{cell['times'].mean():.2f}"} | _MEMORY,
+    "task-labels": _ACC | {"BWT %": _of("bwt"), "right after learning %": _of("learning_acc")} | _MEMORY,
+    "two-tasks": _ACC
+    | {f"task {name} %": lambda cell, task=task: f"{each_task(cell)[task]:.1f}" for task, name in enumerate("AB")},
+    "published": {
+        "published %": lambda cell: f"{cell['published'].iloc[0]:.1f}".replace("nan", "-"),
+        "here %": _of("acc"),
+        "difference": lambda cell: f"{(cell['acc'] - cell['published']).mean():+.1f}".replace("+nan", "-"),
+    },
+}
+
+
+def listing(runs: pd.DataFrame, study: Study | None, columns: str = "full") -> str:
+    """A row a strategy and number of stored samples, with the columns of LISTINGS; runs of no study are allowed."""
+    source = ""
+    if columns == "full":
+        order = runs.assign(bound=runs["strategy"].isin(BOUNDS))
+        runs = order.sort_values(["bound", "replay_buffer"], kind="stable")
+    if columns in ("worst", "costs"):
+        runs = runs[runs["replay_buffer"].isin(study.curves)]
+        runs = runs.assign(times=runs["seconds"] / runs.loc[runs["label"] == "replay-joint", "seconds"].mean())
+    if columns == "published":
+        protocol = PROTOCOLS[study.settings["benchmark"]][study.protocol]
+        figures = [protocol.published.get(cell, np.nan) for cell in zip(runs["strategy"], runs["replay_buffer"])]
+        source = f"\nPublished: {protocol.source}. {protocol.note}".rstrip() + "\n"
+        runs = runs.assign(published=figures)
+    rows = (
+        {"strategy": label, "buffer": buffer or "-"} | {name: text(cell) for name, text in LISTINGS[columns].items()}
+        for label, buffer, cell in cells(runs)
+    )
+    return caption(study.title if study else title(runs), runs) + markdown(rows) + source
+
+
+def minus(runs: pd.DataFrame, study: Study | None, reference: str) -> str:
+    """ACC of each row minus that of a strategy that has one row, with Student's interval."""
+    accuracies = by_seed(runs)
+    ours = [cell for cell in accuracies.index if cell[0] == reference]
+    if len(ours) != 1:
+        raise ValueError(f"Invalid against: {reference} (allowed: a strategy with one row in this comparison)")
+    found = differences(accuracies.loc[ours[0]], accuracies.drop(index=ours))
+    return markdown(
+        {"strategy": label, "buffer": buffer or "-"}
+        | {f"ACC minus that of {reference}": with_student(pd.Series(-row["gains"]), "+"), "p (Holm)": f"{row['p']:.3f}"}
+        for (label, buffer), row in found.iterrows()
+    )
+
+
+def _column(buffer: int) -> str:
+    return str(buffer) if buffer else "no buffer"
+
+
+def grid(runs: pd.DataFrame, study: Study) -> str:
+    """ACC: a row a strategy, a column a number of stored samples."""
+    columns = [_column(buffer) for buffer in sorted(runs["replay_buffer"].unique())]
+    rows: dict[str, dict] = {label: {"strategy": label} | dict.fromkeys(columns, "") for label in runs["label"]}
+    for label, buffer, cell in cells(runs):
+        rows[label][_column(buffer)] = with_bootstrap(cell["acc"])
+    return caption(study.title, runs) + markdown(rows.values())
+
+
+def changes(runs: pd.DataFrame, study: Study) -> str:
+    """A row a change of the settings, a column a strategy; in brackets the change of ACC."""
+    usual = runs[runs["label"] == runs["label"].iloc[0]].groupby("strategy", sort=False)["acc"].mean()
+    rows: dict[str, dict] = {label: {"": label} | dict.fromkeys(usual.index, "") for label in runs["label"]}
+    for (label, strategy), acc in runs.groupby(["label", "strategy"], sort=False)["acc"]:
+        change = f" ({acc.mean() - usual[strategy]:+.1f})" if label != runs["label"].iloc[0] else ""
+        rows[label][strategy] = with_bootstrap(acc) + change
+    return caption(study.title, runs) + markdown(rows.values())
+
+
+def best(runs: pd.DataFrame, study: Study, ours: str) -> str:
+    """Ours minus the best other row, for each number of stored samples."""
+    found = {buffer: rows.loc[rows["other"].idxmax()] for buffer, rows in against_others(runs, ours).items()}
+    return markdown(
+        {"buffer": buffer, "best other row": f"{row.name[0]} {row['other']:.1f}"}
+        | {f"{ours} minus it": _interval(row["gains"]), "p (Holm)": f"{row['p']:.3f}"}
+        | {"effect": f"{rank_biserial(row['gains']):+.2f}", "verdict": verdict(row)}
+        for buffer, row in found.items()
+    )
+
+
+def minus_others(runs: pd.DataFrame, study: Study, ours: str, *names: str) -> str:
+    """Ours minus every other row: a row a strategy, a column a number of stored samples. Bold if it is significant.
+
+    With more than four columns there are no intervals, and one more row: ours minus ours with the next smaller memory.
+
+    Args:
+        names: the other strategies; all by default.
+    """
+    runs = runs[runs["label"].isin((ours, *names))] if names else runs
+    found = against_others(runs, ours)
+
+    def text(row: pd.Series) -> str:
+        shown = _interval(row["gains"]) if len(found) <= 4 else f"{row['mean']:+.1f}"
+        return shown if verdict(row) == "level" else f"**{shown}**"
+
+    rows: dict[str, dict] = {label: {f"`{ours}` minus": label} for label in runs["label"] if label != ours}
+    for buffer, differences_at in found.items():
+        for (label, _), row in differences_at.iterrows():
+            rows[label][_column(buffer)] = text(row)
+    if len(found) > 4:
+        steps = {_column(buffer): text(row) for buffer, row in growth(runs, ours).iterrows()}
+        rows[ours] = {f"`{ours}` minus": "itself with the next smaller memory"} | steps
+    return markdown(row for row in rows.values() if len(row) > 1)
+
+
+# -- Tables of several studies ----------------------------------------------------------------------------------------
+
+
+def overview(frame: pd.DataFrame) -> str:
+    """The methods on several benchmarks: ACC without stored samples, or with 200 of them."""
+    columns = {
+        name: {label: with_student(cell["acc"]) for label, _, cell in cells(study.select(frame))}
+        for name, study in OVERVIEW.items()
+    }
+    rows = []
+    for strategy in (row.strategy for row in next(iter(OVERVIEW.values())).rows):
+        stored = "all" if strategy in BOUNDS else "200" if strategy in USES_REPLAY else "none"
+        about = ABOUT[strategy].partition(":")[0]
+        method = f"**{about}**" if strategy.startswith("sp") else about
+        row = {"stored samples": stored, "strategy": f"`{strategy}`", "method": method}
+        rows.append(row | {name: column.get(strategy, "-") for name, column in columns.items()})
+    return markdown(rows)
+
+
+def found_boundaries(task_ends: list[int], consolidated_at: list[int]) -> tuple[list[int], int, int]:
+    """Delays of the boundaries that were found, in iterations; how many were missed; how many alarms were false."""
+    starts, delays, false = task_ends[:-1], {}, 0
+    for at in consolidated_at:
+        before = [start for start in starts if start < at]
+        if before and before[-1] not in delays:
+            delays[before[-1]] = at - before[-1]
+        else:
+            false += 1
+    return list(delays.values()), len(starts) - len(delays), false
+
+
+def boundaries(frame: pd.DataFrame) -> str:
+    """Streams that do not say where a task ends, each strategy compared with itself told the boundaries."""
+    rows = []
+    for stream, study in BOUNDARIES.items():
+        runs = study.select(frame)
+        runs["consolidated_at"] = [at if isinstance(at, list) else [] for at in runs["consolidated_at"]]
+        accuracies = by_seed(runs)
+        for label, buffer, cell in cells(runs):
+            told = label.removesuffix("-surprise").removesuffix("-continuous")
+            told = told if (told, buffer) in accuracies.index else "naive-sgd"
+            gains = (accuracies.loc[(label, buffer)] - accuracies.loc[(told, buffer)]).dropna()
+            row = {"stream": stream, "strategy": label, "buffer": buffer or "-", "runs": len(cell)}
+            row |= {"ACC %": with_student(cell["acc"]), "minus told": "-" if told == label else with_student(gains)}
+            row["seconds"] = f"{cell['seconds'].median():.1f}"
+            if stream == "drifting":  # it has no boundary that could be found
+                row["consolidated"] = f"{cell['consolidated_at'].map(len).median():g}"
+            elif label.endswith("-surprise"):
+                delays, missed, false = zip(*map(found_boundaries, cell["task_ends"], cell["consolidated_at"]))
+                every = [delay for run in delays for delay in run]
+                row["found"] = f"{len(every)}/{len(every) + sum(missed)}"
+                row["delay"] = f"{np.median(every):g} (max {max(every)})" if every else "-"
+                row["false"] = sum(false)
+            if stream == "returning":
+                kept = np.mean([np.sum(matrix[-2:], axis=1) / 5 for matrix in cell["accuracy_matrix"]], axis=0)
+                row["before, after the return"] = " ".join(f"{value:.1f}" for value in kept)
+                ranks = np.median([ranks[-2:] for ranks in cell["claimed_rank"]], axis=0)
+                row["claimed rank"] = " ".join(f"{value:g}" for value in ranks)
+            rows.append(row)
+    return markdown(rows)
+
+
+def layers(frame: pd.DataFrame, network: str) -> str:
+    """The contribution of each layer's protection."""
+    accuracies = by_seed(STUDIES[f"layers_{network}"].select(frame)).droplevel("replay_buffer")
+    means = accuracies.mean(axis=1).map("{:.1f}".format)
+
+    def minus(one: str, other: str) -> str:
+        return _interval((accuracies.loc[one] - accuracies.loc[other]).to_numpy(), digits=2)
+
+    rows = [
+        {"layer": f"`{layer}`", "protected alone": means[f"only {layer}"], "minus none": minus(f"only {layer}", "none")}
+        | {"all but it": means[f"all but {layer}"], "minus all": minus(f"all but {layer}", "all")}
+        | {"openness x 4": minus(f"{layer} x 4", "all"), "openness / 4": minus(f"{layer} / 4", "all")}
+        for layer in LAYERS[network]
+    ]
+    return f"{NETWORKS[network]}: no layer protected {means['none']}, all {means['all']}.\n\n" + markdown(rows)
+
+
+OF_ONE_STUDY: dict[str, Callable[..., str]] = {"listing": listing, "minus": minus, "grid": grid, "changes": changes}
+OF_ONE_STUDY |= {"best": best, "minus-others": minus_others}
+OF_SEVERAL: dict[str, Callable[..., str]] = {"overview": overview, "boundaries": boundaries, "layers": layers}
