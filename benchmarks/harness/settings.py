@@ -76,7 +76,7 @@ class Run:
         """All that decides its result, as the store keeps it: its own settings and its recipe's.
 
         Raises:
-            ValueError: the benchmark has no such strategy, or the strategy no such setting.
+            ValueError: the benchmark does not have the strategy, or the strategy does not have a setting.
         """
         return {**asdict(self), "overrides": dict(self.overrides), **recipe_of(self).to_json()}
 
