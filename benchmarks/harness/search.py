@@ -104,7 +104,7 @@ class Search(Training):
         )
 
     def space(self) -> dict[str, BaseDistribution]:
-        """Ranges of the search: the learning rate, and each setting of the strategy with a range that isn't held fixed."""
+        """Ranges of the learning rate and of the strategy's settings that have one and are not held fixed."""
         recipe = recipe_of(self.first_run)
         names = {*recipe.arguments, *recipe.optional, *recipe.optimizer_arguments, *OPTIMIZER_NUMBERS[recipe.optimizer]}
         if recipe.optimizer_arguments.get("plasticity_k") == 0:  # without its gate, or it would be another strategy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 CE, SE = "cross-entropy", "squared error"
 
@@ -39,7 +39,7 @@ def tuned(value, n_tasks: int, size: int):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Optimizer, loss, plugins and settings of a strategy. Any value may depend on the number of tasks or samples (``Tasks``, ``Size``).
+    """Optimizer, loss, plugins and settings of a strategy. A value may depend on the number of tasks or samples.
 
     Attributes:
         optimizer, lr, loss: names of ``build.OPTIMIZERS`` and ``build.LOSSES``, and the learning rate.
@@ -100,13 +100,7 @@ class Recipe:
 
     def to_json(self) -> dict:
         """The settings of a run that the recipe decides."""
-        return {
-            "optimizer": self.optimizer,
-            "lr": self.lr,
-            "loss": self.loss,
-            "plugins": list(self.plugins),
-            "arguments": {**self.arguments, **self.optimizer_arguments},
-            "joint_weight": self.joint_weight,
-            "template": self.template,
-            "model": self.model,
-        }
+        values = {**asdict(self), "plugins": list(self.plugins)}
+        values["arguments"] |= values.pop("optimizer_arguments")
+        del values["stores"]
+        return values
