@@ -135,7 +135,7 @@ TEMPLATES: dict[str, Callable] = {
 
 
 def build_model(run: Run) -> nn.Module:
-    """The run's network; random features instead take as many bytes as the network and the memory of `sp`."""
+    """The run's network; random features with the memory of the network and of `sp` instead."""
     network = build_network(run.network, run.heads)
     kind = recipe_of(run).model
     if kind == "random features":

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def _words(text: list[str]) -> tuple[str, ...]:
-    """What commas and blanks part."""
+    """The words between commas and blanks."""
     return tuple(" ".join(text).replace(",", " ").split())
 
 
@@ -53,7 +53,7 @@ def processors() -> int:
 
 @dataclass(frozen=True)
 class Where:
-    """Where runs are trained, and where their results go.
+    """Output folder, workers and data set.
 
     Attributes:
         output: folder of results and figures
@@ -243,7 +243,7 @@ def status(work: Callable[[], int], go_on: str) -> int:
     """The exit status of ``work``: its own, 130 after Ctrl-C, 1 after an error.
 
     Args:
-        go_on: where the results so far are.
+        go_on: place of the results so far, for the message.
     """
     try:
         return work()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from harness.settings import ROOT, Run
 from harness.store import Store, key_of
 
-ATTEMPTS = 3  # of a job whose process dies; Dask has as many
+ATTEMPTS = 3  # number of times that a job is tried if its process dies, as in Dask
 
 
 def run_all(
@@ -39,13 +39,13 @@ def run_all(
         dataset_root: folder with MNIST, as the workers see it.
         jobs: processes, without a scheduler.
         scheduler: address of a Dask scheduler, whose workers then train.
-        keeps_curve: whether a run's accuracy is measured during training, too, which takes longer than to train it.
+        keeps_curve: whether a run's accuracy is also measured during training, which takes longer than to train it.
 
     Returns:
         The number of runs that failed.
 
     Raises:
-        OSError: results can't be written, or there is no scheduler (any more). Finished runs are kept.
+        OSError: results can't be written, or the scheduler can't be reached. Finished runs are kept.
     """
     keys, stored = {key_of(run.settings()): run for run in runs}, store.keys()
     tasks = [(run, str(dataset_root), keeps_curve(run)) for key, run in keys.items() if key not in stored]
@@ -78,7 +78,7 @@ def in_parallel(function: Callable, jobs: Sequence, workers: int, scheduler: str
         scheduler: address of a Dask scheduler.
 
     Raises:
-        OSError: there is no scheduler (any more).
+        OSError: the scheduler can't be reached.
         ImportError: Dask is not installed.
     """
     if not jobs:
@@ -155,7 +155,7 @@ _one_at_a_time = threading.Lock()  # a Dask worker may have several threads; tor
 
 @contextmanager
 def worker() -> Iterator[None]:
-    """Whatever trains in a worker does so within this: one at a time in its process."""
+    """Every job of a worker trains within this context: one job at a time in a process."""
     with _one_at_a_time:
         from harness.run import quiet  # here, as only workers need torch
 

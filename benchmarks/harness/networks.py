@@ -27,7 +27,7 @@ def build_network(name: str = "256-256", heads: int = 1) -> nn.Module:
 class MultiHead(MultiTaskModule):
     """A network with one of Avalanche's heads for each task in place of its last layer.
 
-    All heads are there from the beginning, so that equal seeds begin with equal weights whatever trains them.
+    All heads are made at the start, so that equal seeds give equal weights for all strategies.
     """
 
     def __init__(self, network: nn.Sequential, n_tasks: int):
@@ -77,7 +77,7 @@ def small_cnn() -> nn.Sequential:
 
 
 def network_bytes(model: nn.Module) -> int:
-    """What a network's parameters and buffers take."""
+    """Bytes of a network's parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 

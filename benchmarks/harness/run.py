@@ -35,7 +35,7 @@ from harness.store import version_of
 from harness.streams import class_order, drifting, parts, rearranged
 
 CURVE_POINTS = 10  # measurements of the accuracy curve in an experience
-FIRST_STEPS = (1, 2, 5, 10, 20)  # and at these iterations of every later one, where old tasks fall deepest
+FIRST_STEPS = (1, 2, 5, 10, 20)  # measured iterations of every later experience: old tasks fall deepest then
 CURVE_IMAGES = 1000  # test images a task behind each
 
 
@@ -93,7 +93,7 @@ def execute(
         run: its settings.
         dataset_root: folder with MNIST.
         after_experience: called after each experience with the accuracy matrix so far. Its exceptions end the run.
-        curve: whether to measure accuracies during an experience, too. It takes longer than to train.
+        curve: whether to measure accuracies during an experience, which takes longer than to train it.
 
     Raises:
         ValueError: for settings that the strategy or the data rule out.

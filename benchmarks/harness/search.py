@@ -104,7 +104,7 @@ class Search(Training):
         )
 
     def space(self) -> dict[str, BaseDistribution]:
-        """What is searched: the learning rate, and each setting of the strategy with a range that isn't held fixed."""
+        """Ranges of the learning rate and of the strategy's settings that have one and are not held fixed."""
         recipe = recipe_of(self.first_run)
         names = {*recipe.arguments, *recipe.optional, *recipe.optimizer_arguments, *OPTIMIZER_NUMBERS[recipe.optimizer]}
         if recipe.optimizer_arguments.get("plasticity_k") == 0:  # without its gate, or it would be another strategy
@@ -116,14 +116,14 @@ class Search(Training):
         return {name: values for name, values in ranges.items() if name not in fixed}
 
     def study(self, seed: int | None = None, *, new: bool = False) -> optuna.Study:
-        """The study, made if it isn't there.
+        """The study, made if it does not exist.
 
         Args:
             seed: of the sampler; None: a fresh one.
-            new: it must not be there.
+            new: whether the study must not exist yet.
 
         Raises:
-            DuplicatedStudyError: it is there, with ``new``.
+            DuplicatedStudyError: with ``new``, if it exists.
         """
         key = key_of({**self.first_run.settings(), "seeds": self.seeds})
         with warnings.catch_warnings():
@@ -142,7 +142,7 @@ def search(settings: Search) -> list[Path]:
     """Runs the trials that the study lacks, and writes the report; returns its paths.
 
     Raises:
-        OSError: the study or the results can't be written, or there is no scheduler (any more).
+        OSError: the study or the results can't be written, or the scheduler can't be reached.
         Exception: from a run, or from the database's driver.
     """
     Store(settings.output)  # it can be written

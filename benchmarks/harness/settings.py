@@ -25,7 +25,7 @@ NETWORKS = {
     "1000": "MLP 784-1000-10",
     "cnn": "CNN of two convolutions (16 and 32 channels) and a linear layer",
 }
-STRATEGIES = tuple(ABOUT)[:16]  # the ones that every comparison trains, unless others are asked for
+STRATEGIES = tuple(ABOUT)[: list(ABOUT).index("joint") + 1]  # a comparison's, unless others are asked for
 BOUNDS = ("cumulative", "joint")
 # The order of the tasks: one after another; one after another, each experience one mini-batch, for strategies that are
 # not told the boundaries; mixed with their neighbours; each turning slowly into the next; the first task again at the
@@ -76,7 +76,7 @@ class Run:
         """All that decides its result, as the store keeps it: its own settings and its recipe's.
 
         Raises:
-            ValueError: the benchmark has no such strategy, or the strategy no such setting.
+            ValueError: the benchmark does not have the strategy, or the strategy does not have a setting.
         """
         return {**asdict(self), "overrides": dict(self.overrides), **recipe_of(self).to_json()}
 

@@ -1,4 +1,4 @@
-"""Avalanche's methods that store samples, on equal terms: as many samples, and as large a batch of them, for each."""
+"""Methods that store samples, with equal numbers of stored samples and equal batches of them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from harness.settings import Run, in_mini_batches
 def memory_of(run: Run) -> dict[str, int]:
     """Avalanche's arguments of a memory.
 
-    A batch has as many stored samples as stream samples, but never more than there are: Avalanche would never fill
-    such a batch, and as runs drop incomplete batches the memory would not be seen.
+    A batch has the same number of stored samples and of stream samples, but at most the whole memory: Avalanche never
+    fills a larger batch, and as runs drop incomplete batches, the memory would not be seen.
     """
     return {"mem_size": run.replay_buffer, "batch_size_mem": min(run.batch_size, run.replay_buffer)}
 

@@ -37,8 +37,8 @@ ABOUT = {
     "replay-gated": "`replay-joint` with one constant gate: a control of `sp-replay`",
     "replay-adaptive": "`sp-replay` without gates: its control",
     "sp-replay-sgd": "our plugin with SGD and replay of stored samples",
-    "replay-gaussian": "`gaussian-replay` with stored samples, too",
-    "sp-replay-gaussian": "`sp-gaussian` with stored samples, too",
+    "replay-gaussian": "`gaussian-replay` that also replays stored samples",
+    "sp-replay-gaussian": "`sp-gaussian` that also replays stored samples",
     "cumulative": "training on all samples so far, task by task: upper bound",
     "upgd": "utility-based perturbed gradient descent",
     "gate-off": "our optimizer without its gate: control",
@@ -73,10 +73,10 @@ def strategies_of(benchmark: str, task_incremental: bool = False) -> tuple[str, 
 
 
 def recipe_of(run) -> Recipe:
-    """What a ``settings.Run`` trains with: the recipe tuned for the nearest numbers, with the run's overrides.
+    """The recipe of a ``settings.Run``: the one tuned for the nearest numbers, with the run's overrides.
 
     Raises:
-        ValueError: the benchmark has no such strategy, or the strategy no such setting.
+        ValueError: the benchmark does not have the strategy, or the strategy does not have a setting.
     """
     allowed = strategies_of(run.benchmark, run.task_incremental)
     if run.strategy not in allowed:

@@ -1,4 +1,4 @@
-"""What both benchmarks' recipes share."""
+"""Parts of the recipes of both benchmarks."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""What a strategy trains with, and the values that were tuned for other numbers of tasks and samples."""
+"""A recipe: optimizer, loss, plugins and settings of a strategy, by the number of tasks and samples."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 CE, SE = "cross-entropy", "squared error"
 
 PER_LAYER = ("openness", "pull_back", "rank")  # arguments of the plugin that a layer may have for itself
-# Arguments of an optimizer that are numbers, besides its learning rate.
+# Numeric arguments of an optimizer, without its learning rate.
 OPTIMIZER_NUMBERS = {
     "SGD": ("momentum", "dampening", "weight_decay"),
     "Adam": ("eps", "weight_decay"),
@@ -39,7 +39,7 @@ def tuned(value, n_tasks: int, size: int):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a strategy trains with. Any value may depend on the number of tasks or samples (``Tasks``, ``Size``).
+    """Optimizer, loss, plugins and settings of a strategy. A value may depend on the number of tasks or samples.
 
     Attributes:
         optimizer, lr, loss: names of ``build.OPTIMIZERS`` and ``build.LOSSES``, and the learning rate.
@@ -79,7 +79,7 @@ class Recipe:
         """The recipe with other values. "openness:1" is the openness of layer "1".
 
         Raises:
-            ValueError: the strategy has no such setting.
+            ValueError: the strategy does not have the setting.
         """
         arguments = tuple(dict.fromkeys((*self.arguments, *self.optional)))
         of_optimizer = tuple(dict.fromkeys((*self.optimizer_arguments, *OPTIMIZER_NUMBERS[self.optimizer])))
@@ -100,13 +100,7 @@ class Recipe:
 
     def to_json(self) -> dict:
         """The settings of a run that the recipe decides."""
-        return {
-            "optimizer": self.optimizer,
-            "lr": self.lr,
-            "loss": self.loss,
-            "plugins": list(self.plugins),
-            "arguments": {**self.arguments, **self.optimizer_arguments},
-            "joint_weight": self.joint_weight,
-            "template": self.template,
-            "model": self.model,
-        }
+        values = {**asdict(self), "plugins": list(self.plugins)}
+        values["arguments"] |= values.pop("optimizer_arguments")
+        del values["stores"]
+        return values

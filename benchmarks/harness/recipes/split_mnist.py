@@ -1,16 +1,6 @@
 """Split MNIST: what each strategy trains with, tuned on validation images (seeds 100 to 104; docs/experiments.md)."""
 
 from harness.recipes import common
-from harness.recipes.common import (
-    BOTH,
-    BOTH_GAUSSIANS,
-    BOTH_REPLAY,
-    NEITHER_GAUSSIANS,
-    NEITHER_REPLAY,
-    PLUGIN,
-    REPLAY,
-    REPLAY_JOINT,
-)
 from harness.recipes.recipe import CE, SE, Recipe, Size, Tasks
 
 _MIXED = Tasks({2: Size({200: 1e-3, 2000: 2e-3}), 5: Size({200: 1e-3, 2000: 2e-3})})
@@ -29,21 +19,21 @@ RECIPES = common.with_boundaries_found({
     "owm": Recipe("SGD", Tasks({2: 0.1, 5: 0.05}), SE, ("owm",), {"alpha": Tasks({2: 0.03, 5: 0.1})}),
     "gpm": Recipe("SGD", 0.05, SE, ("gpm",), {"epsilon": Tasks({2: 0.95, 5: 0.9})}),
     "sp-optimizer": Recipe("SelectivePlasticity", 3e-3, CE),
-    "sp": Recipe("SGD", Tasks({2: 0.1, 5: 0.07}), SE, ("sp",), PLUGIN),
-    "sp-both": Recipe("SelectivePlasticity", 1e-3, **BOTH),
-    "gaussian-replay": Recipe("SelectivePlasticity", Tasks({2: 2e-3, 5: 1e-3}), **NEITHER_GAUSSIANS),
-    "sp-gaussian": Recipe("SelectivePlasticity", 1e-3, **BOTH_GAUSSIANS),
+    "sp": Recipe("SGD", Tasks({2: 0.1, 5: 0.07}), SE, ("sp",), common.PLUGIN),
+    "sp-both": Recipe("SelectivePlasticity", 1e-3, **common.BOTH),
+    "gaussian-replay": Recipe("SelectivePlasticity", Tasks({2: 2e-3, 5: 1e-3}), **common.NEITHER_GAUSSIANS),
+    "sp-gaussian": Recipe("SelectivePlasticity", 1e-3, **common.BOTH_GAUSSIANS),
     # With stored samples.
-    "replay-sgd": Recipe("SGD", Tasks({2: Size({200: 0.1, 2000: 0.3}), 5: 0.2}), CE, **REPLAY),
+    "replay-sgd": Recipe("SGD", Tasks({2: Size({200: 0.1, 2000: 0.3}), 5: 0.2}), CE, **common.REPLAY),
     "replay-adam": Recipe("Adam", Tasks({2: Size({200: 5e-4, 2000: 1e-3}), 5: Size({200: 2e-4, 2000: 1e-3})}), CE,
-                          **REPLAY),
+                          **common.REPLAY),
     "replay-joint": Recipe("SGD", Tasks({2: Size({200: 0.05, 2000: 0.15}),
-                                         5: Size({50: 0.01, 200: 0.03, 1000: 0.1, 2000: 0.1})}), **REPLAY_JOINT),
+                                         5: Size({50: 0.01, 200: 0.03, 1000: 0.1, 2000: 0.1})}), **common.REPLAY_JOINT),
     "replay-adaptive": Recipe("SelectivePlasticity", Size({50: 3e-5, 200: 1e-4, 500: 3e-4, 1000: 1e-3, 2000: 2e-3}),
-                              **NEITHER_REPLAY),
-    "sp-replay": Recipe("SelectivePlasticity", 1e-3, **BOTH_REPLAY),
-    "replay-gaussian": Recipe("SelectivePlasticity", _MIXED, **NEITHER_GAUSSIANS | {"stores": True}),
-    "sp-replay-gaussian": Recipe("SelectivePlasticity", 1e-3, **BOTH_GAUSSIANS | {"stores": True}),
+                              **common.NEITHER_REPLAY),
+    "sp-replay": Recipe("SelectivePlasticity", 1e-3, **common.BOTH_REPLAY),
+    "replay-gaussian": Recipe("SelectivePlasticity", _MIXED, **common.NEITHER_GAUSSIANS | {"stores": True}),
+    "sp-replay-gaussian": Recipe("SelectivePlasticity", 1e-3, **common.BOTH_GAUSSIANS | {"stores": True}),
     "a-gem": Recipe("SGD", Tasks({2: 0.002, 5: 0.01}), CE, ("a-gem",), stores=True),
     "gem": Recipe("SGD", 0.05, CE, ("gem",), {"memory_strength": 0.5}, stores=True),
     "gdumb": Recipe("SGD", Tasks({2: Size({200: 0.2, 1000: 0.3}), 5: 0.2}), CE, ("gdumb",),
@@ -73,7 +63,7 @@ TASK_INCREMENTAL = {
     "packnet": Recipe("SGD", 0.2, CE, ("packnet",), {"prune_proportion": 0.75, "post_prune_epochs": 1},
                       model="packnet"),
     "sp": None, "sp-both": None, "replay-sgd": None,
-    "replay-joint": Recipe("SGD", 0.1, **REPLAY_JOINT),
+    "replay-joint": Recipe("SGD", 0.1, **common.REPLAY_JOINT),
     "sp-replay": None,
     "joint": Recipe("Adam", 3e-4, CE, template="joint"),
 }
