@@ -124,7 +124,7 @@ def execute(
         seconds += time.perf_counter() - start
         _check_finite(strategy)
         ends.append(strategy.clock.train_iterations)
-        ranks.append(sum(a.claimed_rank for a in gate.layers.values()) if gate is not None else 0)
+        ranks.append(sum(gate.gate.claimed_rank.values()) if gate is not None else 0)
         strategy.eval(benchmark.test_stream)
         if after_experience is not None:
             after_experience(matrix.result())
