@@ -6,12 +6,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from avalanche_sp.gate.layers import GatedLayer, along, weights_and_bias
 from avalanche_sp.gate.memory import LayerMemory, Memory
 from avalanche_sp.gate.observe import Observation
 from avalanche_sp.gate.packed import PackedRows
-from avalanche_sp.gate.readout import ReadoutLoss, solve_readout
+from avalanche_sp.gate.readout import ReadoutLoss, class_sums, newton_readout
 from avalanche_sp.gate.settings import Settings
 
 __all__ = ["consolidate"]
@@ -29,7 +30,7 @@ def consolidate(
     trust: float = 0.0,
     damping: float | None = None,
 ) -> Memory:
-    """Merges an observation into the memory, and takes the readout's Newton step before, in place.
+    """Merges an observation into the memory, and takes the readout's Newton step before, if it is due, in place.
 
     Args:
         layers: the network's gated layers by name; their weights become the anchors.
@@ -45,7 +46,12 @@ def consolidate(
         readout = observation.readout
         if readout is not None and readout.layer == name and stored is not None:
             losses = [readout, *stored]
-            residual = solve_readout(layer, losses, old, memory.curvature, settings, trust, damping)
+            residual = newton_readout(layer, losses, old, memory.curvature, settings, trust, damping)
+        sums = counts = None
+        if observation.classified is not None and observation.classified.layer == name:
+            sums, counts = class_sums(observation.classified)
+            if old is not None and old.class_sums is not None and old.class_counts is not None:
+                sums, counts = _sum(old.class_sums, sums), _sum(old.class_counts, counts)
         inputs = seen.inputs.shape[1]
         new = (old or LayerMemory.empty(inputs, seen.inputs)).merged(
             seen.inputs, observation.samples, seen.rows, rank_of(name, inputs, name == last), seen.mean_eigenvalue
@@ -56,6 +62,8 @@ def consolidate(
             anchor=along(layer, new.vectors),
             rough_anchor=PackedRows.of(weights_and_bias(layer)) if keeps_weights else None,
             residual=residual,
+            class_sums=sums,
+            class_counts=counts,
             fed_by_data=seen.fed_by_data,
         )
     old_samples, samples = memory.samples, observation.samples
@@ -65,3 +73,10 @@ def consolidate(
         memory.classes + observation.classes,
         memory.consolidations + 1,
     )
+
+
+def _sum(old: Tensor, new: Tensor) -> Tensor:
+    """Their sum; a head that has grown has more rows now."""
+    new = new.clone()
+    new[: len(old)] += old
+    return new

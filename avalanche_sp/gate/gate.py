@@ -24,15 +24,24 @@ from avalanche_sp.gate.layers import (
     gated_layers,
     project,
     set_weights,
-    trained,
+    trained_parameters,
     ungated_modules,
     weights_and_bias,
 )
 from avalanche_sp.gate.memory import Memory
-from avalanche_sp.gate.observe import Criterion, Forward, Observation, Samples, check_outputs, observe
+from avalanche_sp.gate.observe import (
+    Criterion,
+    Forward,
+    Observation,
+    Preparation,
+    Samples,
+    check_outputs,
+    observe,
+    output_sensitivity,
+)
 from avalanche_sp.gate.penalty import Drift, Gated
 from avalanche_sp.gate.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
-from avalanche_sp.gate.readout import ReadoutLoss
+from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples, drift_map, solve_readout
 from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.settings import Settings
 from avalanche_sp.gate.stream import StreamWatch
@@ -189,7 +198,7 @@ class PlasticityGate:
         if consolidate != "experience":
             if consolidate == "surprise" and detector is None:
                 detector = page_hinkley(settings)
-            self._stream = StreamWatch(detector, self._rank_of, self._measures_loss, settings)
+            self._stream = StreamWatch(detector, self.rank_of, self._measures_loss, settings)
         # The weights that a stream is rewound to are copied after a take-back.
         longest = settings.look if self._stream is None else settings.stream_look
         self._drift = Drift(self.pull_back, longest, settings)
@@ -198,6 +207,7 @@ class PlasticityGate:
         self._optimizer: torch.optim.Optimizer | None = None
         self._handles: list = []
         self._loaded: Mapping[str, Any] | None = None  # a state that waits for a model
+        self._prepared: Preparation | None = None  # for the present experience
         # For the present epoch.
         self._samples: int | None = None  # of the present experience
         self._replays: Sequence[Samples] = ()  # stored samples
@@ -303,10 +313,37 @@ class PlasticityGate:
             trained = {p for name, p in model.named_parameters() if name in self._trained}
             others = ungated_modules(model, {*memory.layers, *self._protected})
             self._frozen += [p for own in others.values() for p in own if p in trained]
+        if self._prepared is not None and not stored:
+            self._frozen += trained_parameters(self._protected[self._prepared.layer])
         self._drift.begin(
             self._gated.values(), memory.curvature, ratio, self._stored.penalty(ratio), 1 - self._stored.trust
         )
         self._hook()
+
+    def prepare(self, data: Dataset | Iterable[tuple[Any, Tensor]] | Samples, criterion: Criterion) -> None:
+        """Solves the readout for a coming experience with new classes, before it is trained. Optional, and worth it.
+
+        The readout is then frozen until :meth:`consolidate`. So the layers below learn only the part of the loss that
+        the readout cannot remove, and the drift of old inputs is measured. Without a memory, without a new class and
+        with stored samples it does nothing.
+
+        Args:
+            data, criterion: as for :meth:`consolidate`, with the samples in the same order.
+        """
+        if not (self.active and self.readout_step and self.memory.layers) or self._stream or self._memory_size:
+            return
+        model = self._attached()
+        layers = protected_layers(model, self.openness)
+        samples = data if isinstance(data, Samples) else Samples.of(data, self.consolidation_samples)
+        classified = self._observed(samples, layers, criterion).classified
+        if classified is None or not self._is_solved_for(classified):
+            return
+        self._solve(classified, layers[classified.layer], criterion)
+        below = {n: layers[n] for n in self.memory.layers if n in layers and n != classified.layer}
+        weights = {name: weights_and_bias(layer) for name, layer in below.items()}
+        sensitivity = output_sensitivity(model, samples, below, self._forward)
+        self._prepared = Preparation(classified.layer, classified.inputs, classified.targets, weights, sensitivity)
+        self.begin(self._samples, self._memory_size, self._epoch)
 
     def check_outputs(self, outputs: Any) -> None:
         """Raises TypeError if the loss is to be measured on a network's outputs and they are not one tensor."""
@@ -439,6 +476,7 @@ class PlasticityGate:
             "epoch": [self._samples, self._memory_size, self._epoch],
             "drift": self._drift.state_dict(),
             "trained": sorted(self._trained),
+            "prepared": vars(self._prepared) if self._prepared is not None else None,
             "statistics": {name: s.state_dict() for name, s in self.statistics.items()},
         }
 
@@ -451,6 +489,7 @@ class PlasticityGate:
         self.memory = Memory.from_state_dict(state["memory"])
         self._drift.forget()
         self._trained = set(state["trained"])
+        self._prepared = Preparation(**state["prepared"]) if state["prepared"] is not None else None
         self.begin(*state["epoch"])
         self._drift.load_state_dict(state["drift"])
         for name, statistics in state["statistics"].items():
@@ -484,7 +523,7 @@ class PlasticityGate:
             for name, layer in self._protected.items():
                 self._handles.append(layer.register_forward_hook(_Hook(layer, self._after_forward, name)))
         for g in self._gated.values() if self._memory_size else ():
-            self._handles += [p.register_hook(partial(self._gate_backward, g, p)) for p in trained(g.layer)]
+            self._handles += [p.register_hook(partial(self._gate_backward, g, p)) for p in trained_parameters(g.layer)]
         for norm in self._norms:
             self._handles.append(norm.register_forward_pre_hook(_Hook(norm, self._freeze)))
             self._handles.append(norm.register_forward_hook(_Hook(norm, self._unfreeze), always_call=True))
@@ -509,7 +548,7 @@ class PlasticityGate:
             g.statistics.add(g.gate, energy(g.layer, x), project(g.layer, x, g.memory.vectors))
         if self._memory_size:
             held = g.gate.held_activity(g.layer, x, delta)
-            for parameter in trained(g.layer):
+            for parameter in trained_parameters(g.layer):
                 self._held[parameter] = self._held[parameter] + held if parameter in self._held else held
 
     def _gate_backward(self, g: Gated, parameter: nn.Parameter, grad: Tensor) -> Tensor | None:
@@ -567,10 +606,11 @@ class PlasticityGate:
 
     # -- Consolidation ---------------------------------------------------------------------------------------------
 
-    def _rank_of(self, name: str, inputs: int, is_last: bool) -> float:
-        default = self.settings.rank if self.boundaries == "experience" else self.settings.stream_rank
+    def rank_of(self, name: str, inputs: int, is_last: bool) -> float:
+        s, told = self.settings, self.boundaries == "experience"
+        default = s.rank if told else s.stream_rank
         if is_last:
-            default = max(default, int(self.settings.readout_rank * inputs))
+            default = max(default, int(s.readout_rank * inputs), min(s.readout_least, inputs) if told else 0)
         return value_of(per_layer("rank", self.rank, default), name)
 
     def _observed(self, data, layers: Mapping[str, GatedLayer], criterion: Criterion | None) -> Observation:
@@ -592,13 +632,53 @@ class PlasticityGate:
         remembers = {
             name for name in layers if self.boundaries != "continuous" and value_of(self.pull_back, name) > 0
         }
-        losses = self._stored_losses(observation, layers, criterion) if self.readout_step else None
+        classified, losses = observation.classified, None
+        if classified is not None and criterion is not None and self._is_solved_for(classified):
+            self._follow_drift(observation, layers)
+            self._solve(classified, layers[classified.layer], criterion)
+        elif self.readout_step:
+            losses = self._stored_losses(observation, layers, criterion)
         self.memory = consolidate(
-            self.memory, observation, layers, self._rank_of, remembers, self.settings, losses, self.trust, damping
+            self.memory, observation, layers, self.rank_of, remembers, self.settings, losses, self.trust, damping
         )
+        self._prepared = None
         self._drift.forget()
         if self.memory.consolidations == 1:
             self._warn_of_ungated(layers)
+
+    def _is_solved_for(self, samples: ReadoutSamples) -> bool:
+        """Whether the readout is solved for an experience: it brings a new class, and no stored samples train it."""
+        old = self.memory.layers.get(samples.layer)
+        if not self.readout_step or self._memory_size or old is None or old.class_counts is None:
+            return False
+        known = old.class_counts.nonzero().flatten()
+        return bool((~torch.isin(samples.targets, known)).any())
+
+    def _solve(self, samples: ReadoutSamples, layer: GatedLayer, criterion: Criterion) -> None:
+        rank = self.rank_of(samples.layer, samples.inputs.shape[1], True)
+        solve_readout(layer, samples, self.memory.layers[samples.layer], rank, criterion, self.settings)
+
+    def _follow_drift(self, observation: Observation, layers: Mapping[str, GatedLayer]) -> None:
+        """Moves the memory of the readout's old inputs as far as the layers below have moved them.
+
+        The map is learned on new inputs. Its share is the root of the change of the outputs by the updates on old
+        inputs over that on new ones, to first order, with each layer's sensitivity.
+        """
+        prepared, now = self._prepared, observation.classified
+        if prepared is None or now is None or not torch.equal(prepared.targets, now.targets):
+            return
+        old = new = torch.zeros((), dtype=torch.float64, device=now.inputs.device)
+        for name, before in prepared.weights.items():
+            memory, seen = self.memory.layers[name], observation.layers[name]
+            change = (weights_and_bias(layers[name])[: len(before)] - before).double()
+            along, inputs = change @ memory.vectors.double(), seen.inputs.double()
+            of_rest = (change.square().sum() - along.square().sum()).clamp_min(0) * memory.rest
+            scale = prepared.sensitivity[name] * seen.rows
+            old = old + scale * ((along.square() * memory.eigenvalues).sum() + of_rest)
+            new = new + scale * (inputs @ change.T).square().sum() / len(inputs)
+        share = float((old / new.clamp_min(torch.finfo(new.dtype).tiny)).sqrt().clamp(0, 1))
+        moved = self.memory.layers[now.layer].moved(drift_map(prepared.inputs, now.inputs, share, self.settings))
+        self.memory = replace(self.memory, layers={**self.memory.layers, now.layer: moved})
 
     def _warn_of_ungated(self, layers: Mapping[str, GatedLayer]) -> None:
         """Names the trained parameters that are not gated."""

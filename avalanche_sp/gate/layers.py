@@ -17,7 +17,7 @@ __all__ = [
     "NORMALISATION",
     "gated_layers",
     "ungated_modules",
-    "trained",
+    "trained_parameters",
     "presynaptic",
     "energy",
     "project",
@@ -60,7 +60,7 @@ def ungated_modules(model: nn.Module, gated: Container[str]) -> dict[str, list[n
     return found
 
 
-def trained(layer: GatedLayer) -> list[nn.Parameter]:
+def trained_parameters(layer: GatedLayer) -> list[nn.Parameter]:
     """A layer's own trainable parameters: its weight, and its bias if it has one."""
     return [p for p in layer.parameters(recurse=False) if p.requires_grad]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class LayerMemory:
         anchor: (out, r), the weights along the vectors.
         rough_anchor: all weights, at four bits each, for the penalty along the other directions; None without one.
         residual: (out, d), the mean gradient of the old loss at these weights; None if it is not known.
+        class_sums, class_counts: of the readout's input vectors by class: (out, d) and (out,); None for other layers.
         fed_by_data: True if no trained layer makes this layer's input.
     """
 
@@ -38,6 +39,8 @@ class LayerMemory:
     anchor: Tensor
     rough_anchor: PackedRows | None = None
     residual: Tensor | None = None
+    class_sums: Tensor | None = None
+    class_counts: Tensor | None = None
     fed_by_data: bool = False
 
     @classmethod
@@ -71,6 +74,19 @@ class LayerMemory:
             vectors.new_zeros(0, vectors.shape[1]),
         )
 
+    def moved(self, drift: Tensor) -> LayerMemory:
+        """The memory of the same inputs after a linear drift: each input vector x becomes x A.
+
+        Args:
+            drift: A, shape (d, d).
+        """
+        rank = len(self.eigenvalues)
+        factor = (self.vectors * (self.eigenvalues * rank).sqrt()).T @ drift.to(self.vectors.dtype)
+        values, vectors = merge_eigenspace(self.eigenvalues[:0], self.vectors[:, :0], 0.0, factor, rank)
+        mean = self.mean_eigenvalue + (values.sum() - self.eigenvalues.sum()) / len(self.vectors)
+        sums = None if self.class_sums is None else self.class_sums @ drift.to(self.class_sums.dtype)
+        return replace(self, eigenvalues=values, vectors=vectors, mean_eigenvalue=mean, class_sums=sums)
+
     @property
     def rest(self) -> Tensor:
         """Mean eigenvalue of the directions beyond the kept ones, 0-dim."""
@@ -87,7 +103,7 @@ class LayerMemory:
     @property
     def state_bytes(self) -> int:
         tensors = [self.eigenvalues, self.vectors, self.mean_eigenvalue, self.anchor]
-        tensors += [self.residual] if self.residual is not None else []
+        tensors += [t for t in (self.residual, self.class_sums, self.class_counts) if t is not None]
         rough = self.rough_anchor.state_bytes if self.rough_anchor is not None else 0
         return rough + sum(t.numel() * t.element_size() for t in tensors)
 

@@ -13,12 +13,23 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from avalanche_sp.gate.functional import loss_curvature
 from avalanche_sp.gate.layers import GatedLayer, along, presynaptic
-from avalanche_sp.gate.readout import ReadoutLoss
+from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples
 from avalanche_sp.gate.settings import Settings
 
-__all__ = ["LayerObservation", "Observation", "Samples", "observe", "output_derivatives", "some_inputs"]
+__all__ = [
+    "LayerObservation",
+    "Observation",
+    "Preparation",
+    "Samples",
+    "check_outputs",
+    "observe",
+    "output_derivatives",
+    "output_sensitivity",
+    "some_inputs",
+]
 
 _BATCH = 512  # samples a forward pass
+_SENSITIVITY = 200  # samples of a sensitivity
 _QUADRATIC = 1e-3  # a loss is quadratic if its gradient is linear in the outputs to this precision
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -50,6 +61,8 @@ class Observation:
         layers: by name, in the order of the forward pass.
         samples, classes: numbers of the experience.
         curvature: of the loss in the network's outputs, mean over samples, 0-dim; 0 without a loss.
+        classified: the last layer's inputs and their classes; None if the last layer does not make the network's
+            output, or if the targets are not class labels.
         readout: the loss in the last layer's weights; None if the last layer does not make the network's output, or if
             the loss is not quadratic and convex in it.
     """
@@ -59,6 +72,7 @@ class Observation:
     classes: int
     curvature: Tensor
     readout: ReadoutLoss | None
+    classified: ReadoutSamples | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +153,8 @@ def observe(
     vectors_seen: dict[str, int] = {}
     curvatures: list[Tensor] = []
     errors: list[tuple[str | None, Tensor]] = []
+    targets: list[Tensor] = []
+    units: list[tuple[str, Tensor] | None] = []
     last: tuple[str, GatedLayer, Tensor] | None = None
     count = 0
 
@@ -167,6 +183,8 @@ def observe(
                         curvature, name, error = output_derivatives(criterion, outputs, y, last)
                         curvatures.append(curvature)
                         errors.append((name, error))
+                        units.append(_masked_units(outputs, y, last))
+                        targets.append(y)
             given = _fed_by_data(model, layers, _first(x, 2), forward)
     finally:
         for module, mode in modes.items():
@@ -186,7 +204,30 @@ def observe(
     if len(names) == 1 and (name := names.pop()) is not None:
         x, error = observed[name].inputs, torch.cat([error for _, error in errors])
         readout = _readout_loss(name, layers[name], x, error.to(x.dtype), curvature, samples.total)
-    return Observation(observed, samples.total, samples.classes, curvature, readout)
+    classified = None
+    if units and (found := units[-1]) is not None and all(u is not None and u[0] == found[0] for u in units):
+        x = observed[found[0]].inputs
+        classified = ReadoutSamples(found[0], x, torch.cat(targets), found[1], samples.total)
+    return Observation(observed, samples.total, samples.classes, curvature, readout, classified)
+
+
+def _masked_units(
+    outputs: Tensor, targets: Tensor, last: tuple[str, GatedLayer, Tensor] | None
+) -> tuple[str, Tensor] | None:
+    """The readout's name, and the outputs of the units that the network masks (out,), NaN for all others.
+
+    None if the last layer does not make the network's outputs or part of it is frozen, or if the targets are not class
+    labels. Avalanche's incremental heads mask the units without a class.
+    """
+    if last is None or targets.dim() != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
+        return None
+    name, layer, made = last
+    if made.shape != outputs.shape or outputs.dim() != 2 or not all(p.requires_grad for p in layer.parameters()):
+        return None
+    own = (outputs == made).all(0)
+    if not own.any() or int(targets.max()) >= outputs.shape[1] or int(targets.min()) < 0:
+        return None
+    return name, torch.where(own, torch.nan, outputs[0].detach().float())
 
 
 def _readout_loss(
@@ -205,6 +246,51 @@ def some_inputs(layer: GatedLayer, x: Tensor, most: int) -> tuple[Tensor, int]:
     if count > some:
         vectors = vectors[torch.linspace(0, count - 1, some, device=x.device).long()]
     return vectors, count // getattr(layer, "groups", 1)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A network before it trains on an experience for which its readout has been solved.
+
+    Attributes:
+        layer: the readout's name.
+        inputs, targets: the readout's inputs (n, d) and their classes (n,).
+        weights: of the layers below, by name: (out, d).
+        sensitivity: of the network's outputs to their outputs (:func:`output_sensitivity`).
+    """
+
+    layer: str
+    inputs: Tensor
+    targets: Tensor
+    weights: dict[str, Tensor]
+    sensitivity: dict[str, Tensor]
+
+
+def output_sensitivity(
+    model: nn.Module, samples: Samples, layers: Mapping[str, GatedLayer], forward: Forward
+) -> dict[str, Tensor]:
+    """Mean square of J^T v over samples and a layer's output units, 0-dim, by layer; 0 if it is not called.
+
+    J is the Jacobian of the network's outputs in the layer's outputs, and v are random signs: the scale of the
+    Gauss-Newton matrix (J. Martens, R. Grosse: Optimizing neural networks with Kronecker-factored approximate
+    curvature, ICML 2015), on some samples.
+    """
+    made: dict[str, Tensor] = {}
+    device = next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    inputs = _first(_on(device, next(iter(samples.batches))[0]), _SENSITIVITY)
+    try:
+        model.eval()
+        with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with _after_each(layers, lambda name: lambda layer, args, output: made.update({name: output})):
+                outputs = forward(model, inputs)
+            signs = torch.randint(0, 2, outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs) * 2 - 1
+            found = torch.autograd.grad((outputs * signs).sum(), list(made.values()), allow_unused=True)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    squares = {name: g.square().mean() for name, g in zip(made, found) if g is not None}
+    return {name: squares.get(name, torch.zeros((), device=device)) for name in layers}
 
 
 def check_outputs(outputs: Any) -> None:

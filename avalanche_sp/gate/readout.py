@@ -1,19 +1,32 @@
-"""The readout's Newton step: the last layer moves to the minimum of the old and the new loss."""
+"""The readout: the last layer, moved to the minimum of the old and the new loss at the end of an experience.
+
+The old loss is known in two ways. If the experience brings new classes, the old ones' inputs are pseudo-samples with
+their class means and covariance, and the user's loss is minimised (:func:`solve_readout`). Else the old loss is its
+quadratic at consolidation, and a loss that is quadratic itself takes a Newton step (:func:`newton_readout`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from avalanche_sp.gate.functional import newton_step
+from avalanche_sp.gate.functional import loss_curvature, merge_eigenspace, newton_step
 from avalanche_sp.gate.layers import GatedLayer, along, set_weights, weights_and_bias
 from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.settings import Settings
 
-__all__ = ["ReadoutLoss", "solve_readout"]
+__all__ = [
+    "ReadoutLoss",
+    "ReadoutSamples",
+    "class_sums",
+    "drift_map",
+    "newton_readout",
+    "pseudo_samples",
+    "solve_readout",
+]
 
 
 @dataclass
@@ -38,7 +51,7 @@ class ReadoutLoss:
 
 
 @torch.no_grad()
-def solve_readout(
+def newton_readout(
     layer: GatedLayer,
     losses: Sequence[ReadoutLoss],
     old: LayerMemory | None,
@@ -99,3 +112,141 @@ def solve_readout(
     step *= trust + (1 - trust) * (gain / settings.readout_whole).clamp(0, 1)
     set_weights(layer, weights_and_bias(layer) + step.to(kind))
     return ((gradient + step @ hessian) / (total + kept)).to(kind)
+
+
+@dataclass(frozen=True)
+class ReadoutSamples:
+    """Inputs of the readout and their classes.
+
+    Attributes:
+        layer: the readout's name.
+        inputs: input vectors, shape (n, d).
+        targets: class labels, shape (n,), integers.
+        masked: (out,), the network's outputs for the units that it masks, NaN for all others.
+        weight: number of samples that they stand for.
+    """
+
+    layer: str
+    inputs: Tensor
+    targets: Tensor
+    masked: Tensor
+    weight: float
+
+
+def class_sums(samples: ReadoutSamples) -> tuple[Tensor, Tensor]:
+    """Sums of the input vectors by class (out, d), and numbers of samples (out,), scaled to the samples' weight."""
+    scale, units = samples.weight / len(samples.inputs), len(samples.masked)
+    sums = samples.inputs.new_zeros(units, samples.inputs.shape[1]).index_add_(0, samples.targets, samples.inputs)
+    counts = torch.bincount(samples.targets, minlength=units).to(sums)
+    return sums * scale, counts * scale
+
+
+def pseudo_samples(memory: LayerMemory, least: int) -> tuple[Tensor, Tensor]:
+    r"""Input vectors with the class means and the covariance within classes of a readout's memory.
+
+    With the second moment :math:`C`, class means :math:`\mu_c` and shares :math:`p_c`, the covariance within classes is
+    :math:`C - \sum_c p_c \mu_c \mu_c^\top`. Class means and covariance of the vectors are these exactly, along the
+    memory's eigenvectors and the means; the directions beyond are left out. So a quadratic loss is exact if the memory
+    keeps all eigenvectors. The classes share one covariance, as in linear discriminant analysis.
+
+    Args:
+        memory: of a readout, with class sums.
+        least: number of vectors, at least.
+
+    Returns:
+        Input vectors (m, d) and their classes (m,).
+    """
+    assert memory.class_sums is not None and memory.class_counts is not None
+    classes = memory.class_counts.nonzero().flatten()
+    counts = memory.class_counts[classes]
+    share, means = counts / counts.sum(), memory.class_sums[classes] / counts.unsqueeze(1)
+    basis, lam = memory.vectors, memory.eigenvalues.double()
+    if basis.shape[1] < len(basis):
+        basis = torch.linalg.qr(torch.cat([basis, means.T], 1)).Q
+    within = basis.T.double() @ memory.vectors.double()
+    within, centers = (within * lam) @ within.T, means.double() @ basis.double()
+    values, vectors = torch.linalg.eigh(within - (centers.T * share) @ centers)
+    root = vectors * values.clamp_min(0).sqrt()
+    number = (share * max(least, 2 * len(root))).round().long().clamp_min(2)
+    which = torch.repeat_interleave(torch.arange(len(classes), device=number.device), number)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(len(which), len(root), dtype=torch.float64, generator=generator).to(root.device)
+    noise -= (noise.new_zeros(len(classes), len(root)).index_add_(0, which, noise) / number.unsqueeze(1))[which]
+    noise = torch.linalg.qr(noise).Q * len(noise) ** 0.5  # of unit covariance, and still of zero mean in each class
+    return means[which] + (noise @ root.T @ basis.T.double()).to(means.dtype), classes[which]
+
+
+def drift_map(before: Tensor, after: Tensor, share: float, settings: Settings) -> Tensor:
+    r"""The map of a readout's old inputs to the present ones, learned on new samples: x becomes x A.
+
+    .. math:: A = I + s\, (X^\top X + \epsilon \bar\lambda I)^{-1} X^\top (X' - X)
+
+    As linear drift compensation (A. Gomez-Villa et al., ECCV 2024), with a share s for the smaller drift of old inputs.
+
+    Args:
+        before, after: X and X', the inputs (n, d) of the same samples before and after training.
+        share: s, 0 to 1.
+        settings: the constants.
+
+    Returns:
+        A, shape (d, d).
+    """
+    before, after = before.double(), after.double()
+    moment, identity = before.T @ before, torch.eye(before.shape[1], dtype=torch.float64, device=before.device)
+    ridge = settings.drift_ridge * moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return identity + share * torch.linalg.solve(moment + ridge * identity, before.T @ (after - before))
+
+
+@torch.no_grad()
+def solve_readout(
+    layer: GatedLayer,
+    new: ReadoutSamples,
+    old: LayerMemory,
+    rank: float,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    settings: Settings,
+) -> None:
+    r"""Puts the weights into the readout that minimise the loss on new samples and on the memory's classes.
+
+    .. math::
+        \min_W \; \frac{N_{new} L(X W^\top, y) + N_{old} L(X_{old} W^\top, y_{old})}{N_{new} + N_{old}}
+        + \frac{\epsilon \kappa \bar\lambda}{2} \lVert W \rVert^2
+
+    by L-BFGS, in the leading eigenspace of all inputs, in coordinates in which their second moment is the identity. The
+    old classes' X are :func:`pseudo_samples`; :math:`\kappa` is the loss's curvature at outputs of zero. For squared
+    error and all eigenvectors the solution is the ridge regression on all data, if the old inputs have not moved. It
+    does not depend on the optimizer, its learning rate or the number of its steps.
+
+    Args:
+        layer: the network's last, a linear one.
+        new: samples of the experience.
+        old: the layer's memory, with class sums.
+        rank: eigenvectors of the inputs, or the share of the energy that they are to have.
+        criterion: of (outputs, class labels), a mean over samples.
+        settings: the constants.
+    """
+    share = old.samples / (old.samples + new.weight)
+    values, vectors = merge_eigenspace(old.eigenvalues, old.vectors, share, new.inputs, rank)
+    ridge = settings.solve_ridge * values.sum() / len(vectors)
+    white = vectors * (values + ridge).clamp_min(torch.finfo(values.dtype).tiny).rsqrt()  # W = units white^T
+    inputs, classes = pseudo_samples(old, settings.solve_samples)
+    parts = [(new.inputs @ white, new.targets, 1 - share), (inputs @ white, classes, share)]
+    start = weights_and_bias(layer)
+    units = (start @ (vectors * (values + ridge).sqrt())).requires_grad_()
+    with torch.enable_grad():
+        zeros = start.new_zeros(len(new.targets), len(start)).requires_grad_()
+        strength = loss_curvature(zeros, criterion(zeros, new.targets)) * ridge
+        search = torch.optim.LBFGS([units], max_iter=settings.solve_steps, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            search.zero_grad()
+            value = 0.5 * strength * (units @ white.T).square().sum()
+            for x, y, weight in parts:
+                value = value + weight * criterion(torch.where(new.masked.isnan(), x @ units.T, new.masked), y)
+            value.backward()
+            return value
+
+        search.step(loss)
+    weights = units.detach() @ white.T
+    if weights.isfinite().all():
+        set_weights(layer, weights)

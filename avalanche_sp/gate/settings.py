@@ -35,6 +35,7 @@ class Settings:
     rank: int = _setting(48, "count", "eigenvectors kept for a layer if the end of an experience is told")
     stream_rank: int = _setting(64, "count", "eigenvectors kept for a layer if boundaries are found")
     readout_rank: float = _setting(0.1, "share", "eigenvectors of the last layer, as a share of its inputs, if more")
+    readout_least: int = _setting(256, "count", "eigenvectors of the last layer, at least, if boundaries are told")
     vectors_a_sample: int = _setting(8, "count", "input vectors of one sample in the second moment, at most")
     # Gate.
     gated_vectors: int = _setting(32, "count", "leading eigenvectors gated in every step; the others at every look")
@@ -45,11 +46,16 @@ class Settings:
     beyond_power: float = _setting(1.5, "not negative", "power of the likeness of stream and memory in that weight")
     beyond_every: int = _setting(2, "count", "looks between two penalties beyond the kept eigenvectors")
     epoch_power: float = _setting(5, "not negative", "epoch e of an experience divides the openness by e to this power")
-    # Readout.
+    # Newton step of the readout.
     readout_old: float = _setting(2, "positive", "weight of the old quadratic in the readout's Newton step")
     readout_whole: float = _setting(0.05, "positive", "gain, as a share of the loss of zero outputs, of a whole step")
     readout_damping: float = _setting(0.05, "positive", "damping of the step, in units of the mean eigenvalue")
     readout_stream_damping: float = _setting(0.3, "positive", "the same if the boundary was found")
+    # Readout, solved for an experience with new classes.
+    solve_ridge: float = _setting(0.02, "positive", "ridge of the weights, in units of the inputs' mean eigenvalue")
+    solve_samples: int = _setting(2000, "count", "pseudo-samples of old classes, at least")
+    solve_steps: int = _setting(20, "count", "iterations of L-BFGS, at most")
+    drift_ridge: float = _setting(0.1, "positive", "ridge of the drift's map, in units of the mean eigenvalue")
     # Stored samples, c for each class of each experience.
     half_trust: float = _setting(50, "positive", "c at which stored samples stand for half of the old loss")
     double_openness: float = _setting(12, "positive", "c at which the openness is twice that without stored samples")

@@ -134,7 +134,10 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
         limit = self.gate.consolidation_samples
         stored = [samples_of(memory, limit) for memory in memories_of(strategy)]
-        self.gate.begin(len(strategy.experience.dataset), stored, strategy.clock.train_exp_epochs)
+        epoch = strategy.clock.train_exp_epochs
+        self.gate.begin(len(strategy.experience.dataset), stored, epoch)
+        if not epoch:
+            self.gate.prepare(samples_of(strategy.experience.dataset, limit), strategy._criterion)
 
     def before_forward(self, strategy, **kwargs):
         if not self.gate.is_attached:  # after an evaluation in the midst of training, or in a resumed run

@@ -88,7 +88,7 @@ def gate_bytes(model: nn.Module) -> int:
     last = list(layers)[-1]
     for name, layer in layers.items():
         units, inputs = len(layer.weight), layer.weight[0].numel() + (layer.bias is not None)
-        kept = min(gate.rank_of(name, inputs, name == last), inputs)
+        kept = min(gate.gate.rank_of(name, inputs, name == last), inputs)
         total += 4 * (kept * (inputs + units + 2) + 1)
         if kept < inputs:
             total += units * ((inputs + 1) // 2 + 4)  # the weights in four bits each, and a scale for each unit
