@@ -89,7 +89,8 @@ def readout_step(
 ) -> Tensor:
     """The readout's damped Newton step: new weights.
 
-        N = (1 - t) N_old,   G = sum_i N_i L_i'(W) + N (R + 2 kappa (W - W*) V V^T C),   H = sum_i N_i L_i'' + 2 N kappa C
+        N = (1 - t) N_old,   G = sum_i N_i L_i'(W) + N (R + 2 kappa (W - W*) V V^T C)
+        H = sum_i N_i L_i'' + 2 N kappa C
         D = -G (H + eps mean(diag H) I)^-1,   s = t + (1 - t) min(1, q / whole),   W + s D
 
     for squared error L_i (kappa = 2) on samples (x, y) that stand for N_i; q is the decrease -<sum_i N_i L_i', D> / 2

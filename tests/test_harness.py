@@ -82,9 +82,9 @@ def test_settings_that_a_strategy_does_not_have_are_named_with_all_that_it_has()
 def test_overrides_reach_the_layers_they_name():
     run = make_run("sp", overrides={"openness": inf, "openness:3": 0.5, "rank:1": 8.0, "pull_back": 0.0})
     (gate,) = build_strategy(run, build_network(run.network), [], None)[1]
-    assert gate.openness == {"3": 0.5, "*": inf}
-    assert gate.rank == {"1": 8} and all(isinstance(r, int) for r in gate.rank.values())
-    assert gate.pull_back == 0.0
+    assert gate.gate.openness == {"3": 0.5, "*": inf}
+    assert gate.gate.rank == {"1": 8} and all(isinstance(r, int) for r in gate.gate.rank.values())
+    assert gate.gate.pull_back == 0.0
     for network, names in LAYERS.items():
         layers = build_network(network).named_modules()
         assert names == tuple(name for name, m in layers if isinstance(m, (nn.Linear, nn.Conv2d)))

@@ -55,6 +55,8 @@ class StreamRows:
         """
         if self.count == self.batch:
             return x
+        if not self.count:
+            return x[:0]
         if len(x) % self.batch:
             raise ValueError(
                 f"Invalid stored value: {self.batch} truth values for a mini-batch of {len(x)} (allowed: one for each "

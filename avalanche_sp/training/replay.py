@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from avalanche.benchmarks.utils.data_loader import ReplayDataLoader
+from avalanche.models import MultiTaskModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -77,5 +78,11 @@ def stream_rows(strategy) -> int:
 
 
 def stored_rows(strategy) -> Tensor:
-    """True for each row of the present training mini-batch that is a stored sample, shape (batch,)."""
+    """True for each row of the present training mini-batch that is a stored sample, shape (batch,).
+
+    A multi-task model computes the tasks of a mini-batch one after another, so its layers' rows are not known. If there
+    are several tasks, all rows count as stored samples: none is gated.
+    """
+    if isinstance(strategy.model, MultiTaskModule) and len(strategy.mb_task_id.unique()) > 1:
+        return torch.ones(len(strategy.mb_x), dtype=torch.bool)
     return torch.arange(len(strategy.mb_x)) >= stream_rows(strategy)

@@ -89,7 +89,8 @@ def gate_bytes(model: nn.Module) -> int:
     for name, layer in layers.items():
         units, inputs = len(layer.weight), layer.weight[0].numel() + (layer.bias is not None)
         kept = min(gate.gate.rank_of(name, inputs, name == last), inputs)
-        total += 4 * (kept * (inputs + units + 2) + 1)
+        total += 4 * (kept * (inputs + units + 1) + 1)
         if kept < inputs:
             total += units * ((inputs + 1) // 2 + 4)  # the weights in four bits each, and a scale for each unit
-    return total + 4 * units * inputs  # the gradient that is left in the readout
+    # Of the readout: the gradient that is left, and its inputs' sums and numbers by class.
+    return total + 4 * units * (2 * inputs + 1)
