@@ -95,11 +95,17 @@ def mixed(mask):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("criterion", [OneHotMSELoss(), nn.CrossEntropyLoss()], ids=["squared", "cross-entropy"])
-def test_a_plain_loop_ends_where_avalanches_naive_does_bit_for_bit(name, optimizer, criterion):
+@pytest.mark.parametrize("classes", ["the same classes", "new classes"])
+def test_a_plain_loop_ends_where_avalanches_naive_does_bit_for_bit(name, optimizer, criterion, classes):
     model, step, gate = made(name, optimizer, openness=0.1)
-    for xy in TASKS:
+    tasks = TASKS
+    if classes == "new classes":
+        tasks = [(x, (2 * i + y % 2).clamp_max(4)) for i, (x, y) in enumerate(TASKS)]
+    for xy in tasks:
         for e in range(2):
             gate.begin(SIZE, epoch=e)
+            if not e:
+                gate.prepare(TensorDataset(*xy), criterion)
             epoch(model, step, xy, criterion)
         gate.consolidate(TensorDataset(*xy), criterion)
     torch.manual_seed(0)
@@ -114,7 +120,7 @@ def test_a_plain_loop_ends_where_avalanches_naive_does_bit_for_bit(name, optimiz
         plugins=[plugin],
         evaluator=None,
     )
-    data = [TensorClassificationDataset.from_source(TensorSource(*xy)) for xy in TASKS]
+    data = [TensorClassificationDataset.from_source(TensorSource(*xy)) for xy in tasks]
     for experience in benchmark_of(data, data).train_stream:
         strategy.train(experience, shuffle=False)
     assert torch.equal(weights(model), weights(other))

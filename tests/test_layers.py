@@ -16,7 +16,7 @@ from avalanche_sp.gate.layers import (
     postsynaptic,
     presynaptic,
     project,
-    trained,
+    trained_parameters,
 )
 
 LAYERS = {
@@ -89,11 +89,11 @@ def test_a_gradient_of_one_parameter_is_gated_as_the_layers_is(case):
     layer, x, vectors = case
     layer(x).square().sum().backward()
     held = gradient_along(layer, vectors) * torch.tensor([0.1, 0.5, 0.9, 1.0], dtype=x.dtype)
-    before = [p.grad.clone() for p in trained(layer)]
-    gated = [gated_gradient(p.grad, held, vectors, 0.75) for p in trained(layer)]
-    assert all(torch.equal(p.grad, b) for p, b in zip(trained(layer), before))  # a copy
+    before = [p.grad.clone() for p in trained_parameters(layer)]
+    gated = [gated_gradient(p.grad, held, vectors, 0.75) for p in trained_parameters(layer)]
+    assert all(torch.equal(p.grad, b) for p, b in zip(trained_parameters(layer), before))  # a copy
     gate_gradient(layer, held, vectors, 0.75)
-    for p, g in zip(trained(layer), gated):
+    for p, g in zip(trained_parameters(layer), gated):
         torch.testing.assert_close(g, p.grad)
 
 

@@ -31,11 +31,26 @@ def task(seed, size=192):
 OLD, NEW = task(0), task(1)
 
 
-def network(kind="mlp"):
+def network(kind="mlp", classes=5):
     torch.manual_seed(0)
     if kind == "mlp":
-        return nn.Sequential(nn.Linear(64, 60), nn.ReLU(), nn.Linear(60, 5))
+        return nn.Sequential(nn.Linear(64, 60), nn.ReLU(), nn.Linear(60, classes))
     return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+
+
+def new_classes(settings):
+    """The weights after two tasks with classes of their own, of which the second is remembered also."""
+    model = network(classes=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    gate = PlasticityGate(model, optimizer, settings=settings)
+    for x, y in (OLD, (NEW[0], 5 + NEW[1])):
+        gate.prepare(TensorDataset(x, y), SQUARED)
+        for rows in list(torch.arange(192).split(64)) * 8:
+            optimizer.zero_grad()
+            SQUARED(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+        gate.consolidate(TensorDataset(x, y), SQUARED)
+    return weights(model)
 
 
 def two_tasks(settings, kind="mlp", epochs=8, stored=0, samples=192, epoch=0):
@@ -148,7 +163,8 @@ def case(default, changed, run, base=None, **kwargs):
 CASES = {
     "rank": case(48, 40, two_tasks),
     "stream_rank": case(64, 40, stream, {"stream_chunk": 640}),
-    "readout_rank": case(0.1, 0.2, two_tasks, {"rank": 2}),
+    "readout_rank": case(0.1, 0.2, two_tasks, {"rank": 2, "readout_least": 1}),
+    "readout_least": case(256, 40, two_tasks, {"rank": 2}),
     "vectors_a_sample": case(8, 9, two_tasks, kind="cnn"),
     "gated_vectors": case(32, 31, two_tasks),
     "look": case(8, 7, two_tasks),
@@ -161,6 +177,10 @@ CASES = {
     "readout_whole": case(0.05, 0.06, two_tasks, epochs=40),
     "readout_damping": case(0.05, 0.06, two_tasks),
     "readout_stream_damping": case(0.3, 0.4, stream, {"stream_chunk": 640}),
+    "solve_ridge": case(0.02, 0.021, new_classes),
+    "solve_samples": case(2000, 1990, new_classes),
+    "solve_steps": case(20, 2, new_classes),
+    "drift_ridge": case(0.1, 0.11, new_classes),
     "half_trust": case(50, 60, two_tasks, stored=40),
     "double_openness": case(12, 13, two_tasks, stored=40),
     "few_epochs": case(800, 900, two_tasks, stored=40, epoch=1),

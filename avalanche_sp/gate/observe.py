@@ -285,7 +285,9 @@ def output_sensitivity(
             with _after_each(layers, lambda name: lambda layer, args, output: made.update({name: output})):
                 outputs = forward(model, inputs)
             signs = torch.randint(0, 2, outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs) * 2 - 1
-            found = torch.autograd.grad((outputs * signs).sum(), list(made.values()), allow_unused=True)
+            made = {name: output for name, output in made.items() if output.requires_grad}
+            scalar = (outputs * signs).sum()
+            found = torch.autograd.grad(scalar, list(made.values()), allow_unused=True) if made else ()
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -215,7 +215,7 @@ def solve_readout(
     by L-BFGS, in the leading eigenspace of all inputs, in coordinates in which their second moment is the identity. The
     old classes' X are :func:`pseudo_samples`; :math:`\kappa` is the loss's curvature at outputs of zero. For squared
     error and all eigenvectors the solution is the ridge regression on all data, if the old inputs have not moved. It
-    does not depend on the optimizer, its learning rate or the number of its steps.
+    does not depend on the optimizer, its learning rate or the number of its steps. A loss without curvature is left.
 
     Args:
         layer: the network's last, a linear one.
@@ -235,7 +235,10 @@ def solve_readout(
     units = (start @ (vectors * (values + ridge).sqrt())).requires_grad_()
     with torch.enable_grad():
         zeros = start.new_zeros(len(new.targets), len(start)).requires_grad_()
-        strength = loss_curvature(zeros, criterion(zeros, new.targets)) * ridge
+        curvature = loss_curvature(zeros, criterion(zeros, new.targets))
+        if not curvature > 0:  # nothing bounds the weights
+            return
+        strength = curvature * ridge
         search = torch.optim.LBFGS([units], max_iter=settings.solve_steps, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:

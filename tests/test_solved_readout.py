@@ -1,0 +1,146 @@
+"""The readout, solved for an experience with new classes: against plain linear algebra, and on real MNIST."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from avalanche.models import IncrementalClassifier
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from avalanche_sp import OneHotMSELoss, PlasticityGate, SelectivePlasticityPlugin, Settings, reference
+from avalanche_sp.gate.layers import weights_and_bias
+from avalanche_sp.gate.memory import LayerMemory
+from avalanche_sp.gate.readout import ReadoutSamples, class_sums, drift_map, pseudo_samples
+
+from conftest import accuracy, mlp, sliced, strategy_of
+
+SETTINGS = Settings()
+
+
+def samples(seed, classes, size=400, inputs=12):
+    """Input vectors, the last of which is 1, and their classes."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.tensor(classes)[torch.randint(len(classes), (size,), generator=generator)]
+    centers = torch.randn(6, inputs, generator=torch.Generator().manual_seed(9))
+    noise, mixing = (torch.randn(n, inputs, generator=generator) for n in (size, inputs))
+    x = centers[y] + noise @ mixing / 3
+    return torch.cat([x, torch.ones(size, 1)], 1), y
+
+
+def remembered(x, y, rank=13):
+    sums, counts = class_sums(ReadoutSamples("", x, y, torch.full((6,), torch.nan), len(x)))
+    return replace(LayerMemory.empty(x.shape[1], x).merged(x, len(x), 1.0, rank), class_sums=sums, class_counts=counts)
+
+
+def test_pseudo_samples_have_the_class_means_and_the_covariance_within_classes():
+    x, y = samples(0, (1, 2, 5))
+    drawn, classes = pseudo_samples(remembered(x, y), 3000)
+    assert set(classes.tolist()) == {1, 2, 5}
+    means = torch.stack([x[y == c].mean(0) for c in range(6) if (y == c).any()])
+    ours = torch.stack([drawn[classes == c].mean(0) for c in (1, 2, 5)])
+    torch.testing.assert_close(ours, means, atol=1e-4, rtol=1e-4)
+    spread = [a - m[[(1, 2, 5).index(int(c)) for c in b]] for a, b, m in ((x, y, means), (drawn, classes, ours))]
+    within = [s.T @ s / len(s) for s in spread]
+    torch.testing.assert_close(within[1], within[0], atol=2e-3, rtol=1e-3)
+
+
+def test_a_memory_that_moves_is_that_of_the_moved_inputs():
+    x, y = samples(0, (0, 3))
+    drift = torch.eye(13) + 0.2 * torch.randn(13, 13, generator=torch.Generator().manual_seed(3))
+    ours, expected = remembered(x, y).moved(drift), remembered(x @ drift, y)
+    torch.testing.assert_close(ours.eigenvalues, expected.eigenvalues, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(ours.class_sums, expected.class_sums, atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(ours.mean_eigenvalue, expected.mean_eigenvalue, atol=1e-4, rtol=1e-3)
+
+
+def test_the_map_of_a_linear_drift_is_found_and_its_share_scales_it():
+    x, _ = samples(0, (0, 3))
+    drift = torch.eye(13) + 0.1 * torch.randn(13, 13, generator=torch.Generator().manual_seed(3))
+    exact = replace(SETTINGS, drift_ridge=1e-9)
+    torch.testing.assert_close(drift_map(x, x @ drift, 1.0, exact).float(), drift, atol=1e-3, rtol=1e-3)
+    half = drift_map(x, x @ drift, 0.5, exact).float()
+    torch.testing.assert_close(half, (drift + torch.eye(13)) / 2, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations([(0, 1), (2, 3), (4, 5)]))[::2], ids=str)
+def test_on_a_frozen_trunk_it_is_the_ridge_regression_on_all_samples_in_any_order(order):
+    torch.manual_seed(0)
+    trunk, readout = nn.Linear(13, 20), nn.Linear(20, 6)
+    trunk.requires_grad_(False)
+    model, tasks = nn.Sequential(trunk, nn.ReLU(), readout), [samples(0, classes) for classes in order]
+    optimizer = torch.optim.SGD(readout.parameters(), lr=0.05)
+    settings = Settings(solve_steps=200)
+    gate, criterion = PlasticityGate(model, optimizer, settings=settings), OneHotMSELoss()
+    for x, y in tasks:
+        gate.prepare(TensorDataset(x, y), criterion)
+        for rows in torch.arange(len(x)).split(50):
+            optimizer.zero_grad()
+            criterion(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+        gate.consolidate(TensorDataset(x, y), criterion)
+    x, y = (torch.cat(part) for part in zip(*tasks))
+    features = torch.cat([torch.relu(trunk(x)), torch.ones(len(x), 1)], 1).double()
+    ridge = settings.solve_ridge * (features.T @ features).trace() / 21
+    rows = torch.cat([features, ridge.sqrt() * torch.eye(21).double()])
+    targets = torch.cat([nn.functional.one_hot(y, 6).double(), torch.zeros(21, 6).double()])
+    expected = reference.least_squares(rows, targets)
+    difference = (weights_and_bias(readout).double() - expected).norm() / expected.norm()
+    assert difference < 1e-3
+
+
+LOSSES = {
+    "squared error": OneHotMSELoss(),
+    "cross-entropy": nn.CrossEntropyLoss(),
+    "smoothed": nn.CrossEntropyLoss(label_smoothing=0.2),
+    "focal": lambda outputs, y: (
+        (1 - outputs.softmax(1).gather(1, y[:, None])[:, 0]) * nn.functional.cross_entropy(outputs, y, reduction="none")
+    ).mean(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_each_short_experience_is_learned_and_the_old_ones_are_kept(split5, loss, optimizer):
+    """Thirteen iterations a task, in which the gate alone learns nothing."""
+    small = sliced(split5, train=416, test=200)
+    model = mlp(64)
+    step = torch.optim.SGD(model.parameters(), lr=0.05) if optimizer == "sgd" else torch.optim.Adam(model.parameters())
+    strategy = strategy_of(model, [SelectivePlasticityPlugin()], optimizer=step, criterion=LOSSES[loss])
+    learned = []
+    for task, experience in enumerate(small.train_stream):
+        strategy.train(experience)
+        learned.append(accuracy(model.eval(), small, task))
+    assert min(learned) > 0.6
+    assert sum(accuracy(model, small, task) for task in range(5)) / 5 > 0.65
+
+
+def test_masked_units_stay_as_they_are(split2):
+    """Avalanche's incremental head masks the units of classes that have not come."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), IncrementalClassifier(32, 1))
+    strategy = strategy_of(model, [SelectivePlasticityPlugin()], criterion=nn.CrossEntropyLoss())
+    for experience in split2.train_stream:
+        strategy.train(experience)
+    model.eval()
+    assert all(accuracy(model, split2, task) > 0.6 for task in range(2))
+
+
+def test_the_readout_is_frozen_between_prepare_and_consolidate_and_solved_for_new_classes_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(13, 20), nn.ReLU(), nn.Linear(20, 6))
+    optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.05), OneHotMSELoss()
+    gate = PlasticityGate(model, optimizer)
+    before = []
+    for classes in ((0, 1), (0, 1), (2, 3)):
+        x, y = samples(len(before), classes)
+        start = weights_and_bias(model[2])
+        gate.prepare(TensorDataset(x, y), criterion)
+        prepared = weights_and_bias(model[2])
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+        before.append((torch.equal(start, prepared), torch.equal(prepared, weights_and_bias(model[2]))))
+        gate.consolidate(TensorDataset(x, y), criterion)
+    assert before == [(True, False), (True, False), (False, True)]
