@@ -41,7 +41,7 @@ from avalanche_sp.gate.observe import (
 )
 from avalanche_sp.gate.penalty import Drift, Gated
 from avalanche_sp.gate.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
-from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples, drift_map, solve_readout
+from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples, drift_map, readout_loss, solve_readout
 from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.settings import Settings
 from avalanche_sp.gate.stream import StreamWatch
@@ -311,7 +311,8 @@ class PlasticityGate:
         self._frozen = [p for norm in self._norms for p in norm.parameters(recurse=False)]
         if freezes and self.ungated == "freeze":
             trained = {p for name, p in model.named_parameters() if name in self._trained}
-            others = ungated_modules(model, {*memory.layers, *self._protected})
+            off = {name for name in gated_layers(model) if name not in self._protected}
+            others = ungated_modules(model, {*memory.layers, *off})
             self._frozen += [p for own in others.values() for p in own if p in trained]
         if self._prepared is not None and not stored:
             self._frozen += trained_parameters(self._protected[self._prepared.layer])
@@ -338,7 +339,7 @@ class PlasticityGate:
         classified = self._observed(samples, layers, criterion).classified
         if classified is None or not self._is_solved_for(classified):
             return
-        self._solve(classified, layers[classified.layer], criterion)
+        self._solve(classified, layers, criterion)
         below = {n: layers[n] for n in self.memory.layers if n in layers and n != classified.layer}
         weights = {name: weights_and_bias(layer) for name, layer in below.items()}
         sensitivity = output_sensitivity(model, samples, below, self._forward)
@@ -632,11 +633,12 @@ class PlasticityGate:
         remembers = {
             name for name in layers if self.boundaries != "continuous" and value_of(self.pull_back, name) > 0
         }
-        classified, losses = observation.classified, None
-        if classified is not None and criterion is not None and self._is_solved_for(classified):
+        classified, losses, solved = observation.classified, None, False
+        newton = observation.readout is not None and self._memory_size > 0
+        if classified is not None and criterion is not None and not newton and self._is_solved_for(classified):
             self._follow_drift(observation, layers)
-            self._solve(classified, layers[classified.layer], criterion)
-        elif self.readout_step:
+            solved = self._solve(classified, layers, criterion)
+        if self.readout_step and not solved:
             losses = self._stored_losses(observation, layers, criterion)
         self.memory = consolidate(
             self.memory, observation, layers, self.rank_of, remembers, self.settings, losses, self.trust, damping
@@ -647,16 +649,30 @@ class PlasticityGate:
             self._warn_of_ungated(layers)
 
     def _is_solved_for(self, samples: ReadoutSamples) -> bool:
-        """Whether the readout is solved for an experience: it brings a new class, and no stored samples train it."""
+        """Whether the readout is solved for an experience: it brings a new class."""
         old = self.memory.layers.get(samples.layer)
-        if not self.readout_step or self._memory_size or old is None or old.class_counts is None:
+        if not self.readout_step or old is None or old.class_counts is None:
             return False
         known = old.class_counts.nonzero().flatten()
         return bool((~torch.isin(samples.targets, known)).any())
 
-    def _solve(self, samples: ReadoutSamples, layer: GatedLayer, criterion: Criterion) -> None:
+    def _solve(self, samples: ReadoutSamples, layers: Mapping[str, GatedLayer], criterion: Criterion) -> bool:
+        """Solves the readout, unless stored samples have trained it to a lower loss on them and on new samples."""
+        layer, old = layers[samples.layer], self.memory.layers[samples.layer]
+        shown, trained = [samples], weights_and_bias(layer)
+        for replayed in self._replays:
+            stored = self._observed(replayed, {samples.layer: layer}, criterion).classified
+            if stored is None:  # several heads, for instance
+                return False
+            shown.append(replace(stored, weight=old.samples * replayed.total / self._memory_size))
         rank = self.rank_of(samples.layer, samples.inputs.shape[1], True)
-        solve_readout(layer, samples, self.memory.layers[samples.layer], rank, criterion, self.settings)
+        solve_readout(layer, samples, old, rank, criterion, self.settings)
+        if len(shown) == 1 or readout_loss(weights_and_bias(layer), shown, criterion) < readout_loss(
+            trained, shown, criterion
+        ):
+            return True
+        set_weights(layer, trained)
+        return False
 
     def _follow_drift(self, observation: Observation, layers: Mapping[str, GatedLayer]) -> None:
         """Moves the memory of the readout's old inputs as far as the layers below have moved them.

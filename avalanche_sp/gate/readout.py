@@ -25,6 +25,7 @@ __all__ = [
     "drift_map",
     "newton_readout",
     "pseudo_samples",
+    "readout_loss",
     "solve_readout",
 ]
 
@@ -195,6 +196,14 @@ def drift_map(before: Tensor, after: Tensor, share: float, settings: Settings) -
     moment, identity = before.T @ before, torch.eye(before.shape[1], dtype=torch.float64, device=before.device)
     ridge = settings.drift_ridge * moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     return identity + share * torch.linalg.solve(moment + ridge * identity, before.T @ (after - before))
+
+
+def readout_loss(
+    weights: Tensor, samples: Sequence[ReadoutSamples], criterion: Callable[[Tensor, Tensor], Tensor]
+) -> float:
+    """The loss of a readout's weights (out, d) on samples, weighted, summed."""
+    outputs = (torch.where(s.masked.isnan(), s.inputs @ weights.T, s.masked) for s in samples)
+    return sum(s.weight * float(criterion(z, s.targets)) for s, z in zip(samples, outputs))
 
 
 @torch.no_grad()
