@@ -22,7 +22,7 @@ def sentences(classes, count, seed):
         label = classes[i % len(classes)]
         words = torch.randint(WORDS, (LENGTH,), generator=generator)
         topic = 10 * label + torch.randint(10, (LENGTH,), generator=generator)
-        chosen = torch.rand(LENGTH, generator=generator) < 0.7
+        chosen = torch.rand(LENGTH, generator=generator) < 0.8
         rows.append({"input_ids": torch.where(chosen, topic, words), "labels": label})
     return rows
 
@@ -47,10 +47,10 @@ def run(gated):
     with tempfile.TemporaryDirectory() as folder:
         for group in ((0, 1), (2, 3)):
             arguments = TrainingArguments(
-                folder, num_train_epochs=2, per_device_train_batch_size=16, learning_rate=3e-3, report_to="none",
+                folder, num_train_epochs=3, per_device_train_batch_size=16, learning_rate=2e-3, report_to="none",
                 save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True, max_grad_norm=1.0,
             )  # fmt: skip
-            Trainer(model, arguments, train_dataset=sentences(group, 640, seed=group[0]), callbacks=callbacks).train()
+            Trainer(model, arguments, train_dataset=sentences(group, 1280, seed=group[0]), callbacks=callbacks).train()
     return [accuracy(model, sentences(group, 200, seed=9 + group[0])) for group in ((0, 1), (2, 3))]
 
 

@@ -28,6 +28,8 @@ def train(tasks, test, gated):
     for images, labels in tasks:
         shuffled = torch.randperm(len(labels)).split(64)
         batches = [(images[rows], labels[rows]) for rows in shuffled]
+        if gate is not None:
+            gate.prepare(batches, criterion)
         for x, y in batches:
             optimizer.zero_grad()
             criterion(model(x), y).backward()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from avalanche_sp.gate import PlasticityGate
+from avalanche_sp.gate import PlasticityGate, Samples
 
 __all__ = ["SelectivePlasticityCallback"]
 
@@ -17,8 +18,9 @@ __all__ = ["SelectivePlasticityCallback"]
 class SelectivePlasticityCallback(TrainerCallback):
     """:class:`~avalanche_sp.gate.PlasticityGate` for ``transformers.Trainer``: one call of ``train`` is an experience.
 
-    Give the same callback to the Trainer of each experience. At the end of ``train`` it consolidates what the Trainer's
-    data loader holds. A batch is a mapping with ``labels``; the network's output has ``logits``.
+    Give the same callback to the Trainer of each experience. It prepares the gate for samples of the Trainer's data
+    loader, and consolidates them at the end of ``train``. A batch is a mapping with ``labels``; the network's output
+    has ``logits``.
 
     Args:
         criterion: loss of (logits, labels), a mean over samples. Default: cross-entropy, labels of -100 left out.
@@ -43,9 +45,13 @@ class SelectivePlasticityCallback(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self.gate.begin(len(train_dataloader.dataset), epoch=int(state.epoch or 0))
+        if not state.epoch:
+            with torch.random.fork_rng([]):  # the loader's order stays what it is without the callback
+                self._samples = Samples.of(_pairs(train_dataloader), self.gate.consolidation_samples)
+            self.gate.prepare(self._samples, self.criterion)
 
-    def on_train_end(self, args, state, control, train_dataloader=None, **kwargs):
-        self.gate.consolidate(_pairs(train_dataloader), self.criterion)
+    def on_train_end(self, args, state, control, **kwargs):
+        self.gate.consolidate(self._samples, self.criterion)
         self.gate.detach()
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import lightning
+import torch
 
-from avalanche_sp.gate import PlasticityGate
+from avalanche_sp.gate import PlasticityGate, Samples
 from avalanche_sp.gate.observe import Criterion
 
 __all__ = ["SelectivePlasticityCallback"]
@@ -15,9 +16,9 @@ __all__ = ["SelectivePlasticityCallback"]
 class SelectivePlasticityCallback(lightning.Callback):
     """:class:`~avalanche_sp.gate.PlasticityGate` for ``lightning.Trainer``: one call of ``fit`` is an experience.
 
-    Give the same callback to the Trainer of each experience. At the end of ``fit`` it consolidates what the training
-    data loader holds, batches of pairs (x, y). Lightning's checkpoints hold the gate's state. The module must have one
-    optimizer.
+    Give the same callback to the Trainer of each experience. It prepares the gate for samples of the training data
+    loader, batches of pairs (x, y), and consolidates them at the end of ``fit``.
+    Lightning's checkpoints hold the gate's state. The module must have one optimizer.
 
     Args:
         criterion: loss of (outputs, targets), a mean over samples, that the module trains with.
@@ -44,9 +45,13 @@ class SelectivePlasticityCallback(lightning.Callback):
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.gate.begin(len(trainer.train_dataloader.dataset), epoch=trainer.current_epoch)
+        if not trainer.current_epoch:
+            with torch.random.fork_rng([]):  # the loader's order stays what it is without the callback
+                self._samples = Samples.of(trainer.train_dataloader, self.gate.consolidation_samples)
+            self.gate.prepare(self._samples, self.criterion)
 
     def on_train_end(self, trainer, pl_module):
-        self.gate.consolidate(trainer.train_dataloader, self.criterion)
+        self.gate.consolidate(self._samples, self.criterion)
         self.gate.detach()
 
     def state_dict(self) -> dict[str, Any]:
