@@ -126,7 +126,9 @@ class Spy(SelectivePlasticityPlugin):
 @pytest.mark.parametrize("replay", [False, True])
 @pytest.mark.parametrize("pull_back", [0.0, 1.0])
 def test_gradients_equal_gating_every_stream_sample(split5, replay, pull_back):
-    spy = Spy(openness=0.05, pull_back=pull_back, rank=20, settings=Settings(gated_vectors=16))
+    spy = Spy(
+        openness=0.05, pull_back=pull_back, rank=20, readout_step=False, settings=Settings(gated_vectors=16)
+    )
     plugins = [spy] + ([ReplayPlugin(50, batch_size=20, batch_size_mem=12)] if replay else [])
     criterion = JointReplayLoss(OneHotMSELoss()) if replay else OneHotMSELoss()
     trained(sliced(split5, 260), plugins, criterion=criterion, batch=20, optimizer=lambda p: Step(p, lr=0.02))
@@ -346,7 +348,7 @@ def test_weights_move_in_the_open_directions(split2):
 def test_the_pull_back_keeps_more_of_what_was_learned(split2):
     kept = []
     for weight in (0.0, 1.0):
-        strategy = trained(split2, [SelectivePlasticityPlugin(openness=20.0, pull_back=weight)], epochs=5)
+        strategy = trained(split2, [SelectivePlasticityPlugin(openness=20.0, pull_back=weight, readout_step=False)], epochs=5)
         kept.append(accuracy(strategy.model, split2, 0))
     assert kept[1] > kept[0] + 0.02
 
@@ -358,7 +360,7 @@ def test_memory_stays_bounded_however_many_experiences_come(split5):
     for experience in split5.train_stream:
         strategy.train(experience)
         sizes.append(plugin.state_bytes)
-    assert len(set(sizes)) == 1
+    assert max(sizes) == sizes[0] and len(set(sizes[1:])) == 1  # from the second on no gradient is left in the readout
     assert all(a.vectors.shape[1] == 7 for a in plugin.layers.values())
     assert {a.samples for a in plugin.layers.values()} == {sum(len(e.dataset) for e in split5.train_stream)}
 

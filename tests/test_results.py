@@ -268,11 +268,12 @@ def test_every_study_is_shown_and_has_every_run_in_the_store(stored):
 
 
 def test_stored_runs_are_found_by_the_settings_of_present_ones():
-    """So that ``results.py`` trains none of them again."""
+    """So that ``results.py`` trains none of them again, but for those of an older version of the algorithm."""
     keys = Store(command.RESULTS).keys()
     for name in ("buffers_split2", "compare", "ablations_split5", "protocol_mammoth_split", "boundaries_returning"):
         for settings in STUDIES[name].runs(3):
-            assert key_of(Run(**settings).settings()) in keys, settings
+            run = Run(**settings).settings()
+            assert keys.intersection(key_of(run, v + 1) for v in range(version_of(run["strategy"]))), settings
 
 
 def test_no_run_is_stored_twice():

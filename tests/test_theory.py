@@ -267,7 +267,7 @@ def test_2a_with_the_plugin_on_real_images(split2, openness):
     """The same by a strategy. The bound is the one that holds for f_rest = 0 already."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-    path, plugin = Path(), SelectivePlasticityPlugin(openness=openness, pull_back=0, rank=200)
+    path, plugin = Path(), SelectivePlasticityPlugin(openness=openness, pull_back=0, rank=200, readout_step=False)
     strategy = strategy_of(model, [path, plugin], optimizer=torch.optim.SGD(model.parameters(), lr=0.002), batch=20)
     strategy.train(split2.train_stream[0])
     x = images(split2)[0][0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -212,13 +212,13 @@ class _LayerMetric(PluginMetric):
 class _GateMetric(_LayerMetric):
     """A value of each gated layer, read from the strategy's SelectivePlasticityPlugin."""
 
-    def __init__(self, of: Callable[[PlasticityGate], dict[str, float]]):
+    def __init__(self, of: Callable[[PlasticityGate], Mapping[str, float]]):
         super().__init__()
         self._of = of
 
     def _read(self, strategy) -> dict[str, float]:
         plugin = _plugin_of(strategy)
-        return {} if plugin is None else self._of(plugin.gate)
+        return {} if plugin is None else dict(self._of(plugin.gate))
 
 
 class GateOpenness(_GateMetric):
@@ -251,7 +251,7 @@ class ClaimedRank(_GateMetric):
     """Number of input directions that consolidation has at least half closed, per layer, after each experience."""
 
     def __init__(self):
-        super().__init__(lambda gate: {name: float(rank) for name, rank in gate.claimed_rank.items()})
+        super().__init__(lambda gate: dict(gate.claimed_rank))
 
     def after_training_exp(self, strategy) -> list[MetricValue]:
         return self._emit(strategy)
