@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from avalanche_sp import OneHotMSELoss, PlasticityGate, SelectivePlasticityPlugin, Settings, reference
+from avalanche_sp.gate.functional import leading_eigenvalue
+from avalanche_sp.gate.layer_gate import LayerGate
 from avalanche_sp.gate.layers import weights_and_bias
 from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.readout import ReadoutSamples, class_sums, drift_map, pseudo_samples
@@ -144,3 +146,39 @@ def test_the_readout_is_frozen_between_prepare_and_consolidate_and_solved_for_ne
         before.append((torch.equal(start, prepared), torch.equal(prepared, weights_and_bias(model[2]))))
         gate.consolidate(TensorDataset(x, y), criterion)
     assert before == [(True, False), (True, False), (False, True)]
+
+
+def test_the_leading_eigenvalue_is_that_of_the_gated_second_moment():
+    x, y = samples(0, (0, 3))
+    second = x.T @ x / len(x)
+    torch.testing.assert_close(leading_eigenvalue(x), torch.linalg.eigvalsh(second)[-1], atol=1e-3, rtol=1e-3)
+    memory = remembered(*samples(1, (1, 2)), rank=6)
+    gate = LayerGate.of(memory, 0.5, 32)
+    root = gate.through(torch.eye(13), memory)
+    expected = torch.linalg.eigvals(second @ root).real.max()
+    ours = leading_eigenvalue(x, lambda rows: gate.through(rows, memory))
+    torch.testing.assert_close(ours, expected, atol=1e-3, rtol=2e-2)
+
+
+def test_a_scaled_gate_lets_through_that_share():
+    memory, change = remembered(*samples(1, (1, 2)), rank=6), torch.randn(3, 13)
+    whole, half = (LayerGate.of(memory, 0.5, 32, scale).through(change, memory) for scale in (1.0, 0.5))
+    torch.testing.assert_close(half, whole / 2)
+
+
+def test_an_experience_is_no_sharper_than_the_first():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(13, 40), nn.ReLU(), nn.Linear(40, 6))
+    optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.01), OneHotMSELoss()
+    gate, scales = PlasticityGate(model, optimizer, openness=100.0), []
+    for number, classes in enumerate([(0,), (1,), (2, 3)]):
+        x, y = samples(number, classes)
+        gate.prepare(TensorDataset(x, y), criterion)
+        scales.append(dict(gate._prepared.scale) if gate._prepared is not None else {})
+        for rows in torch.arange(len(x)).split(50):
+            optimizer.zero_grad()
+            criterion(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+        gate.consolidate(TensorDataset(x, y), criterion)
+    assert scales[0] == {} and all(0 < s["0"] <= 1 for s in scales[1:])
+    assert min(s["0"] for s in scales[1:]) < 1

@@ -64,6 +64,7 @@ def consolidate(
             residual=residual,
             class_sums=sums,
             class_counts=counts,
+            sharpness=old.sharpness if old is not None else None,
             fed_by_data=seen.fed_by_data,
         )
     old_samples, samples = memory.samples, observation.samples

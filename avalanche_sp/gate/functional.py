@@ -7,6 +7,8 @@ input and error coincide outside these directions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ __all__ = [
     "penalty_gradient",
     "newton_step",
     "loss_curvature",
+    "leading_eigenvalue",
 ]
 
 
@@ -215,3 +218,23 @@ def loss_curvature(outputs: Tensor, loss: Tensor) -> Tensor:
     signs = torch.randint(0, 2, outputs.shape, generator=generator).to(outputs) * 2 - 1
     (product,) = torch.autograd.grad((gradient * signs).sum(), outputs)
     return (product * signs).sum() / outputs.shape[-1]
+
+
+def leading_eigenvalue(activity: Tensor, through: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The largest eigenvalue of the second moment X^T X / n, or of X^T X P / n with a gate P, by power iteration.
+
+    Args:
+        activity: X, shape (n, d).
+        through: multiplies rows (1, d) by P, which is symmetric and not negative; None for the identity.
+
+    Returns:
+        0-dim.
+    """
+    vector = activity.mean(0, keepdim=True) + activity.std(0, correction=0)
+    value = torch.zeros_like(vector[0, 0])
+    for _ in range(20):
+        vector = vector / torch.linalg.vector_norm(vector).clamp_min(torch.finfo(vector.dtype).tiny)
+        gated = vector if through is None else through(vector)
+        vector = (activity @ gated.T).T @ activity / len(activity)
+        value = torch.linalg.vector_norm(vector)
+    return value

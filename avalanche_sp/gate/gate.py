@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from avalanche_sp.gate.consolidate import consolidate
 from avalanche_sp.gate.detection import ChangeDetector, RunningSurprise, page_hinkley
+from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layer_gate import LayerGate, StreamStatistics
 from avalanche_sp.gate.layers import (
     NORMALISATION,
@@ -32,6 +33,7 @@ from avalanche_sp.gate.memory import Memory
 from avalanche_sp.gate.observe import (
     Criterion,
     Forward,
+    LayerObservation,
     Observation,
     Preparation,
     Samples,
@@ -304,7 +306,8 @@ class PlasticityGate:
                 if statistics is None:
                     statistics = StreamStatistics.empty(remembered)
                 statistics.start_epoch()
-                gate = LayerGate.of(remembered, value_of(self.openness, name) * times, s.gated_vectors)
+                scale = self._prepared.scale.get(name, 1.0) if self._prepared is not None else 1.0
+                gate = LayerGate.of(remembered, value_of(self.openness, name) * times, s.gated_vectors, scale)
                 self._gated[name] = Gated(name, layer, remembered, gate, statistics)
         freezes = memory.layers and not stored
         self._norms = [m for m in model.modules() if freezes and isinstance(m, NORMALISATION)]
@@ -336,14 +339,23 @@ class PlasticityGate:
         model = self._attached()
         layers = protected_layers(model, self.openness)
         samples = data if isinstance(data, Samples) else Samples.of(data, self.consolidation_samples)
-        classified = self._observed(samples, layers, criterion).classified
+        observation = self._observed(samples, layers, criterion)
+        classified = observation.classified
         if classified is None or not self._is_solved_for(classified):
             return
         self._solve(classified, layers, criterion)
-        below = {n: layers[n] for n in self.memory.layers if n in layers and n != classified.layer}
+        below = {n: layers[n] for n in self._gated if n != classified.layer and n in observation.layers}
         weights = {name: weights_and_bias(layer) for name, layer in below.items()}
         sensitivity = output_sensitivity(model, samples, below, self._forward)
-        self._prepared = Preparation(classified.layer, classified.inputs, classified.targets, weights, sensitivity)
+        scale = {}
+        for name in below:
+            g, reference = self._gated[name], self.memory.layers[name].sharpness
+            if reference is not None:
+                through = partial(g.gate.through, memory=g.memory)
+                sharpness = self._sharpness(g.layer, observation.layers[name], sensitivity[name], through)
+                scale[name] = float((reference / sharpness.clamp_min(torch.finfo(sharpness.dtype).tiny)).clamp_max(1))
+        inputs, targets = classified.inputs, classified.targets
+        self._prepared = Preparation(classified.layer, inputs, targets, weights, sensitivity, scale)
         self.begin(self._samples, self._memory_size, self._epoch)
 
     def check_outputs(self, outputs: Any) -> None:
@@ -402,8 +414,17 @@ class PlasticityGate:
         self._drift.take_back()
         model = self._attached()
         layers = protected_layers(model, self.openness)
-        observation = self._observed(data, layers, criterion if self._measures_loss else None)
+        samples = data if isinstance(data, Samples) else Samples.of(data, self.consolidation_samples)
+        observation = self._observed(samples, layers, criterion if self._measures_loss else None)
+        first = not self.memory.consolidations
         self._remember(observation, layers, criterion)
+        if first and self.readout_step:
+            sensitivity = output_sensitivity(model, samples, layers, self._forward)
+            known = {}
+            for name, memory in self.memory.layers.items():
+                sharpness = self._sharpness(layers[name], observation.layers[name], sensitivity[name])
+                known[name] = replace(memory, sharpness=sharpness)
+            self.memory = replace(self.memory, layers=known)
         self.begin()
 
     def close(self) -> None:
@@ -621,6 +642,16 @@ class PlasticityGate:
             return observe(self._attached(), samples, layers, criterion, self.settings, self._forward)
         finally:
             self.listening = listening
+
+    @staticmethod
+    def _sharpness(
+        layer: GatedLayer,
+        seen: LayerObservation,
+        sensitivity: Tensor,
+        through: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Leading eigenvalue of the Gauss-Newton matrix in a layer's weights, with Kronecker factors, 0-dim."""
+        return len(layer.weight) * sensitivity * seen.rows * leading_eigenvalue(seen.inputs, through)
 
     def _remember(
         self,

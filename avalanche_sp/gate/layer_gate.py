@@ -34,9 +34,14 @@ class LayerGate:
     closed_leading: Tensor
 
     @classmethod
-    def of(cls, memory: LayerMemory, openness: float, gated_vectors: int) -> LayerGate:
-        """The gate of an openness, in units of the mean eigenvalue, that gates so many vectors in every step."""
+    def of(cls, memory: LayerMemory, openness: float, gated_vectors: int, scale: float = 1.0) -> LayerGate:
+        """The gate of an openness, in units of the mean eigenvalue, that gates so many vectors in every step.
+
+        What it lets through is multiplied by ``scale``, 0 to 1.
+        """
         closed, closed_rest = memory.closed(openness)
+        if scale < 1:
+            closed, closed_rest = 1 - scale * (1 - closed), 1 - scale * (1 - closed_rest)
         rest = float(closed_rest)
         first = max(len(closed) - gated_vectors, 0)
         more = closed - rest

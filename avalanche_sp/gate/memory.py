@@ -28,6 +28,8 @@ class LayerMemory:
         rough_anchor: all weights, at four bits each, for the penalty along the other directions; None without one.
         residual: (out, d), the mean gradient of the old loss at these weights; None if it is not known.
         class_sums, class_counts: of the readout's input vectors by class: (out, d) and (out,); None for other layers.
+        sharpness: leading eigenvalue of the Gauss-Newton matrix in the layer's weights at the end of the first
+            experience, without the loss's curvature, 0-dim; None if it was not measured.
         fed_by_data: True if no trained layer makes this layer's input.
     """
 
@@ -41,6 +43,7 @@ class LayerMemory:
     residual: Tensor | None = None
     class_sums: Tensor | None = None
     class_counts: Tensor | None = None
+    sharpness: Tensor | None = None
     fed_by_data: bool = False
 
     @classmethod

@@ -257,6 +257,8 @@ class Preparation:
         inputs, targets: the readout's inputs (n, d) and their classes (n,).
         weights: of the layers below, by name: (out, d).
         sensitivity: of the network's outputs to their outputs (:func:`output_sensitivity`).
+        scale: factors of what their gates let through, 0 to 1, so that the loss is no sharper than in the first
+            experience, which was trained without a gate.
     """
 
     layer: str
@@ -264,6 +266,7 @@ class Preparation:
     targets: Tensor
     weights: dict[str, Tensor]
     sensitivity: dict[str, Tensor]
+    scale: dict[str, float]
 
 
 def output_sensitivity(
