@@ -557,7 +557,7 @@ def test_an_iterable_of_more_samples_than_wanted_is_read_once_and_evenly():
     model[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     gate.consolidate(iter(DataLoader(TensorDataset(x, y), 16)), OneHotMSELoss())
     assert gate.memory.samples == 1280 and gate.memory.classes == len(y.unique())
-    used = torch.cat(seen[:-1])  # the last ones show which layers data feed
+    used = torch.cat(seen[:-2])  # the last ones show which layers data feed, and the outputs' sensitivity
     assert 50 < len(used) <= 100
     places = [int((x == image).flatten(1).all(1).nonzero()) for image in used]
     assert places == sorted(places) and max(b - a for a, b in zip(places, places[1:])) < 300 and places[-1] > 900

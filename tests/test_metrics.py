@@ -288,7 +288,7 @@ def test_eligibility_is_what_the_optimizers_gate_reads(split5, tmp_path):
 @pytest.mark.parametrize("openness_setting, claimed", [(1e-9, 20), (1e9, 0)])
 def test_gate_metrics_say_what_the_gate_did(split2, openness_setting, claimed):
     openness, surprise, rank, *_ = metrics = selective_plasticity_metrics()
-    plugin = SelectivePlasticityPlugin(openness=openness_setting, rank=20, pull_back=0)
+    plugin = SelectivePlasticityPlugin(openness=openness_setting, rank=20, pull_back=0, readout_step=False)
     strategy = train(split2, [plugin], metrics)
     assert set(openness.result()) == set(plugin.layers) == {"1", "3", "5"}
     for layer in plugin.layers:

@@ -353,7 +353,7 @@ class PlasticityGate:
             if reference is not None:
                 through = partial(g.gate.through, memory=g.memory)
                 sharpness = self._sharpness(g.layer, observation.layers[name], sensitivity[name], through)
-                scale[name] = float((reference / sharpness.clamp_min(torch.finfo(sharpness.dtype).tiny)).clamp_max(1))
+                scale[name] = float(reference / sharpness) if sharpness > reference else 1.0
         inputs, targets = classified.inputs, classified.targets
         self._prepared = Preparation(classified.layer, inputs, targets, weights, sensitivity, scale)
         self.begin(self._samples, self._memory_size, self._epoch)
