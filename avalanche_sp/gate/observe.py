@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 _BATCH = 512  # samples a forward pass
+_UNFOLDED = 16  # samples whose patches are laid out at a time
 _SENSITIVITY = 200  # samples of a sensitivity
 _QUADRATIC = 1e-3  # a loss is quadratic if its gradient is linear in the outputs to this precision
 
@@ -241,11 +242,16 @@ def _readout_loss(
 
 def some_inputs(layer: GatedLayer, x: Tensor, most: int) -> tuple[Tensor, int]:
     """A layer's input vectors (n, d), evenly spread over all, at most so many a sample; and the number for a weight."""
-    vectors = presynaptic(layer, x.float())
-    count, some = len(vectors), most * len(x)
-    if count > some:
-        vectors = vectors[torch.linspace(0, count - 1, some, device=x.device).long()]
-    return vectors, count // getattr(layer, "groups", 1)
+    each = len(presynaptic(layer, x[:1].float()))  # of a sample, or of a row of a flattened sequence
+    if each <= most:
+        vectors = presynaptic(layer, x.float())
+        return vectors, len(vectors) // getattr(layer, "groups", 1)
+    places, chosen = torch.linspace(0, each * len(x) - 1, most * len(x), device=x.device).long(), []
+    for first in range(0, len(x), _UNFOLDED):  # a convolution's patches of all samples would take much memory
+        part = presynaptic(layer, x[first : first + _UNFOLDED].float())
+        inside = (places >= first * each) & (places < first * each + len(part))
+        chosen.append(part[places[inside] - first * each])
+    return torch.cat(chosen), each * len(x) // getattr(layer, "groups", 1)
 
 
 @dataclass(frozen=True)
