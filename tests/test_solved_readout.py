@@ -183,3 +183,18 @@ def test_an_experience_is_no_sharper_than_the_first():
         gate.consolidate(TensorDataset(x, y), criterion)
     assert scales[0] == {} and all(0 < s["0"] <= 1 for s in scales[1:])
     assert min(s["0"] for s in scales[1:]) < 1
+
+
+def test_an_experience_that_was_interrupted_leaves_no_frozen_readout():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(13, 20), nn.ReLU(), nn.Linear(20, 6))
+    optimizer, criterion = torch.optim.SGD(model.parameters(), lr=0.05), OneHotMSELoss()
+    gate = PlasticityGate(model, optimizer)
+    x, y = samples(0, (0, 1))
+    gate.consolidate(TensorDataset(x, y), criterion)
+    gate.prepare(TensorDataset(*samples(1, (2, 3))), criterion)  # and never trained
+    gate.prepare(TensorDataset(x, y), criterion)  # no class is new: nothing is solved
+    before = weights_and_bias(model[2])
+    criterion(model(x), y).backward()
+    optimizer.step()
+    assert not torch.equal(weights_and_bias(model[2]), before)

@@ -256,7 +256,7 @@ class PlasticityGate:
                 "dropped, and nothing protects it.",
                 stacklevel=2,
             )
-            self.memory = Memory()
+            self.memory, self._prepared = Memory(), None
         self._model, self._optimizer = model, optimizer
         if self._loaded is not None:
             self.load_state_dict(self._loaded)
@@ -279,7 +279,7 @@ class PlasticityGate:
         """
         replays: Sequence[Samples] = ()
         if not isinstance(stored, int):
-            replays = [s if isinstance(s, Samples) else Samples.of(s, self.consolidation_samples) for s in stored]
+            replays = [self._samples_of(data) for data in stored]
             stored = sum(s.total for s in replays)
         for name, value, least in (("samples", samples, 1), ("stored", stored, 0), ("epoch", epoch, 0)):
             if value is not None and value < least:
@@ -334,11 +334,14 @@ class PlasticityGate:
         Args:
             data, criterion: as for :meth:`consolidate`, with the samples in the same order.
         """
+        if self._prepared is not None:  # an experience that was not consolidated
+            self._prepared = None
+            self.begin(self._samples, self._replays or self._memory_size, self._epoch)
         if not (self.active and self.readout_step and self.memory.layers) or self._stream or self._memory_size:
             return
         model = self._attached()
         layers = protected_layers(model, self.openness)
-        samples = data if isinstance(data, Samples) else Samples.of(data, self.consolidation_samples)
+        samples = self._samples_of(data)
         observation = self._observed(samples, layers, criterion)
         classified = observation.classified
         if classified is None or not self._is_solved_for(classified):
@@ -414,7 +417,7 @@ class PlasticityGate:
         self._drift.take_back()
         model = self._attached()
         layers = protected_layers(model, self.openness)
-        samples = data if isinstance(data, Samples) else Samples.of(data, self.consolidation_samples)
+        samples = self._samples_of(data)
         observation = self._observed(samples, layers, criterion if self._measures_loss else None)
         first = not self.memory.consolidations
         self._remember(observation, layers, criterion)
@@ -635,8 +638,12 @@ class PlasticityGate:
             default = max(default, int(s.readout_rank * inputs), min(s.readout_least, inputs) if told else 0)
         return value_of(per_layer("rank", self.rank, default), name)
 
-    def _observed(self, data, layers: Mapping[str, GatedLayer], criterion: Criterion | None) -> Observation:
-        samples = data if isinstance(data, Samples) else Samples.of(data, self.consolidation_samples)
+    def _samples_of(self, data: Dataset | Iterable[tuple[Any, Tensor]] | Samples) -> Samples:
+        return data if isinstance(data, Samples) else Samples.of(data, self.consolidation_samples)
+
+    def _observed(
+        self, samples: Samples, layers: Mapping[str, GatedLayer], criterion: Criterion | None
+    ) -> Observation:
         listening, self.listening = self.listening, False
         try:
             return observe(self._attached(), samples, layers, criterion, self.settings, self._forward)

@@ -47,11 +47,6 @@ class LayerGate:
         more = closed - rest
         return cls(closed, rest, more, memory.vectors[:, first:], more[first:])
 
-    @property
-    def claimed_rank(self) -> int:
-        """Number of kept directions along which the gate is at least half closed."""
-        return int((self.closed >= 0.5).sum())
-
     def held_activity(self, layer: GatedLayer, x: Tensor, delta: Tensor) -> Tensor:
         """The part held back of the gradient that input ``x`` and error ``delta`` make: (out, k)."""
         projection = project(layer, x, self.leading)

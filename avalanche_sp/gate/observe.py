@@ -169,27 +169,20 @@ def observe(
 
         return hook
 
-    device = next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            with _after_each(layers, recorder):
-                for x, y in samples.batches:
-                    x, y = _on(device, x), y.to(device)
-                    count += len(y)
-                    outputs = forward(model, x)
-                    if criterion is not None:
-                        check_outputs(outputs)
-                        curvature, name, error = output_derivatives(criterion, outputs, y, last)
-                        curvatures.append(curvature)
-                        errors.append((name, error))
-                        units.append(_masked_units(outputs, y, last))
-                        targets.append(y)
-            given = _fed_by_data(model, layers, _first(x, 2), forward)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with torch.no_grad(), _evaluation(model) as device:
+        with _after_each(layers, recorder):
+            for x, y in samples.batches:
+                x, y = _on(device, x), y.to(device)
+                count += len(y)
+                outputs = forward(model, x)
+                if criterion is not None:
+                    check_outputs(outputs)
+                    curvature, name, error = output_derivatives(criterion, outputs, y, last)
+                    curvatures.append(curvature)
+                    errors.append((name, error))
+                    units.append(_masked_units(outputs, y, last))
+                    targets.append(y)
+        given = _fed_by_data(model, layers, _first(x, 2), forward)
     for name, parts in inputs.items():
         if not torch.stack([part.square().sum() for part in parts]).sum().isfinite():
             raise FloatingPointError(
@@ -223,7 +216,7 @@ def _masked_units(
     if last is None or targets.dim() != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
         return None
     name, layer, made = last
-    if made.shape != outputs.shape or outputs.dim() != 2 or not all(p.requires_grad for p in layer.parameters()):
+    if not _is_readout(layer, made, outputs):
         return None
     own = (outputs == made).all(0)
     if not own.any() or int(targets.max()) >= outputs.shape[1] or int(targets.min()) < 0:
@@ -285,21 +278,14 @@ def output_sensitivity(
     curvature, ICML 2015), on some samples.
     """
     made: dict[str, Tensor] = {}
-    device = next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
-    inputs = _first(_on(device, next(iter(samples.batches))[0]), _SENSITIVITY)
-    try:
-        model.eval()
-        with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            with _after_each(layers, lambda name: lambda layer, args, output: made.update({name: output})):
-                outputs = forward(model, inputs)
-            signs = torch.randint(0, 2, outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs) * 2 - 1
-            made = {name: output for name, output in made.items() if output.requires_grad}
-            scalar = (outputs * signs).sum()
-            found = torch.autograd.grad(scalar, list(made.values()), allow_unused=True) if made else ()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with torch.enable_grad(), _evaluation(model) as device:
+        inputs = _first(_on(device, next(iter(samples.batches))[0]), _SENSITIVITY)
+        with _after_each(layers, lambda name: lambda layer, args, output: made.update({name: output})):
+            outputs = forward(model, inputs)
+        signs = torch.randint(0, 2, outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs) * 2 - 1
+        made = {name: output for name, output in made.items() if output.requires_grad}
+        scalar = (outputs * signs).sum()
+        found = torch.autograd.grad(scalar, list(made.values()), allow_unused=True) if made else ()
     squares = {name: g.square().mean() for name, g in zip(made, found) if g is not None}
     return {name: squares.get(name, torch.zeros((), device=device)) for name in layers}
 
@@ -335,7 +321,7 @@ def output_derivatives(
     if last is None:
         return curvature, None, outputs
     name, layer, made = last
-    if made.shape != outputs.shape or outputs.dim() != 2 or not all(p.requires_grad for p in layer.parameters()):
+    if not _is_readout(layer, made, outputs):
         return curvature, None, outputs
     kept = (outputs == made).all(0)  # the others are masked: Avalanche's incremental heads do it
     nothing, error, twice = (_gradient(criterion, scale * outputs, targets) for scale in (0.0, 1.0, 2.0))
@@ -361,6 +347,25 @@ def _fed_by_data(model: nn.Module, layers: Mapping[str, GatedLayer], inputs: Any
     with torch.enable_grad(), _after_each(layers, note):
         forward(model, inputs)
     return {name for name, is_given in given.items() if is_given}
+
+
+def _is_readout(layer: GatedLayer, made: Tensor, outputs: Tensor) -> bool:
+    """Whether what a layer made has the shape of the network's outputs (n, out), and the whole layer is trained."""
+    return made.shape == outputs.shape and outputs.dim() == 2 and all(p.requires_grad for p in layer.parameters())
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[torch.device]:
+    """Puts the network into evaluation mode, leaves the global random state alone, and gives the network's device."""
+    device = next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield device
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager

@@ -202,8 +202,12 @@ def readout_loss(
     weights: Tensor, samples: Sequence[ReadoutSamples], criterion: Callable[[Tensor, Tensor], Tensor]
 ) -> float:
     """The loss of a readout's weights (out, d) on samples, weighted, summed."""
-    outputs = (torch.where(s.masked.isnan(), s.inputs @ weights.T, s.masked) for s in samples)
-    return sum(s.weight * float(criterion(z, s.targets)) for s, z in zip(samples, outputs))
+    return sum(s.weight * float(criterion(_outputs(s.inputs, weights, s.masked), s.targets)) for s in samples)
+
+
+def _outputs(inputs: Tensor, weights: Tensor, masked: Tensor) -> Tensor:
+    """The network's outputs (n, out) from the readout's inputs (n, d) and weights (out, d)."""
+    return torch.where(masked.isnan(), inputs @ weights.T, masked)
 
 
 @torch.no_grad()
@@ -254,7 +258,7 @@ def solve_readout(
             search.zero_grad()
             value = 0.5 * strength * (units @ white.T).square().sum()
             for x, y, weight in parts:
-                value = value + weight * criterion(torch.where(new.masked.isnan(), x @ units.T, new.masked), y)
+                value = value + weight * criterion(_outputs(x, units, new.masked), y)
             value.backward()
             return value
 
