@@ -44,7 +44,7 @@ from avalanche_sp.gate.observe import (
 )
 from avalanche_sp.gate.penalty import Drift, Gated
 from avalanche_sp.gate.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
-from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples, drifted, readout_loss, solve_readout
+from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples, drifted, solve_readout
 from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.settings import Settings
 from avalanche_sp.gate.stream import StreamWatch
@@ -121,7 +121,7 @@ class PlasticityGate:
             layer a tenth of its inputs, if that is more). A float below 1 keeps as many as have that share of the
             energy, the second moment's trace; only if boundaries are told.
         consolidation_samples: samples of an experience that are run through the network at its end, evenly spread over
-            it, 1 or more (default 5000).
+            it, 1 or more (default 2000).
         consolidate: ``"experience"`` (default): :meth:`consolidate` is called at the end of every experience.
             ``"surprise"``: at a change of the stream's loss or inputs. ``"continuous"``: every 4096 samples. The last
             two need :meth:`observe` in every step.
@@ -158,7 +158,7 @@ class PlasticityGate:
         openness: PerLayer[float] = 0.5,
         pull_back: PerLayer[float] = 1.0,
         rank: PerLayer[float] | None = None,
-        consolidation_samples: int = 5000,
+        consolidation_samples: int = 2000,
         consolidate: Literal["experience", "surprise", "continuous"] = "experience",
         detector: ChangeDetector | None = None,
         readout_step: bool = True,
@@ -606,6 +606,8 @@ class PlasticityGate:
 
     @torch.no_grad()
     def _gate_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        for parameter in self._frozen:
+            parameter.grad = None  # not zero: a step on zeros still follows momentum and decays weights
         # A GradScaler leaves it to fused optimizers to unscale the gradients.
         scale = getattr(optimizer, "grad_scale", None)
         for name, g in self._gated.items():
@@ -618,8 +620,6 @@ class PlasticityGate:
                 new_units = len(g.layer.weight) - len(penalty)
                 gate_gradient(g.layer, F.pad(-penalty, (0, 0, 0, new_units)), g.memory.vectors)
             self._drift.add_gradient_beyond(name, scale)
-        for parameter in self._frozen:
-            parameter.grad = None  # not zero: a step on zeros still follows momentum and decays weights
         if self._drift.is_looking:
             named = self._attached().named_parameters()
             self._trained.update(name for name, p in named if p.grad is not None)
@@ -706,21 +706,15 @@ class PlasticityGate:
     def _solve(
         self, samples: ReadoutSamples, layers: Mapping[str, GatedLayer], merged: LayerMemory, criterion: Criterion
     ) -> bool:
-        """Solves the readout, unless stored samples have trained it to a lower loss on them and on new samples."""
-        layer, old = layers[samples.layer], self.memory.layers[samples.layer]
-        shown, trained = [samples], weights_and_bias(layer)
+        """Solves the readout, on stored samples also; False if these do not all reach the same one."""
+        layer, old, stored = layers[samples.layer], self.memory.layers[samples.layer], []
         for replayed in self._replays:
-            stored = self._observed(replayed, {samples.layer: layer}, criterion).classified
-            if stored is None:  # several heads, for instance
+            seen = self._observed(replayed, {samples.layer: layer}, None).classified
+            if seen is None:  # several heads, for instance
                 return False
-            shown.append(replace(stored, weight=old.samples * replayed.total / self._memory_size))
-        solve_readout(layer, samples, old, merged, criterion, self.settings)
-        if len(shown) == 1 or readout_loss(weights_and_bias(layer), shown, criterion) < readout_loss(
-            trained, shown, criterion
-        ):
-            return True
-        set_weights(layer, trained)
-        return False
+            stored.append(seen)
+        solve_readout(layer, samples, old, merged, criterion, self.settings, stored, self.trust if stored else 0)
+        return True
 
     def _follow_drift(self, observation: Observation, layers: Mapping[str, GatedLayer]) -> None:
         """Moves the memory of the readout's old inputs as far as the layers below have moved them.

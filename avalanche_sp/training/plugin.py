@@ -41,7 +41,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         rank: eigenvectors kept a layer, 1 or more, or a share of the energy below 1 (default 48, or 64 if the plugin
             finds the boundaries; at the last layer a tenth of its inputs, if that is more).
         consolidation_samples: samples of an experience, evenly spread over it, that are run through the network at its
-            end, 1 or more (default 5000).
+            end, 1 or more (default 2000).
         consolidate: ``"experience"`` (default): at the end of every experience. ``"surprise"``: at a change of the
             stream's loss or inputs. ``"continuous"``: every 4096 samples. The last two need no boundaries: experiences
             may be of any length, as Avalanche's online streams' are (``docs/boundaries.md``).
@@ -77,7 +77,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         openness: PerLayer[float] = 0.5,
         pull_back: PerLayer[float] = 1.0,
         rank: PerLayer[float] | None = None,
-        consolidation_samples: int = 5000,
+        consolidation_samples: int = 2000,
         consolidate: Literal["experience", "surprise", "continuous"] = "experience",
         detector: ChangeDetector | None = None,
         readout_step: bool = True,
