@@ -10,14 +10,12 @@ from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-from unittest import mock
 
 import torch
 from avalanche.models import DynamicModule
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
-from avalanche_sp.gate import PlasticityGate
 from avalanche_sp.training.plugin import SelectivePlasticityPlugin, _forward
 from avalanche_sp.training.replay import SpreadBatches
 
@@ -44,8 +42,8 @@ class DendritesPlugin(SupervisedPlugin):
         grow: ``"experience"`` (default): each experience but the first begins with a dendrite more on every layer.
             ``"plateau"``: perforatedai decides on the accuracy on held-out samples after every epoch but an
             experience's last. It restores the weights of the experience's best epoch and adds a dendrite.
-        activation: f (default ``torch.tanh``). The package's own default is ``torch.sigmoid``, which is 0.5 on the inputs
-            of earlier experiences, so that each t moves their outputs (``docs/dendrites.md``).
+        activation: f (default ``torch.tanh``). The package's own default, ``torch.sigmoid``, is 0.5 on the inputs of
+            earlier experiences, so that each t moves their outputs (``docs/dendrites.md``).
         most: dendrites of a layer, at most, 1 or more (default 5).
         patience: epochs without a better accuracy after which a dendrite is added, 1 or more (default 1). For
             ``"plateau"``.
@@ -218,9 +216,11 @@ class DendritesPlugin(SupervisedPlugin):
         globals_, working = _package().globals_perforatedai, os.getcwd()
         others = globals_.pc, globals_.pai_tracker
         globals_.pc, globals_.pai_tracker = self._config, self._tracker
+        debugger = pdb.set_trace
+        pdb.set_trace = _refuse  # type: ignore[assignment]
         os.chdir(folder)
         try:
-            with open("log.txt", "a") as log, redirect_stdout(log), mock.patch.object(pdb, "set_trace", _refuse):
+            with open("log.txt", "a") as log, redirect_stdout(log):
                 yield folder
             self._tracker = globals_.pai_tracker
         except (_Asked, SystemExit) as error:
@@ -228,6 +228,7 @@ class DendritesPlugin(SupervisedPlugin):
             raise RuntimeError(f"perforatedai would ask for a debugger or end the process. It says: {said}") from error
         finally:
             os.chdir(working)
+            pdb.set_trace = debugger
             globals_.pc, globals_.pai_tracker = others
 
 

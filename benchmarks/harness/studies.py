@@ -230,8 +230,8 @@ PUBLISHED = {
 # dendrites.
 _PUBLISHED_DENDRITES = (
     *_rows("legacy-adam legacy-adam-replay legacy-dendrites legacy-dendrites-replay legacy-sp legacy-sp-dendrites"),
-    _set({"patience": 1.0}, "legacy-dendrites", "legacy-dendrites, added after an epoch without gain"),
-    _set({"patience": 1.0}, "legacy-dendrites-replay", "legacy-dendrites-replay, added after an epoch without gain"),
+    _set({"patience": 1.0}, "legacy-dendrites", "legacy-dendrites-added"),
+    _set({"patience": 1.0}, "legacy-dendrites-replay", "legacy-dendrites-replay-added"),
 )
 _WITH_DENDRITES = {"sp-dendrites": "sp", "dendrites": "naive-sgd"}
 _WITH_DENDRITES |= {"sp-dendrites-replay": "sp-replay-sgd", "dendrites-replay": "replay-joint"}
@@ -240,8 +240,8 @@ _WITH_DENDRITES |= {"sp-dendrites-replay": "sp-replay-sgd", "dendrites-replay": 
 def _dendrites(title: str, tasks: int, wider: str, **settings) -> Study:
     rows = []
     for name, alone in _WITH_DENDRITES.items():
-        rows += [Row(alone), Row(name), Row(alone, f"{alone}, wider", None, {"network": wider})]
-    rows.append(_set({"sigmoid": 1.0}, "sp-dendrites", "sp-dendrites, sigmoid"))
+        rows += [Row(alone), Row(name), Row(alone, f"{alone}-wider", None, {"network": wider})]
+    rows.append(_set({"sigmoid": 1.0}, "sp-dendrites", "sp-dendrites-sigmoid"))
     return Study(title, _split(tasks, **settings), rows)
 
 
