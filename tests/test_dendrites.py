@@ -12,6 +12,7 @@ from torch import nn
 
 from avalanche_sp import SelectivePlasticityPlugin
 from avalanche_sp.dendrites import DendritesPlugin
+from harness.networks import build_network
 from harness.run import execute
 from harness.settings import Run
 
@@ -42,6 +43,19 @@ def trained(split, plugins, experiences=2, **settings):
     for experience in split.train_stream[:experiences]:
         strategy.train(experience)
     return strategy
+
+
+def test_a_network_without_a_dendrite_has_twice_the_parameters(package, split2):
+    """The published number of parameters (docs/dendrites.md)."""
+    model, counts = build_network("256-256"), []
+    counts.append(len(weights(model)))
+    strategy = strategy_of(model, [plugin := DendritesPlugin(readout=True)])
+    strategy.train(split2.train_stream[0])
+    counts.append(len(weights(model)))
+    assert plugin.dendrites(model) == {"1": 0, "3": 0, "5": 0}
+    strategy.train(split2.train_stream[1])
+    tops = 256 + 256 + 10
+    assert counts == [269322, 538644] and len(weights(model)) == 3 * 269322 + tops
 
 
 def test_dendrites_between_two_experiences_are_gated_and_keep_the_first(package, split2):
