@@ -16,6 +16,7 @@ from avalanche.models import DynamicModule
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from avalanche_sp.gate import PlasticityGate
 from avalanche_sp.training.plugin import SelectivePlasticityPlugin, _forward
 from avalanche_sp.training.replay import SpreadBatches
 
@@ -55,8 +56,8 @@ class DendritesPlugin(SupervisedPlugin):
 
     Raises:
         ImportError: at construction, if perforatedai is not installed.
-        ValueError: at construction for an argument out of range; at ``train`` for a model without a layer for
-            dendrites, and for a folder in use.
+        ValueError: at construction for an argument out of range; at ``train`` for a model without a layer for dendrites
+            or with those of another plugin, for a folder in use, and for a gate that finds the boundaries itself.
         RuntimeError: at ``train`` if the package would ask something or end the process; with its message.
 
     Example::
@@ -102,6 +103,15 @@ class DendritesPlugin(SupervisedPlugin):
     # Avalanche's callbacks, in the order of training.
 
     def before_training(self, strategy, **kwargs):
+        allowed = "allowed with dendrites: 'experience'"
+        for gate in _gates(strategy):
+            if gate.boundaries != "experience":
+                raise ValueError(f"Invalid consolidate value: {gate.boundaries!r} ({allowed})")
+        if bool(self.dendrites(strategy.model)) != (self._tracker is not None):
+            raise ValueError(
+                "Invalid model: it has the dendrites of another plugin, or this plugin has those of another model "
+                "(allowed: one plugin for each model)"
+            )
         if self._tracker is None:
             self._perforate(strategy.model)
 
@@ -170,9 +180,8 @@ class DendritesPlugin(SupervisedPlugin):
 
     def _score(self, strategy, accuracy: float) -> None:
         """Gives the package an accuracy in percent. If it changes the network, the optimizer and the gates follow."""
-        model, before = strategy.model, self.dendrites(strategy.model)
-        gates = [p.gate for p in strategy.plugins if isinstance(p, SelectivePlasticityPlugin)]
-        for gate in gates:
+        model = strategy.model
+        for gate in _gates(strategy):
             gate.finish_steps()
         with self._in_place():
             self._tracker.set_optimizer_instance(strategy.optimizer)
@@ -182,14 +191,14 @@ class DendritesPlugin(SupervisedPlugin):
             return
         strategy.make_optimizer(remove_params=True)
         for name, count in self.dendrites(model).items():
-            for number in range(before[name], count):
-                for gate in gates:
+            for number in range(self._old[name], count):
+                for gate in _gates(strategy):
                     gate.inherit(f"{name}.dendrite_module.layers.{number}", f"{name}.main_module")
         self._hold_old(strategy)
 
     def _hold_old(self, strategy) -> None:
         """Freezes the weights t of earlier experiences' dendrites, which share a tensor with those of new ones."""
-        if any(isinstance(p, SelectivePlasticityPlugin) and p.gate.memory.layers for p in strategy.plugins):
+        if any(gate.memory.layers for gate in _gates(strategy)):
             for name, count in self._old.items():
                 module = strategy.model.get_submodule(name)
                 if count and module.dendrite_modules_added > count:
@@ -230,6 +239,10 @@ class DendritesPlugin(SupervisedPlugin):
             os.chdir(working)
             pdb.set_trace = debugger
             globals_.pc, globals_.pai_tracker = others
+
+
+def _gates(strategy) -> list[PlasticityGate]:
+    return [plugin.gate for plugin in strategy.plugins if isinstance(plugin, SelectivePlasticityPlugin)]
 
 
 class _ForwardHooks:

@@ -186,6 +186,15 @@ def test_a_model_without_a_layer_for_dendrites_is_refused(package, split2):
         strategy_of(nn.Linear(784, 10), [DendritesPlugin()]).train(split2.train_stream[0])
 
 
+def test_a_plugin_has_one_model_and_a_gate_that_is_told_the_boundaries(package, split2):
+    strategy = trained(split2, [plugin := DendritesPlugin()], 1)
+    for model, plugins in ((mlp(), [plugin]), (strategy.model, [DendritesPlugin()])):
+        with pytest.raises(ValueError, match="Invalid model"):
+            strategy_of(model, plugins).train(split2.train_stream[0])
+    with pytest.raises(ValueError, match="Invalid consolidate value: 'continuous'"):
+        trained(split2, [DendritesPlugin(), SelectivePlasticityPlugin(consolidate="continuous")])
+
+
 def test_convolutions_get_dendrites_and_growing_heads_do_not(package, split2):
     torch.manual_seed(0)
     head = IncrementalClassifier(8 * 49, 2)
