@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from avalanche_sp.gate.consolidate import consolidate
+from avalanche_sp.gate.consolidate import consolidate, inherited
 from avalanche_sp.gate.detection import ChangeDetector, RunningSurprise, page_hinkley
 from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layer_gate import LayerGate, StreamStatistics
@@ -291,9 +291,7 @@ class PlasticityGate:
         memory, s = self.memory, self.settings
         self._stored = StoredSamples(stored / max(memory.classes, 1), s)
         if self._stream is None:
-            self._drift.take_back()
-            self._drift.steps = 0
-            self._drift.forget()
+            self.finish_steps()
             ratio = memory.samples / samples if samples is not None else memory.consolidations
         else:  # an epoch may be a mini-batch, and nothing ends with it
             ratio = memory.consolidations  # the next experience is as long as those so far, for all we know
@@ -431,6 +429,33 @@ class PlasticityGate:
                 known[name] = replace(memory, sharpness=sharpness)
             self.memory = replace(self.memory, layers=known)
         self.begin()
+
+    def finish_steps(self) -> None:
+        """Takes back the gated part of the last updates. Call it before other weights are put into the model."""
+        self._drift.take_back()
+        self._drift.steps = 0
+        self._drift.forget()
+
+    def inherit(self, name: str, like: str) -> None:
+        """Gates a layer that was added to the model, which shares its input with another layer.
+
+        The new layer takes over the memory of the other one's inputs, with its own present weights as the anchor. If
+        the other layer has no memory, there is nothing to inherit.
+
+        Args:
+            name, like: names of the new layer and of the other one.
+
+        Raises:
+            ValueError: ``name`` is no layer that can be gated.
+        """
+        if like not in self.memory.layers:
+            return
+        layer = gated_layers(self._attached()).get(name)
+        if layer is None:
+            raise ValueError(f"Invalid name value: {name!r} (allowed: a trainable nn.Linear or nn.Conv2d layer)")
+        self.memory = replace(
+            self.memory, layers={**self.memory.layers, name: inherited(self.memory.layers[like], layer)}
+        )
 
     def close(self) -> None:
         """Takes all hooks off the model and the optimizer. The memory stays."""

@@ -23,6 +23,8 @@ NETWORKS = {
     "400-400": "MLP 784-400-400-10",
     "1000-1000": "MLP 784-1000-1000-10",
     "1000": "MLP 784-1000-10",
+    "436-436": "MLP 784-436-436-10",
+    "827-827": "MLP 784-827-827-10",
     "cnn": "CNN of two convolutions (16 and 32 channels) and a linear layer",
 }
 STRATEGIES = tuple(ABOUT)[: list(ABOUT).index("joint") + 1]  # a comparison's, unless others are asked for
