@@ -15,7 +15,7 @@ from avalanche_sp.gate.layers import gated_layers
 from avalanche_sp.gate.per_layer import PerLayer
 from avalanche_sp.optim import SelectivePlasticityOptimizer
 from avalanche_sp.training.consolidation import ConsolidatedEligibility
-from avalanche_sp.training.replay import memories_of, samples_of, stored_rows
+from avalanche_sp.training.replay import is_mixture, memories_of, samples_of, stored_rows
 
 __all__ = ["SelectivePlasticityPlugin"]
 
@@ -102,6 +102,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         """Training iterations after which the plugin consolidated; with "surprise" the boundaries that it found."""
         self._eligibility = ConsolidatedEligibility()
         self._steps = 0  # of the present experience
+        self._told_of_mixture = False
 
     @property
     def layers(self) -> Mapping[str, LayerMemory]:
@@ -133,6 +134,13 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     def before_training_epoch(self, strategy, **kwargs):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
         limit = self.gate.consolidation_samples
+        if is_mixture(strategy) and self.gate.memory.layers and not self._told_of_mixture:
+            self._told_of_mixture = True
+            warnings.warn(
+                f"selective plasticity: {type(strategy).__name__} mixes stored samples with those of the experience, so "
+                "the plugin doesn't know which are new. It gates none of them.",
+                stacklevel=2,
+            )
         stored = [samples_of(memory, limit) for memory in memories_of(strategy)]
         epoch = strategy.clock.train_exp_epochs
         self.gate.begin(len(strategy.experience.dataset), stored, epoch)
