@@ -14,7 +14,7 @@ from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layer_gate import LayerGate
 from avalanche_sp.gate.layers import weights_and_bias
 from avalanche_sp.gate.memory import LayerMemory
-from avalanche_sp.gate.readout import ReadoutSamples, class_sums, drift_map, pseudo_samples
+from avalanche_sp.gate.readout import ReadoutSamples, class_sums, drifted, pseudo_samples
 
 from conftest import accuracy, mlp, sliced, strategy_of
 
@@ -38,7 +38,7 @@ def remembered(x, y, rank=13):
 
 def test_pseudo_samples_have_the_class_means_and_the_covariance_within_classes():
     x, y = samples(0, (1, 2, 5))
-    drawn, classes = pseudo_samples(remembered(x, y), 3000)
+    drawn, classes = pseudo_samples(remembered(x, y), 3000, torch.eye(13))
     assert set(classes.tolist()) == {1, 2, 5}
     means = torch.stack([x[y == c].mean(0) for c in range(6) if (y == c).any()])
     ours = torch.stack([drawn[classes == c].mean(0) for c in (1, 2, 5)])
@@ -51,19 +51,28 @@ def test_pseudo_samples_have_the_class_means_and_the_covariance_within_classes()
 def test_a_memory_that_moves_is_that_of_the_moved_inputs():
     x, y = samples(0, (0, 3))
     drift = torch.eye(13) + 0.2 * torch.randn(13, 13, generator=torch.Generator().manual_seed(3))
-    ours, expected = remembered(x, y).moved(drift), remembered(x @ drift, y)
+    ours, expected = remembered(x, y).moved(lambda rows: rows @ drift), remembered(x @ drift, y)
     torch.testing.assert_close(ours.eigenvalues, expected.eigenvalues, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(ours.class_sums, expected.class_sums, atol=1e-2, rtol=1e-3)
     torch.testing.assert_close(ours.mean_eigenvalue, expected.mean_eigenvalue, atol=1e-4, rtol=1e-3)
 
 
-def test_the_map_of_a_linear_drift_is_found_and_its_share_scales_it():
+def test_a_linear_drift_is_found_and_its_share_scales_it():
     x, _ = samples(0, (0, 3))
     drift = torch.eye(13) + 0.1 * torch.randn(13, 13, generator=torch.Generator().manual_seed(3))
     exact = replace(SETTINGS, drift_ridge=1e-9)
-    torch.testing.assert_close(drift_map(x, x @ drift, 1.0, exact).float(), drift, atol=1e-3, rtol=1e-3)
-    half = drift_map(x, x @ drift, 0.5, exact).float()
-    torch.testing.assert_close(half, (drift + torch.eye(13)) / 2, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(drifted(x, x, x @ drift, torch.eye(13), 1.0, exact), x @ drift, atol=1e-3, rtol=1e-3)
+    half = drifted(x, x, x @ drift, torch.eye(13), 0.5, exact)
+    torch.testing.assert_close(half, (x + x @ drift) / 2, atol=1e-3, rtol=1e-3)
+
+
+def test_the_drift_is_the_ridge_regression_of_the_changes():
+    (x, _), (old, _) = samples(0, (0, 3)), samples(1, (1,), 9)
+    after = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    ridge = SETTINGS.drift_ridge * x.square().sum() / 13
+    change = torch.linalg.solve(x.T @ x + ridge * torch.eye(13), x.T @ (after - x))
+    ours = drifted(old, x, after, torch.eye(13), 0.7, SETTINGS)
+    torch.testing.assert_close(ours, old + 0.7 * old @ change, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations([(0, 1), (2, 3), (4, 5)]))[::2], ids=str)

@@ -23,6 +23,7 @@ def consolidate(
     memory: Memory,
     observation: Observation,
     layers: Mapping[str, GatedLayer],
+    merged: Mapping[str, LayerMemory],
     rank_of: Callable[[str, int, bool], float],
     remembers_weights: Collection[str],
     settings: Settings,
@@ -34,13 +35,14 @@ def consolidate(
 
     Args:
         layers: the network's gated layers by name; their weights become the anchors.
+        merged: second moments that are merged already, by layer.
         rank_of: eigenvectors to keep, by layer name, number of inputs, and whether the layer is called last.
         remembers_weights: the layers whose weights are remembered along all directions, at four bits each.
         stored: losses of stored samples in the readout's weights; None takes no step of the readout.
         trust: the share of the old loss that stored samples stand for, 0 to 1.
         damping: of the readout's step.
     """
-    merged, last = dict(memory.layers), next(reversed(observation.layers), None)
+    remembered, last = dict(memory.layers), next(reversed(observation.layers), None)
     for name, seen in observation.layers.items():
         layer, old, residual = layers[name], memory.layers.get(name), None
         readout = observation.readout
@@ -53,11 +55,11 @@ def consolidate(
             if old is not None and old.class_sums is not None and old.class_counts is not None:
                 sums, counts = _sum(old.class_sums, sums), _sum(old.class_counts, counts)
         inputs = seen.inputs.shape[1]
-        new = (old or LayerMemory.empty(inputs, seen.inputs)).merged(
+        new = merged.get(name) or (old or LayerMemory.empty(inputs, seen.inputs)).merged(
             seen.inputs, observation.samples, seen.rows, rank_of(name, inputs, name == last), seen.mean_eigenvalue
         )
         keeps_weights = name in remembers_weights and new.vectors.shape[1] < inputs
-        merged[name] = replace(
+        remembered[name] = replace(
             new,
             anchor=along(layer, new.vectors),
             rough_anchor=PackedRows.of(weights_and_bias(layer)) if keeps_weights else None,
@@ -69,7 +71,7 @@ def consolidate(
         )
     old_samples, samples = memory.samples, observation.samples
     return Memory(
-        merged,
+        remembered,
         (old_samples * memory.curvature + samples * observation.curvature) / (old_samples + samples),
         memory.classes + observation.classes,
         memory.consolidations + 1,

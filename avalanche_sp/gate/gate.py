@@ -29,7 +29,7 @@ from avalanche_sp.gate.layers import (
     ungated_modules,
     weights_and_bias,
 )
-from avalanche_sp.gate.memory import Memory
+from avalanche_sp.gate.memory import LayerMemory, Memory
 from avalanche_sp.gate.observe import (
     Criterion,
     Forward,
@@ -40,10 +40,11 @@ from avalanche_sp.gate.observe import (
     check_outputs,
     observe,
     output_sensitivity,
+    some_rows,
 )
 from avalanche_sp.gate.penalty import Drift, Gated
 from avalanche_sp.gate.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
-from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples, drift_map, readout_loss, solve_readout
+from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples, drifted, readout_loss, solve_readout
 from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.settings import Settings
 from avalanche_sp.gate.stream import StreamWatch
@@ -342,14 +343,15 @@ class PlasticityGate:
         model = self._attached()
         layers = protected_layers(model, self.openness)
         samples = self._samples_of(data)
-        observation = self._observed(samples, layers, criterion)
+        observation = self._observed(samples, layers, None)
         classified = observation.classified
         if classified is None or not self._is_solved_for(classified):
             return
-        self._solve(classified, layers, criterion)
+        merged = self._merged(classified)
+        self._solve(classified, layers, merged, criterion)
         below = {n: layers[n] for n in self._gated if n != classified.layer and n in observation.layers}
         weights = {name: weights_and_bias(layer) for name, layer in below.items()}
-        sensitivity = output_sensitivity(model, samples, below, self._forward)
+        sensitivity = output_sensitivity(model, observation.inputs, below, self._forward)
         scale = {}
         for name in below:
             g, reference = self._gated[name], self.memory.layers[name].sharpness
@@ -358,7 +360,7 @@ class PlasticityGate:
                 sharpness = self._sharpness(g.layer, observation.layers[name], sensitivity[name], through)
                 scale[name] = float(reference / sharpness) if sharpness > reference else 1.0
         inputs, targets = classified.inputs, classified.targets
-        self._prepared = Preparation(classified.layer, inputs, targets, weights, sensitivity, scale)
+        self._prepared = Preparation(classified.layer, inputs, targets, merged.vectors, weights, sensitivity, scale)
         self.begin(self._samples, self._memory_size, self._epoch)
 
     def check_outputs(self, outputs: Any) -> None:
@@ -422,7 +424,7 @@ class PlasticityGate:
         first = not self.memory.consolidations
         self._remember(observation, layers, criterion)
         if first and self.readout_step:
-            sensitivity = output_sensitivity(model, samples, layers, self._forward)
+            sensitivity = output_sensitivity(model, observation.inputs, layers, self._forward)
             known = {}
             for name, memory in self.memory.layers.items():
                 sharpness = self._sharpness(layers[name], observation.layers[name], sensitivity[name])
@@ -635,7 +637,7 @@ class PlasticityGate:
         s, told = self.settings, self.boundaries == "experience"
         default = s.rank if told else s.stream_rank
         if is_last:
-            default = max(default, int(s.readout_rank * inputs), min(s.readout_least, inputs) if told else 0)
+            default = max(default, min(s.readout_rank, inputs) if told else 0)
         return value_of(per_layer("rank", self.rank, default), name)
 
     def _samples_of(self, data: Dataset | Iterable[tuple[Any, Tensor]] | Samples) -> Samples:
@@ -658,7 +660,7 @@ class PlasticityGate:
         through: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Leading eigenvalue of the Gauss-Newton matrix in a layer's weights, with Kronecker factors, 0-dim."""
-        return len(layer.weight) * sensitivity * seen.rows * leading_eigenvalue(seen.inputs, through)
+        return len(layer.weight) * sensitivity * seen.rows * leading_eigenvalue(some_rows(seen.inputs), through)
 
     def _remember(
         self,
@@ -672,14 +674,16 @@ class PlasticityGate:
             name for name in layers if self.boundaries != "continuous" and value_of(self.pull_back, name) > 0
         }
         classified, losses, solved = observation.classified, None, False
+        merged: dict[str, LayerMemory] = {}
         newton = observation.readout is not None and self._memory_size > 0
         if classified is not None and criterion is not None and not newton and self._is_solved_for(classified):
             self._follow_drift(observation, layers)
-            solved = self._solve(classified, layers, criterion)
+            merged = {classified.layer: self._merged(classified)}
+            solved = self._solve(classified, layers, merged[classified.layer], criterion)
         if self.readout_step and not solved:
             losses = self._stored_losses(observation, layers, criterion)
         self.memory = consolidate(
-            self.memory, observation, layers, self.rank_of, remembers, self.settings, losses, self.trust, damping
+            self.memory, observation, layers, merged, self.rank_of, remembers, self.settings, losses, self.trust, damping
         )
         self._prepared = None
         self._drift.forget()
@@ -694,7 +698,14 @@ class PlasticityGate:
         known = old.class_counts.nonzero().flatten()
         return bool((~torch.isin(samples.targets, known)).any())
 
-    def _solve(self, samples: ReadoutSamples, layers: Mapping[str, GatedLayer], criterion: Criterion) -> bool:
+    def _merged(self, samples: ReadoutSamples) -> LayerMemory:
+        """The readout's memory with that of an experience."""
+        rank = self.rank_of(samples.layer, samples.inputs.shape[1], True)
+        return self.memory.layers[samples.layer].merged(samples.inputs, int(samples.weight), 1.0, rank)
+
+    def _solve(
+        self, samples: ReadoutSamples, layers: Mapping[str, GatedLayer], merged: LayerMemory, criterion: Criterion
+    ) -> bool:
         """Solves the readout, unless stored samples have trained it to a lower loss on them and on new samples."""
         layer, old = layers[samples.layer], self.memory.layers[samples.layer]
         shown, trained = [samples], weights_and_bias(layer)
@@ -703,8 +714,7 @@ class PlasticityGate:
             if stored is None:  # several heads, for instance
                 return False
             shown.append(replace(stored, weight=old.samples * replayed.total / self._memory_size))
-        rank = self.rank_of(samples.layer, samples.inputs.shape[1], True)
-        solve_readout(layer, samples, old, rank, criterion, self.settings)
+        solve_readout(layer, samples, old, merged, criterion, self.settings)
         if len(shown) == 1 or readout_loss(weights_and_bias(layer), shown, criterion) < readout_loss(
             trained, shown, criterion
         ):
@@ -721,17 +731,18 @@ class PlasticityGate:
         prepared, now = self._prepared, observation.classified
         if prepared is None or now is None or not torch.equal(prepared.targets, now.targets):
             return
-        old = new = torch.zeros((), dtype=torch.float64, device=now.inputs.device)
+        old = new = now.inputs.new_zeros(())
         for name, before in prepared.weights.items():
             memory, seen = self.memory.layers[name], observation.layers[name]
-            change = (weights_and_bias(layers[name])[: len(before)] - before).double()
-            along, inputs = change @ memory.vectors.double(), seen.inputs.double()
+            change = weights_and_bias(layers[name])[: len(before)] - before
+            along, inputs = change @ memory.vectors, some_rows(seen.inputs)
             of_rest = (change.square().sum() - along.square().sum()).clamp_min(0) * memory.rest
             scale = prepared.sensitivity[name] * seen.rows
             old = old + scale * ((along.square() * memory.eigenvalues).sum() + of_rest)
             new = new + scale * (inputs @ change.T).square().sum() / len(inputs)
         share = float((old / new.clamp_min(torch.finfo(new.dtype).tiny)).sqrt().clamp(0, 1))
-        moved = self.memory.layers[now.layer].moved(drift_map(prepared.inputs, now.inputs, share, self.settings))
+        memory, basis = self.memory.layers[now.layer], prepared.vectors
+        moved = memory.moved(lambda rows: drifted(rows, prepared.inputs, now.inputs, basis, share, self.settings))
         self.memory = replace(self.memory, layers={**self.memory.layers, now.layer: moved})
 
     def _warn_of_ungated(self, layers: Mapping[str, GatedLayer]) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "ungated_modules",
     "trained_parameters",
     "presynaptic",
+    "presynaptic_at",
     "energy",
     "project",
     "postsynaptic",
@@ -79,6 +80,19 @@ def presynaptic(layer: GatedLayer, x: Tensor) -> Tensor:
     else:
         patches = F.unfold(_by_group(layer, _padded(layer, x)), layer.kernel_size, layer.dilation, 0, layer.stride)
         rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
+    return rows if layer.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+
+
+def presynaptic_at(layer: GatedLayer, x: Tensor, places: Tensor) -> Tensor:
+    """``presynaptic(layer, x)[places]``; of a convolution's patches only these are laid out."""
+    if isinstance(layer, nn.Linear):
+        return presynaptic(layer, x)[places]
+    windows = _by_group(layer, _padded(layer, x))
+    for dim, (kernel, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation), 2):
+        windows = windows.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    height, width = windows.shape[2:4]
+    of_sample, position = places // (height * width), places % (height * width)
+    rows = windows[of_sample, :, position // width, position % width].flatten(1)
     return rows if layer.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from avalanche_sp.gate.functional import loss_curvature
-from avalanche_sp.gate.layers import GatedLayer, along, presynaptic
+from avalanche_sp.gate.layers import GatedLayer, along, presynaptic, presynaptic_at
 from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples
 from avalanche_sp.gate.settings import Settings
 
@@ -26,11 +26,11 @@ __all__ = [
     "output_derivatives",
     "output_sensitivity",
     "some_inputs",
+    "some_rows",
 ]
 
 _BATCH = 512  # samples a forward pass
-_UNFOLDED = 16  # samples whose patches are laid out at a time
-_SENSITIVITY = 200  # samples of a sensitivity
+_SOME = 256  # samples, or a layer's input vectors, of a mean that need not be exact
 _QUADRATIC = 1e-3  # a loss is quadratic if its gradient is linear in the outputs to this precision
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -64,6 +64,7 @@ class Observation:
         curvature: of the loss in the network's outputs, mean over samples, 0-dim; 0 without a loss.
         classified: the last layer's inputs and their classes; None if the last layer does not make the network's
             output, or if the targets are not class labels.
+        inputs: the network's, of at most 256 samples, on its device; None for a stream.
         readout: the loss in the last layer's weights; None if the last layer does not make the network's output, or if
             the loss is not quadratic and convex in it.
     """
@@ -74,6 +75,7 @@ class Observation:
     curvature: Tensor
     readout: ReadoutLoss | None
     classified: ReadoutSamples | None = None
+    inputs: Any = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def observe(
     targets: list[Tensor] = []
     units: list[tuple[str, Tensor] | None] = []
     last: tuple[str, GatedLayer, Tensor] | None = None
-    count = 0
+    count, some = 0, None
 
     def recorder(name):
         def hook(layer, args, output):
@@ -173,16 +175,17 @@ def observe(
         with _after_each(layers, recorder):
             for x, y in samples.batches:
                 x, y = _on(device, x), y.to(device)
+                some = _first(x, _SOME) if not count else some
                 count += len(y)
                 outputs = forward(model, x)
+                units.append(_masked_units(outputs, y, last))
+                targets.append(y)
                 if criterion is not None:
                     check_outputs(outputs)
                     curvature, name, error = output_derivatives(criterion, outputs, y, last)
                     curvatures.append(curvature)
                     errors.append((name, error))
-                    units.append(_masked_units(outputs, y, last))
-                    targets.append(y)
-        given = _fed_by_data(model, layers, _first(x, 2), forward)
+        given = _fed_by_data(model, layers, _first(some, 2), forward)
     for name, parts in inputs.items():
         if not torch.stack([part.square().sum() for part in parts]).sum().isfinite():
             raise FloatingPointError(
@@ -202,7 +205,7 @@ def observe(
     if units and (found := units[-1]) is not None and all(u is not None and u[0] == found[0] for u in units):
         x = observed[found[0]].inputs
         classified = ReadoutSamples(found[0], x, torch.cat(targets), found[1], samples.total)
-    return Observation(observed, samples.total, samples.classes, curvature, readout, classified)
+    return Observation(observed, samples.total, samples.classes, curvature, readout, classified, some)
 
 
 def _masked_units(
@@ -213,7 +216,7 @@ def _masked_units(
     None if the last layer does not make the network's outputs or part of it is frozen, or if the targets are not class
     labels. Avalanche's incremental heads mask the units without a class.
     """
-    if last is None or targets.dim() != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
+    if last is None or not isinstance(outputs, Tensor) or targets.dim() != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
         return None
     name, layer, made = last
     if not _is_readout(layer, made, outputs):
@@ -233,18 +236,18 @@ def _readout_loss(
     return ReadoutLoss(name, error.T @ x / len(x), x.T @ x / len(x), curvature, square, weight)
 
 
+def some_rows(inputs: Tensor) -> Tensor:
+    """Some of the input vectors (n, d), evenly spread: enough for a mean over a layer's inputs."""
+    return inputs[:: -(-len(inputs) // _SOME)]
+
+
 def some_inputs(layer: GatedLayer, x: Tensor, most: int) -> tuple[Tensor, int]:
     """A layer's input vectors (n, d), evenly spread over all, at most so many a sample; and the number for a weight."""
     each = len(presynaptic(layer, x[:1].float()))  # of a sample, or of a row of a flattened sequence
+    every, uses = each * len(x), each * len(x) // getattr(layer, "groups", 1)
     if each <= most:
-        vectors = presynaptic(layer, x.float())
-        return vectors, len(vectors) // getattr(layer, "groups", 1)
-    places, chosen = torch.linspace(0, each * len(x) - 1, most * len(x), device=x.device).long(), []
-    for first in range(0, len(x), _UNFOLDED):  # a convolution's patches of all samples would take much memory
-        part = presynaptic(layer, x[first : first + _UNFOLDED].float())
-        inside = (places >= first * each) & (places < first * each + len(part))
-        chosen.append(part[places[inside] - first * each])
-    return torch.cat(chosen), each * len(x) // getattr(layer, "groups", 1)
+        return presynaptic(layer, x.float()), uses
+    return presynaptic_at(layer, x.float(), torch.linspace(0, every - 1, most * len(x), device=x.device).long()), uses
 
 
 @dataclass(frozen=True)
@@ -254,6 +257,7 @@ class Preparation:
     Attributes:
         layer: the readout's name.
         inputs, targets: the readout's inputs (n, d) and their classes (n,).
+        vectors: leading eigenvectors of old and new inputs (d, k).
         weights: of the layers below, by name: (out, d).
         sensitivity: of the network's outputs to their outputs (:func:`output_sensitivity`).
         scale: factors of what their gates let through, 0 to 1, so that the loss is no sharper than in the first
@@ -263,23 +267,26 @@ class Preparation:
     layer: str
     inputs: Tensor
     targets: Tensor
+    vectors: Tensor
     weights: dict[str, Tensor]
     sensitivity: dict[str, Tensor]
     scale: dict[str, float]
 
 
 def output_sensitivity(
-    model: nn.Module, samples: Samples, layers: Mapping[str, GatedLayer], forward: Forward
+    model: nn.Module, inputs: Any, layers: Mapping[str, GatedLayer], forward: Forward
 ) -> dict[str, Tensor]:
     """Mean square of J^T v over samples and a layer's output units, 0-dim, by layer; 0 if it is not called.
 
     J is the Jacobian of the network's outputs in the layer's outputs, and v are random signs: the scale of the
     Gauss-Newton matrix (J. Martens, R. Grosse: Optimizing neural networks with Kronecker-factored approximate
-    curvature, ICML 2015), on some samples.
+    curvature, ICML 2015).
+
+    Args:
+        inputs: the network's, of some samples, on its device.
     """
     made: dict[str, Tensor] = {}
     with torch.enable_grad(), _evaluation(model) as device:
-        inputs = _first(_on(device, next(iter(samples.batches))[0]), _SENSITIVITY)
         with _after_each(layers, lambda name: lambda layer, args, output: made.update({name: output})):
             outputs = forward(model, inputs)
         signs = torch.randint(0, 2, outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs) * 2 - 1
