@@ -708,7 +708,16 @@ class PlasticityGate:
         if self.readout_step and not solved:
             losses = self._stored_losses(observation, layers, criterion)
         self.memory = consolidate(
-            self.memory, observation, layers, merged, self.rank_of, remembers, self.settings, losses, self.trust, damping
+            self.memory,
+            observation,
+            layers,
+            merged,
+            self.rank_of,
+            remembers,
+            self.settings,
+            losses,
+            self.trust,
+            damping,
         )
         self._prepared = None
         self._drift.forget()
