@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from avalanche_sp.gate.layers import GatedLayer, along, weights_and_bias
+from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory, Memory
 from avalanche_sp.gate.observe import Observation
 from avalanche_sp.gate.packed import PackedRows
@@ -61,8 +61,8 @@ def consolidate(
         keeps_weights = name in remembers_weights and new.vectors.shape[1] < inputs
         remembered[name] = replace(
             new,
-            anchor=along(layer, new.vectors),
-            rough_anchor=PackedRows.of(weights_and_bias(layer)) if keeps_weights else None,
+            anchor=layer.along(new.vectors),
+            rough_anchor=PackedRows.of(layer.weights_and_bias()) if keeps_weights else None,
             residual=residual,
             class_sums=sums,
             class_counts=counts,
@@ -81,10 +81,10 @@ def consolidate(
 @torch.no_grad()
 def inherited(memory: LayerMemory, layer: GatedLayer) -> LayerMemory:
     """The memory of a layer's inputs for another layer with the same inputs, its present weights the anchor."""
-    rough = None if memory.rough_anchor is None else PackedRows.of(weights_and_bias(layer))
+    rough = None if memory.rough_anchor is None else PackedRows.of(layer.weights_and_bias())
     return replace(
         memory,
-        anchor=along(layer, memory.vectors),
+        anchor=layer.along(memory.vectors),
         rough_anchor=rough,
         residual=None,
         class_sums=None,

@@ -20,14 +20,8 @@ from avalanche_sp.gate.layer_gate import LayerGate, StreamStatistics
 from avalanche_sp.gate.layers import (
     NORMALISATION,
     GatedLayer,
-    energy,
-    gate_gradient,
     gated_layers,
-    project,
-    set_weights,
-    trained_parameters,
-    ungated_modules,
-    weights_and_bias,
+    ungated_parameters,
 )
 from avalanche_sp.gate.memory import LayerMemory, Memory
 from avalanche_sp.gate.observe import (
@@ -247,8 +241,9 @@ class PlasticityGate:
             raise TypeError(f"Invalid optimizer: {type(optimizer).__name__} (allowed: a torch.optim.Optimizer)")
         if not gated_layers(model):
             raise ValueError(
-                f"Invalid model: {type(model).__name__} has no trainable nn.Linear or nn.Conv2d layer with a weight of "
-                f"its own, but {', '.join(ungated_modules(model, ())) or 'nothing'} (allowed: at least one)"
+                f"Invalid model: {type(model).__name__} has no trainable layer that can be gated, such as nn.Linear, "
+                f"with a weight of its own, but {', '.join(ungated_parameters(model, ())) or 'nothing'} (allowed: at "
+                "least one)"
             )
         goes_on = model is self._model
         if self._model is not None and not goes_on and self.memory.layers:
@@ -313,11 +308,9 @@ class PlasticityGate:
         self._frozen = [p for norm in self._norms for p in norm.parameters(recurse=False)]
         if freezes and self.ungated == "freeze":
             trained = {p for name, p in model.named_parameters() if name in self._trained}
-            off = {name for name in gated_layers(model) if name not in self._protected}
-            others = ungated_modules(model, {*memory.layers, *off})
-            self._frozen += [p for own in others.values() for p in own if p in trained]
+            self._frozen += [p for own in self._ungated_parameters().values() for p in own if p in trained]
         if self._prepared is not None and not stored:
-            self._frozen += trained_parameters(self._protected[self._prepared.layer])
+            self._frozen += self._protected[self._prepared.layer].trained_parameters
         self._drift.begin(
             self._gated.values(), memory.curvature, ratio, self._stored.penalty(ratio), 1 - self._stored.trust
         )
@@ -348,7 +341,7 @@ class PlasticityGate:
         merged = self._merged(classified)
         self._solve(classified, layers, merged, criterion)
         below = {n: layers[n] for n in self._gated if n != classified.layer and n in observation.layers}
-        weights = {name: weights_and_bias(layer) for name, layer in below.items()}
+        weights = {name: layer.weights_and_bias() for name, layer in below.items()}
         sensitivity = output_sensitivity(model, observation.inputs, below, self._forward)
         scale = {}
         for name in below:
@@ -573,23 +566,36 @@ class PlasticityGate:
         ]
         if self._stream is not None or self._gated:
             for name, layer in self._protected.items():
-                self._handles.append(layer.register_forward_hook(_Hook(layer, self._after_forward, name)))
+                hook = _Hook(layer.module, self._after_forward, name, layer)
+                self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
         for g in self._gated.values() if self._memory_size else ():
-            self._handles += [p.register_hook(partial(self._gate_backward, g, p)) for p in trained_parameters(g.layer)]
+            for p in g.layer.trained_parameters if g.layer.per_row else ():
+                self._handles.append(p.register_hook(partial(self._gate_backward, g, p)))
         for norm in self._norms:
             self._handles.append(norm.register_forward_pre_hook(_Hook(norm, self._freeze)))
             self._handles.append(norm.register_forward_hook(_Hook(norm, self._unfreeze), always_call=True))
 
-    def _after_forward(self, name: str, layer: GatedLayer, args: tuple, output: Tensor) -> None:
+    def _after_forward(
+        self, name: str, layer: GatedLayer, module: nn.Module, args: tuple, kwargs: dict, output: Any
+    ) -> None:
         """Notes the layer's input, and waits for the error that comes back to its output."""
-        if not (self.listening and isinstance(output, Tensor) and output.requires_grad):
+        made = output if isinstance(output, Tensor) else None
+        if not (self.listening and torch.is_grad_enabled()) or (
+            layer.per_row and (made is None or not made.requires_grad)
+        ):
+            return
+        looked = name in self._gated and (self._drift.is_looking or (self._memory_size and layer.per_row))
+        if not (looked or self._stream) or (x := layer.input_of(args, kwargs, output)) is None:
             return
         stream = self._rows
-        if self._stream is not None and self._stream.listens(stream.count if stream else len(args[0])):
-            self._stream.note(name, layer, args[0], output)
-        if name in self._gated and (self._drift.is_looking or self._memory_size):
-            x = args[0].detach()
-            output.register_hook(lambda delta: self._hold_back(self._gated[name], x, delta, stream))
+        if self._stream is not None and self._stream.listens(stream.count if stream else len(x)):
+            self._stream.note(name, layer, x, made if layer.per_row else None)
+        if looked:
+            x = x.detach()
+            if made is not None and layer.per_row:
+                made.register_hook(lambda delta: self._hold_back(self._gated[name], x, delta, stream))
+            else:  # what comes back is the error of the module's output, not of the map's
+                self._look_at(self._gated[name], x if stream is None else stream.of(x))
 
     def _hold_back(self, g: Gated, x: Tensor, delta: Tensor, stream: StreamRows | None) -> None:
         """Hook on a layer's output: the part of its gradient that the gate holds back. Sums over uses of a layer."""
@@ -597,16 +603,20 @@ class PlasticityGate:
             return
         x, delta = ((t if stream is None else stream.of(t)).to(g.memory.vectors.dtype) for t in (x, delta))
         if self._drift.is_looking:
-            g.statistics.add(g.gate, energy(g.layer, x), project(g.layer, x, g.memory.vectors))
+            self._look_at(g, x)
         if self._memory_size:
             held = g.gate.held_activity(g.layer, x, delta)
-            for parameter in trained_parameters(g.layer):
+            for parameter in g.layer.trained_parameters:
                 self._held[parameter] = self._held[parameter] + held if parameter in self._held else held
+
+    def _look_at(self, g: Gated, x: Tensor) -> None:
+        x = x.to(g.memory.vectors.dtype)
+        g.statistics.add(g.gate, g.layer.energy(x), g.layer.project(x, g.memory.vectors))
 
     def _gate_backward(self, g: Gated, parameter: nn.Parameter, grad: Tensor) -> Tensor | None:
         """Hook on a parameter: gates the stream's part of the gradient of a backward pass, before it is accumulated."""
         held = self._held.pop(parameter, None)
-        return None if held is None else g.gate.gated(grad, held)
+        return None if held is None else g.gate.gated(g.layer, grad, held)
 
     def _freeze(self, norm: nn.Module, args: tuple) -> None:
         if norm.training:
@@ -639,11 +649,11 @@ class PlasticityGate:
             if g.layer.weight.grad is None:
                 continue
             penalty = self._drift.gradient(name, scale)
-            if not self._memory_size:
+            if not (self._memory_size and g.layer.per_row):
                 g.gate.gate(g.layer, g.memory, penalty)
             elif penalty is not None:
-                new_units = len(g.layer.weight) - len(penalty)
-                gate_gradient(g.layer, F.pad(-penalty, (0, 0, 0, new_units)), g.memory.vectors)
+                new_units = g.layer.units - len(penalty)
+                g.layer.gate_gradient(F.pad(-penalty, (0, 0, 0, new_units)), g.memory.vectors)
             self._drift.add_gradient_beyond(name, scale)
         if self._drift.is_looking:
             named = self._attached().named_parameters()
@@ -685,7 +695,7 @@ class PlasticityGate:
         through: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Leading eigenvalue of the Gauss-Newton matrix in a layer's weights, with Kronecker factors, 0-dim."""
-        return len(layer.weight) * sensitivity * seen.rows * leading_eigenvalue(some_rows(seen.inputs), through)
+        return layer.units * sensitivity * seen.rows * leading_eigenvalue(some_rows(seen.inputs), through)
 
     def _remember(
         self,
@@ -762,7 +772,7 @@ class PlasticityGate:
         old = new = now.inputs.new_zeros(())
         for name, before in prepared.weights.items():
             memory, seen = self.memory.layers[name], observation.layers[name]
-            change = weights_and_bias(layers[name])[: len(before)] - before
+            change = layers[name].weights_and_bias()[: len(before)] - before
             along, inputs = change @ memory.vectors, some_rows(seen.inputs)
             of_rest = (change.square().sum() - along.square().sum()).clamp_min(0) * memory.rest
             scale = prepared.sensitivity[name] * seen.rows
@@ -773,17 +783,22 @@ class PlasticityGate:
         moved = memory.moved(lambda rows: drifted(rows, prepared.inputs, now.inputs, basis, share, self.settings))
         self.memory = replace(self.memory, layers={**self.memory.layers, now.layer: moved})
 
+    def _ungated_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters that the gate has no memory for, by name; without the layers that openness switches off."""
+        layers = gated_layers(self._attached())
+        gated = [layer for n, layer in layers.items() if n in self.memory.layers or n not in self._protected]
+        return ungated_parameters(self._attached(), gated)
+
     def _warn_of_ungated(self, layers: Mapping[str, GatedLayer]) -> None:
         """Names the trained parameters that are not gated."""
         model = self._attached()
         trained = {p for name, p in model.named_parameters() if name in self._trained}
-        off = {n for n in gated_layers(model) if n not in layers}  # switched off by openness
-        others = ungated_modules(model, {*self.memory.layers, *off})
+        others = self._ungated_parameters()
         names = [name or "the model" for name, own in others.items() if trained.intersection(own)]
         if names:
             count = sum(p.numel() for p in trained)
-            gated = sum(p.numel() for n in self.memory.layers for p in layers[n].parameters(recurse=False))
-            kinds = {n: type(model.get_submodule(n)).__name__ for n in others if n}
+            gated = sum(p.numel() for p in {p for n in self.memory.layers for p in layers[n].parameters})
+            kinds = {n: type(module).__name__ for n, module in model.named_modules() if n in others and n}
             named = ", ".join(f"{name} ({kinds[name]})" if name in kinds else name for name in names)
             then = "They are frozen from now on" if self.ungated == "freeze" else "They train ungated and may forget"
             other = "train" if self.ungated == "freeze" else "freeze"
@@ -819,7 +834,7 @@ class PlasticityGate:
         for name, g in self._gated.items():
             if name in changes:
                 change = changes[name]
-                set_weights(g.layer, weights_and_bias(g.layer)[: len(change)] + g.gate.through(change, g.memory))
+                g.layer.set_weights(g.layer.weights_and_bias()[: len(change)] + g.gate.through(change, g.memory))
                 self._drift.rebase(name)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from avalanche_sp.gate.functional import loss_curvature, newton_step
-from avalanche_sp.gate.layers import GatedLayer, along, set_weights, weights_and_bias
+from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.settings import Settings
 
@@ -99,7 +99,7 @@ def newton_readout(
     kept = (1 - trust) * old.samples
     vectors, weight = old.vectors.double(), settings.readout_old * old_curvature * kept
     n = len(old.anchor)  # fewer output units than now where a head has grown
-    drift = (along(layer, old.vectors)[:n] - old.anchor).double()
+    drift = (layer.along(old.vectors)[:n] - old.anchor).double()
     gradient = shown.clone()
     gradient[:n] += weight * (drift * old.eigenvalues) @ vectors.T
     if old.residual is not None:
@@ -110,7 +110,7 @@ def newton_readout(
     silent = torch.stack([loss.weight * loss.curvature * loss.wanted for loss in losses]).sum()
     gain = -(shown * step).sum() / silent.clamp_min(torch.finfo(kind).tiny)
     step *= trust + (1 - trust) * (gain / settings.readout_whole).clamp(0, 1)
-    set_weights(layer, weights_and_bias(layer) + step.to(kind))
+    layer.set_weights(layer.weights_and_bias() + step.to(kind))
     return ((gradient + step @ hessian) / (total + kept)).to(kind)
 
 
@@ -255,7 +255,7 @@ def solve_readout(
     ]
     total = sum(samples.weight for samples in stored)
     parts += [(s.inputs @ white, s.targets, share * trust * s.weight / total) for s in stored]
-    start = weights_and_bias(layer)
+    start = layer.weights_and_bias()
     zeros = start.new_zeros(len(new.targets), len(start))
     with torch.enable_grad():
         zeros.requires_grad_()
@@ -285,7 +285,7 @@ def solve_readout(
     search.step(closure)
     weights = units.detach() @ white.T
     if weights.isfinite().all():
-        set_weights(layer, weights)
+        layer.set_weights(weights)
 
 
 @torch.enable_grad()
