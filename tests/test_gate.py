@@ -604,7 +604,7 @@ def bad(call, error, words):
         bad(
             lambda g: PlasticityGate(nn.ReLU(), g[1]),
             ValueError,
-            "Invalid model: ReLU has no trainable nn.Linear or nn.Conv2d layer",
+            "Invalid model: ReLU has no trainable layer that can be gated",
         ),
         bad(lambda g: g[2].begin(samples=0), ValueError, "Invalid samples value: 0 (allowed: 1 or more)"),
         bad(lambda g: g[2].begin(stored=-1), ValueError, "Invalid stored value: -1 (allowed: 0 or more)"),

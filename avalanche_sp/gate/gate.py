@@ -309,7 +309,7 @@ class PlasticityGate:
         if freezes and self.ungated == "freeze":
             trained = {p for name, p in model.named_parameters() if name in self._trained}
             self._frozen += [p for own in self._ungated_parameters().values() for p in own if p in trained]
-        if self._prepared is not None and not stored:
+        if self._prepared is not None:
             self._frozen += self._protected[self._prepared.layer].trained_parameters
         self._drift.begin(
             self._gated.values(), memory.curvature, ratio, self._stored.penalty(ratio), 1 - self._stored.trust
@@ -320,8 +320,8 @@ class PlasticityGate:
         """Solves the readout for a coming experience with new classes, before it is trained. Optional, and worth it.
 
         The readout is then frozen until :meth:`consolidate`. So the layers below learn only the part of the loss that
-        the readout cannot remove, and the drift of old inputs is measured. Without a memory, without a new class and
-        with stored samples it does nothing.
+        the readout cannot remove, and the drift of old inputs is measured. Without a memory, without a new class, and
+        for a loss that is quadratic in the outputs beside stored samples it does nothing.
 
         Args:
             data, criterion: as for :meth:`consolidate`, with the samples in the same order.
@@ -329,17 +329,18 @@ class PlasticityGate:
         if self._prepared is not None:  # an experience that was not consolidated
             self._prepared = None
             self.begin(self._samples, self._replays or self._memory_size, self._epoch)
-        if not (self.active and self.readout_step and self.memory.layers) or self._stream or self._memory_size:
+        if not (self.active and self.readout_step and self.memory.layers) or self._stream:
             return
         model = self._attached()
         layers = protected_layers(model, self.openness)
         samples = self._samples_of(data)
-        observation = self._observed(samples, layers, None)
+        observation = self._observed(samples, layers, criterion if self._memory_size else None)
         classified = observation.classified
-        if classified is None or not self._is_solved_for(classified):
+        if classified is None or not self._solves(observation):
             return
         merged = self._merged(classified)
-        self._solve(classified, layers, merged, criterion)
+        if not self._solve(classified, layers, merged, criterion):
+            return
         below = {n: layers[n] for n in self._gated if n != classified.layer and n in observation.layers}
         weights = {name: layer.weights_and_bias() for name, layer in below.items()}
         sensitivity = output_sensitivity(model, observation.inputs, below, self._forward)
@@ -352,7 +353,7 @@ class PlasticityGate:
                 scale[name] = float(reference / sharpness) if sharpness > reference else 1.0
         inputs, targets = classified.inputs, classified.targets
         self._prepared = Preparation(classified.layer, inputs, targets, merged.vectors, weights, sensitivity, scale)
-        self.begin(self._samples, self._memory_size, self._epoch)
+        self.begin(self._samples, self._replays or self._memory_size, self._epoch)
 
     def check_outputs(self, outputs: Any) -> None:
         """Raises TypeError if the loss is to be measured on a network's outputs and they are not one tensor."""
@@ -710,8 +711,7 @@ class PlasticityGate:
         }
         classified, losses, solved = observation.classified, None, False
         merged: dict[str, LayerMemory] = {}
-        newton = observation.readout is not None and self._memory_size > 0
-        if classified is not None and criterion is not None and not newton and self._is_solved_for(classified):
+        if classified is not None and criterion is not None and self._solves(observation):
             self._follow_drift(observation, layers)
             merged = {classified.layer: self._merged(classified)}
             solved = self._solve(classified, layers, merged[classified.layer], criterion)
@@ -734,10 +734,16 @@ class PlasticityGate:
         if self.memory.consolidations == 1:
             self._warn_of_ungated(layers)
 
-    def _is_solved_for(self, samples: ReadoutSamples) -> bool:
-        """Whether the readout is solved for an experience: it brings a new class."""
-        old = self.memory.layers.get(samples.layer)
-        if not self.readout_step or old is None or old.class_counts is None:
+    def _solves(self, observation: Observation) -> bool:
+        """Whether the readout is solved for an experience: it brings a new class.
+
+        Beside stored samples a loss that is quadratic in the outputs takes the Newton step instead.
+        """
+        samples = observation.classified
+        old = self.memory.layers.get(samples.layer) if samples is not None else None
+        if samples is None or not self.readout_step or old is None or old.class_counts is None:
+            return False
+        if self._memory_size and observation.readout is not None:
             return False
         known = old.class_counts.nonzero().flatten()
         return bool((~torch.isin(samples.targets, known)).any())
