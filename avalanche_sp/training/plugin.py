@@ -20,7 +20,7 @@ from avalanche_sp.training.replay import is_mixture, memories_of, samples_of, st
 __all__ = ["SelectivePlasticityPlugin"]
 
 
-class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):
+class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Keeps earlier experiences in any Avalanche strategy: :class:`~avalanche_sp.gate.PlasticityGate` as a plugin.
 
     At the end of every experience the gate remembers the input directions that each layer used. From then on updates
