@@ -3,9 +3,9 @@
     python tests/avalanche_suite.py CHECKOUT [plugin|optimizer] [PATHS OF TESTS IN IT]
 
 CHECKOUT is a clone of https://github.com/ContinualAI/avalanche at the tag of the installed version. With "plugin" (the
-default) a SelectivePlasticityPlugin is appended to every strategy's plugins; with "optimizer" SelectivePlasticityOptimizer
-takes the place of torch's SGD. The tests run without and with it. Printed are the tests that fail only with it; the exit
-status is 1 if there is any.
+default) a SelectivePlasticityPlugin is appended to every strategy's plugins. With "optimizer" a
+SelectivePlasticityOptimizer takes the place of torch's SGD. The tests run without and with it. Printed are the tests
+that fail only with it. The exit status is 1 if there is any.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def _append_plugin() -> None:
 
     def with_plugin(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        if issubclass(SelectivePlasticityPlugin, self.PLUGIN_CLASS):
+        # A strategy without an optimizer, as StreamingLDA, has no updates to gate.
+        if issubclass(SelectivePlasticityPlugin, self.PLUGIN_CLASS) and kwargs.get("optimizer", self) is not None:
             self.plugins.append(SelectivePlasticityPlugin())
 
     BaseTemplate.__init__ = with_plugin

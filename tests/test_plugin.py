@@ -467,3 +467,22 @@ def test_a_memory_of_next_to_nothing_changes_next_to_nothing():
     assert trust == sorted(trust) and opening == sorted(opening)
     penalties = [c.penalty(4) for c in counts]
     assert penalties == sorted(penalties, reverse=True)
+
+
+def test_mini_batches_of_another_kind_are_refused_before_a_step(split2):
+    class Dictionaries(Naive):
+        mb_x = property(lambda self: self.mbatch["x"])
+        mb_y = property(lambda self: self.mbatch["y"])
+
+        def _unpack_minibatch(self):
+            self.mbatch = {"x": self.mbatch[0], "y": self.mbatch[1]}
+
+    model = mlp()
+    before = weights(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    strategy = Dictionaries(
+        model=model, optimizer=optimizer, train_mb_size=32, plugins=[SelectivePlasticityPlugin()], evaluator=None
+    )
+    with pytest.raises(TypeError, match="Invalid mini-batch: a dictionary"):
+        strategy.train(split2.train_stream[0])
+    assert torch.equal(weights(model), before)

@@ -27,6 +27,7 @@ from avalanche.training import (
     Naive,
     PackNet,
     Replay,
+    SynapticIntelligence,
 )
 from avalanche.training.plugins import RWalkPlugin
 from torch import nn
@@ -52,10 +53,12 @@ PENALISES_CHANGE = {
     "LwF": (LwF, {"alpha": 20.0, "temperature": 2.0}),
     "RWalk": (Naive, {"plugins": [RWalkPlugin(ewc_lambda=10.0, ewc_alpha=0.9, delta_t=2)]}),
 }
+# Its penalty is zero on a CPU: it reads the gradients after the step, those of a frozen readout also.
+SI = {"SI": (SynapticIntelligence, {"si_lambda": 1.0})}
 # MIR replays no class of an experience's last batch, so nothing here: it is for online streams.
 MIR = {"MIR": (MIR, {"mem_size": 40, "subsample": 30, "batch_size_mem": 13})}
 OTHERS = {"GenerativeReplay": (GenerativeReplay, {}), "CWRStar": (CWRStar, {"cwr_layer_name": "5"})}
-STRATEGIES = {"Naive": (Naive, {}), **KEEPS_SAMPLES, **PENALISES_CHANGE, **MIR, **OTHERS}
+STRATEGIES = {"Naive": (Naive, {}), **KEEPS_SAMPLES, **PENALISES_CHANGE, **MIR, **SI, **OTHERS}
 NOT_GATED = ("Joint", "GDumb")  # one experience; another network in each
 
 

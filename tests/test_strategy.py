@@ -40,7 +40,7 @@ def recommended(model):
 
 
 MEMORIES = {
-    "none": ({}, lambda: []),
+    "none": ({}, list),
     "stored samples": ({"mem_size": 40}, lambda: [ReplayPlugin(40, batch_size_mem=40)]),
     "Gaussians": ({"plugins": [GaussianBuffer(40).replay_plugin()]}, lambda: [GaussianBuffer(40).replay_plugin()]),
 }

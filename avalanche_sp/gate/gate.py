@@ -38,6 +38,7 @@ from avalanche_sp.gate.observe import (
 )
 from avalanche_sp.gate.penalty import Drift, Gated
 from avalanche_sp.gate.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
+from avalanche_sp.gate.processes import mean_over_processes
 from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples, drifted, solve_readout
 from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.settings import Settings
@@ -220,6 +221,7 @@ class PlasticityGate:
         self._rows: StreamRows | None = None  # None: all rows come from the stream
         # Beside stored samples: the part of the stream's gradient that the gate holds back, by parameter.
         self._held: dict[nn.Parameter, Tensor] = {}
+        self._withheld: dict[nn.Parameter, Tensor | None] = {}  # gradients of frozen parameters, during a step
         self._criterion: Criterion | None = None  # as last observed
         self._resting: set[nn.Module] = set()  # frozen layers in the midst of their forward pass
         if model is not None:
@@ -383,7 +385,7 @@ class PlasticityGate:
         """
         if not self.active:
             return
-        self._running_surprise.observe(loss.detach().squeeze())
+        self._running_surprise.observe(mean_over_processes(loss.detach().squeeze()))
         self._criterion = criterion
         if self._stream is not None:
             stream = self._rows or StreamRows(len(targets), len(targets), slice(0, len(targets)))
@@ -548,7 +550,8 @@ class PlasticityGate:
 
     def __getstate__(self) -> dict:
         """For pickle: hooks are put on again by :meth:`attach`."""
-        return vars(self) | {"_handles": [], "_held": {}, "_rows": None, "_resting": set(), "_criterion": None}
+        fresh = {"_handles": [], "_held": {}, "_withheld": {}, "_rows": None, "_resting": set(), "_criterion": None}
+        return vars(self) | fresh
 
     # -- Hooks -----------------------------------------------------------------------------------------------------
 
@@ -642,8 +645,8 @@ class PlasticityGate:
 
     @torch.no_grad()
     def _gate_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        for parameter in self._frozen:
-            parameter.grad = None  # not zero: a step on zeros still follows momentum and decays weights
+        for parameter in self._frozen:  # without a gradient: a step on zeros still follows momentum and decays weights
+            self._withheld[parameter], parameter.grad = parameter.grad, None
         # A GradScaler leaves it to fused optimizers to unscale the gradients.
         scale = getattr(optimizer, "grad_scale", None)
         for name, g in self._gated.items():
@@ -661,6 +664,9 @@ class PlasticityGate:
             self._trained.update(name for name, p in named if p.grad is not None)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for parameter, grad in self._withheld.items():  # plugins such as Synaptic Intelligence read it after the step
+            parameter.grad = grad
+        self._withheld = {}
         self._rows = None
         self._drift.end_step()
         stream = self._stream

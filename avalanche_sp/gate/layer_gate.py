@@ -11,6 +11,7 @@ from torch import Tensor
 from avalanche_sp.gate.functional import held_back, likeness
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
+from avalanche_sp.gate.processes import mean_over_processes
 
 __all__ = ["LayerGate", "StreamStatistics"]
 
@@ -120,9 +121,8 @@ class StreamStatistics:
 
     def likeness(self, memory: LayerMemory) -> Tensor:
         """How alike the stream and the memory are: 0-dim, 0 to 1, 0 before any input."""
-        return likeness(
-            self.power, self.power_energy, memory.eigenvalues, memory.mean_eigenvalue, len(memory.vectors)
-        )
+        power, energy = mean_over_processes(self.power), mean_over_processes(self.power_energy)
+        return likeness(power, energy, memory.eigenvalues, memory.mean_eigenvalue, len(memory.vectors))
 
     def state_dict(self) -> dict:
         return {f.name: getattr(self, f.name) for f in fields(self)}

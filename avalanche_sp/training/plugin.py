@@ -20,7 +20,7 @@ from avalanche_sp.training.replay import is_mixture, memories_of, samples_of, st
 __all__ = ["SelectivePlasticityPlugin"]
 
 
-class SelectivePlasticityPlugin(SupervisedPlugin):
+class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Keeps earlier experiences in any Avalanche strategy: :class:`~avalanche_sp.gate.PlasticityGate` as a plugin.
 
     At the end of every experience the gate remembers the input directions that each layer used. From then on updates
@@ -60,7 +60,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             for a pattern that matches none of its layers.
         ImportError: at construction, for ``"surprise"`` without a detector if river is not installed.
         TypeError: at ``train`` for a model whose output is not one tensor, unless ``pull_back`` is 0 and
-            ``readout_step`` False.
+            ``readout_step`` False; and for mini-batches that are dictionaries.
         FloatingPointError: at ``train`` when the loss is not finite, before the optimizer's step, or a layer's inputs
             are not finite at a consolidation.
 
@@ -137,8 +137,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         if is_mixture(strategy) and self.gate.memory.layers and not self._told_of_mixture:
             self._told_of_mixture = True
             warnings.warn(
-                f"selective plasticity: {type(strategy).__name__} mixes stored samples with those of the experience, so "
-                "the plugin doesn't know which are new. It gates none of them.",
+                f"selective plasticity: {type(strategy).__name__} mixes stored samples with those of the experience. "
+                "The plugin does not know which are new. It gates none of them.",
                 stacklevel=2,
             )
         stored = [samples_of(memory, limit) for memory in memories_of(strategy)]
@@ -146,6 +146,10 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         self.gate.begin(len(strategy.experience.dataset), stored, epoch)
         if not epoch:
             self.gate.prepare(samples_of(strategy.experience.dataset, limit), strategy._criterion)
+
+    def before_training_iteration(self, strategy, **kwargs):
+        if isinstance(strategy.mbatch, Mapping):
+            raise TypeError("Invalid mini-batch: a dictionary (allowed: inputs, targets and task labels in a sequence)")
 
     def before_forward(self, strategy, **kwargs):
         if not self.gate.is_attached:  # after an evaluation in the midst of training, or in a resumed run
