@@ -550,7 +550,7 @@ class PlasticityGate:
 
     def __getstate__(self) -> dict:
         """For pickle: hooks are put on again by :meth:`attach`."""
-        fresh = {"_handles": [], "_held": {}, "_withheld": {}, "_rows": None, "_resting": set(), "_criterion": None}
+        fresh: dict[str, Any] = {"_handles": [], "_held": {}, "_withheld": {}, "_rows": None, "_resting": set(), "_criterion": None}
         return vars(self) | fresh
 
     # -- Hooks -----------------------------------------------------------------------------------------------------
