@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from avalanche.models import IncrementalClassifier
+from avalanche.training.plugins import ReplayPlugin
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -125,6 +126,18 @@ def test_each_short_experience_is_learned_and_the_old_ones_are_kept(split5, loss
         learned.append(accuracy(model.eval(), small, task))
     assert min(learned) > 0.6
     assert sum(accuracy(model, small, task) for task in range(5)) / 5 > 0.65
+
+
+def test_beside_stored_samples_short_experiences_are_kept_better_than_by_these_alone(split5):
+    small, kept = sliced(split5, train=416, test=200), {}
+    for name, plugins in (("alone", []), ("gated", [SelectivePlasticityPlugin()])):
+        model = mlp(64)
+        step = torch.optim.SGD(model.parameters(), lr=0.05)
+        strategy = strategy_of(model, [ReplayPlugin(100), *plugins], optimizer=step, criterion=nn.CrossEntropyLoss())
+        for experience in small.train_stream:
+            strategy.train(experience)
+        kept[name] = sum(accuracy(model.eval(), small, task) for task in range(5)) / 5
+    assert kept["gated"] > kept["alone"] + 0.1 and kept["gated"] > 0.7
 
 
 def test_masked_units_stay_as_they_are(split2):

@@ -15,7 +15,7 @@ from avalanche_sp.gate.packed import PackedRows
 from avalanche_sp.gate.readout import ReadoutLoss, class_sums, newton_readout
 from avalanche_sp.gate.settings import Settings
 
-__all__ = ["consolidate"]
+__all__ = ["consolidate", "inherited"]
 
 
 @torch.no_grad()
@@ -75,6 +75,20 @@ def consolidate(
         (old_samples * memory.curvature + samples * observation.curvature) / (old_samples + samples),
         memory.classes + observation.classes,
         memory.consolidations + 1,
+    )
+
+
+@torch.no_grad()
+def inherited(memory: LayerMemory, layer: GatedLayer) -> LayerMemory:
+    """The memory of a layer's inputs for another layer with the same inputs, its present weights the anchor."""
+    rough = None if memory.rough_anchor is None else PackedRows.of(layer.weights_and_bias())
+    return replace(
+        memory,
+        anchor=layer.along(memory.vectors),
+        rough_anchor=rough,
+        residual=None,
+        class_sums=None,
+        class_counts=None,
     )
 
 

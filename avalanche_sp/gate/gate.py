@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from avalanche_sp.gate.consolidate import consolidate
+from avalanche_sp.gate.consolidate import consolidate, inherited
 from avalanche_sp.gate.detection import ChangeDetector, RunningSurprise, page_hinkley
 from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layer_gate import LayerGate, StreamStatistics
@@ -38,7 +38,7 @@ from avalanche_sp.gate.observe import (
 )
 from avalanche_sp.gate.penalty import Drift, Gated
 from avalanche_sp.gate.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
-from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples, drifted, readout_loss, solve_readout
+from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples, drifted, solve_readout
 from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.settings import Settings
 from avalanche_sp.gate.stream import StreamWatch
@@ -117,7 +117,7 @@ class PlasticityGate:
             layer a tenth of its inputs, if that is more). A float below 1 keeps as many as have that share of the
             energy, the second moment's trace; only if boundaries are told.
         consolidation_samples: samples of an experience that are run through the network at its end, evenly spread over
-            it, 1 or more (default 5000).
+            it, 1 or more (default 2000).
         consolidate: ``"experience"`` (default): :meth:`consolidate` is called at the end of every experience.
             ``"surprise"``: at a change of the stream's loss or inputs. ``"continuous"``: every 4096 samples. The last
             two need :meth:`observe` in every step.
@@ -154,7 +154,7 @@ class PlasticityGate:
         openness: PerLayer[float] = 0.5,
         pull_back: PerLayer[float] = 1.0,
         rank: PerLayer[float] | None = None,
-        consolidation_samples: int = 5000,
+        consolidation_samples: int = 2000,
         consolidate: Literal["experience", "surprise", "continuous"] = "experience",
         detector: ChangeDetector | None = None,
         readout_step: bool = True,
@@ -288,9 +288,7 @@ class PlasticityGate:
         memory, s = self.memory, self.settings
         self._stored = StoredSamples(stored / max(memory.classes, 1), s)
         if self._stream is None:
-            self._drift.take_back()
-            self._drift.steps = 0
-            self._drift.forget()
+            self.finish_steps()
             ratio = memory.samples / samples if samples is not None else memory.consolidations
         else:  # an epoch may be a mini-batch, and nothing ends with it
             ratio = memory.consolidations  # the next experience is as long as those so far, for all we know
@@ -427,6 +425,33 @@ class PlasticityGate:
                 known[name] = replace(memory, sharpness=sharpness)
             self.memory = replace(self.memory, layers=known)
         self.begin()
+
+    def finish_steps(self) -> None:
+        """Takes back the gated part of the last updates. Call it before other weights are put into the model."""
+        self._drift.take_back()
+        self._drift.steps = 0
+        self._drift.forget()
+
+    def inherit(self, name: str, like: str) -> None:
+        """Gates a layer that was added to the model, which shares its input with another layer.
+
+        The new layer takes over the memory of the other one's inputs, with its own present weights as the anchor. If
+        the other layer has no memory, there is nothing to inherit.
+
+        Args:
+            name, like: names of the new layer and of the other one.
+
+        Raises:
+            ValueError: ``name`` is no layer that can be gated.
+        """
+        if like not in self.memory.layers:
+            return
+        layer = gated_layers(self._attached()).get(name)
+        if layer is None:
+            raise ValueError(f"Invalid name value: {name!r} (allowed: a trainable nn.Linear or nn.Conv2d layer)")
+        self.memory = replace(
+            self.memory, layers={**self.memory.layers, name: inherited(self.memory.layers[like], layer)}
+        )
 
     def close(self) -> None:
         """Takes all hooks off the model and the optimizer. The memory stays."""
@@ -618,6 +643,8 @@ class PlasticityGate:
 
     @torch.no_grad()
     def _gate_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        for parameter in self._frozen:
+            parameter.grad = None  # not zero: a step on zeros still follows momentum and decays weights
         # A GradScaler leaves it to fused optimizers to unscale the gradients.
         scale = getattr(optimizer, "grad_scale", None)
         for name, g in self._gated.items():
@@ -630,8 +657,6 @@ class PlasticityGate:
                 new_units = g.layer.units - len(penalty)
                 g.layer.gate_gradient(F.pad(-penalty, (0, 0, 0, new_units)), g.memory.vectors)
             self._drift.add_gradient_beyond(name, scale)
-        for parameter in self._frozen:
-            parameter.grad = None  # not zero: a step on zeros still follows momentum and decays weights
         if self._drift.is_looking:
             named = self._attached().named_parameters()
             self._trained.update(name for name, p in named if p.grad is not None)
@@ -695,7 +720,16 @@ class PlasticityGate:
         if self.readout_step and not solved:
             losses = self._stored_losses(observation, layers, criterion)
         self.memory = consolidate(
-            self.memory, observation, layers, merged, self.rank_of, remembers, self.settings, losses, self.trust, damping
+            self.memory,
+            observation,
+            layers,
+            merged,
+            self.rank_of,
+            remembers,
+            self.settings,
+            losses,
+            self.trust,
+            damping,
         )
         self._prepared = None
         self._drift.forget()
@@ -718,21 +752,15 @@ class PlasticityGate:
     def _solve(
         self, samples: ReadoutSamples, layers: Mapping[str, GatedLayer], merged: LayerMemory, criterion: Criterion
     ) -> bool:
-        """Solves the readout, unless stored samples have trained it to a lower loss on them and on new samples."""
-        layer, old = layers[samples.layer], self.memory.layers[samples.layer]
-        shown, trained = [samples], layer.weights_and_bias()
+        """Solves the readout, on stored samples also; False if these do not all reach the same one."""
+        layer, old, stored = layers[samples.layer], self.memory.layers[samples.layer], []
         for replayed in self._replays:
-            stored = self._observed(replayed, {samples.layer: layer}, criterion).classified
-            if stored is None:  # several heads, for instance
+            seen = self._observed(replayed, {samples.layer: layer}, None).classified
+            if seen is None:  # several heads, for instance
                 return False
-            shown.append(replace(stored, weight=old.samples * replayed.total / self._memory_size))
-        solve_readout(layer, samples, old, merged, criterion, self.settings)
-        if len(shown) == 1 or readout_loss(layer.weights_and_bias(), shown, criterion) < readout_loss(
-            trained, shown, criterion
-        ):
-            return True
-        layer.set_weights(trained)
-        return False
+            stored.append(seen)
+        solve_readout(layer, samples, old, merged, criterion, self.settings, stored, self.trust if stored else 0)
+        return True
 
     def _follow_drift(self, observation: Observation, layers: Mapping[str, GatedLayer]) -> None:
         """Moves the memory of the readout's old inputs as far as the layers below have moved them.

@@ -214,7 +214,9 @@ def _masked_units(
     None if the last layer does not make the network's outputs or part of it is frozen, or if the targets are not class
     labels. Avalanche's incremental heads mask the units without a class.
     """
-    if last is None or not isinstance(outputs, Tensor) or targets.dim() != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
+    if last is None or not isinstance(outputs, Tensor) or targets.dim() != 1:
+        return None
+    if targets.is_floating_point() or targets.dtype == torch.bool:
         return None
     name, layer, made = last
     if not _is_readout(layer, made, outputs):

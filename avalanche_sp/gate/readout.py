@@ -25,7 +25,6 @@ __all__ = [
     "drifted",
     "newton_readout",
     "pseudo_samples",
-    "readout_loss",
     "solve_readout",
 ]
 
@@ -206,13 +205,6 @@ def drifted(rows: Tensor, before: Tensor, after: Tensor, basis: Tensor, share: f
     return rows + share * (mixed.to(rows.dtype) @ inputs.T) @ (after - before)
 
 
-def readout_loss(
-    weights: Tensor, samples: Sequence[ReadoutSamples], criterion: Callable[[Tensor, Tensor], Tensor]
-) -> float:
-    """The loss of a readout's weights (out, d) on samples, weighted, summed."""
-    return sum(s.weight * float(criterion(_outputs(s.inputs, weights, s.masked), s.targets)) for s in samples)
-
-
 def _outputs(inputs: Tensor, weights: Tensor, masked: Tensor) -> Tensor:
     """The network's outputs (n, out) from the readout's inputs (n, d) and weights (out, d)."""
     return torch.where(masked.isnan(), inputs @ weights.T, masked)
@@ -226,11 +218,14 @@ def solve_readout(
     merged: LayerMemory,
     criterion: Callable[[Tensor, Tensor], Tensor],
     settings: Settings,
+    stored: Sequence[ReadoutSamples] = (),
+    trust: float = 0.0,
 ) -> None:
     r"""Puts the weights into the readout that minimise the loss on new samples and on the memory's classes.
 
     .. math::
-        \min_W \; \frac{N_{new} L(X W^\top, y) + N_{old} L(X_{old} W^\top, y_{old})}{N_{new} + N_{old}}
+        \min_W \; \frac{N_{new} L(X W^\top, y) + N_{old} \big((1 - t) L(X_{old} W^\top, y_{old})
+        + t L(X_{stored} W^\top, y_{stored})\big)}{N_{new} + N_{old}}
         + \frac{\epsilon \kappa \bar\lambda}{2} \lVert W \rVert^2
 
     by L-BFGS, in the leading eigenspace of all inputs, in coordinates in which their second moment is the identity. The
@@ -247,6 +242,8 @@ def solve_readout(
         merged: the memory with the experience, whose eigenvectors the solution is sought along.
         criterion: of (outputs, class labels), a mean over samples.
         settings: the constants.
+        stored: stored samples of the old classes.
+        trust: t, the share of the old loss that they stand for, 0 to 1; 0 without.
     """
     values, vectors = merged.eigenvalues, merged.vectors
     share = old.samples / merged.samples
@@ -254,8 +251,10 @@ def solve_readout(
     white = vectors * (values + ridge).clamp_min(torch.finfo(values.dtype).tiny).rsqrt()  # W = units white^T
     parts = [
         (new.inputs @ white, new.targets, 1 - share),
-        (*pseudo_samples(old, settings.solve_samples, white), share),
+        (*pseudo_samples(old, settings.solve_samples, white), share * (1 - trust)),
     ]
+    total = sum(samples.weight for samples in stored)
+    parts += [(s.inputs @ white, s.targets, share * trust * s.weight / total) for s in stored]
     start = layer.weights_and_bias()
     zeros = start.new_zeros(len(new.targets), len(start))
     with torch.enable_grad():

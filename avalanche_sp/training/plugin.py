@@ -15,7 +15,7 @@ from avalanche_sp.gate.layers import gated_layers
 from avalanche_sp.gate.per_layer import PerLayer
 from avalanche_sp.optim import SelectivePlasticityOptimizer
 from avalanche_sp.training.consolidation import ConsolidatedEligibility
-from avalanche_sp.training.replay import memories_of, samples_of, stored_rows
+from avalanche_sp.training.replay import is_mixture, memories_of, samples_of, stored_rows
 
 __all__ = ["SelectivePlasticityPlugin"]
 
@@ -41,7 +41,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         rank: eigenvectors kept a layer, 1 or more, or a share of the energy below 1 (default 48, or 64 if the plugin
             finds the boundaries; at the last layer a tenth of its inputs, if that is more).
         consolidation_samples: samples of an experience, evenly spread over it, that are run through the network at its
-            end, 1 or more (default 5000).
+            end, 1 or more (default 2000).
         consolidate: ``"experience"`` (default): at the end of every experience. ``"surprise"``: at a change of the
             stream's loss or inputs. ``"continuous"``: every 4096 samples. The last two need no boundaries: experiences
             may be of any length, as Avalanche's online streams' are (``docs/boundaries.md``).
@@ -77,7 +77,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         openness: PerLayer[float] = 0.5,
         pull_back: PerLayer[float] = 1.0,
         rank: PerLayer[float] | None = None,
-        consolidation_samples: int = 5000,
+        consolidation_samples: int = 2000,
         consolidate: Literal["experience", "surprise", "continuous"] = "experience",
         detector: ChangeDetector | None = None,
         readout_step: bool = True,
@@ -102,6 +102,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         """Training iterations after which the plugin consolidated; with "surprise" the boundaries that it found."""
         self._eligibility = ConsolidatedEligibility()
         self._steps = 0  # of the present experience
+        self._told_of_mixture = False
 
     @property
     def layers(self) -> Mapping[str, LayerMemory]:
@@ -133,6 +134,13 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     def before_training_epoch(self, strategy, **kwargs):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
         limit = self.gate.consolidation_samples
+        if is_mixture(strategy) and self.gate.memory.layers and not self._told_of_mixture:
+            self._told_of_mixture = True
+            warnings.warn(
+                f"selective plasticity: {type(strategy).__name__} mixes stored samples with those of the experience, so "
+                "the plugin doesn't know which are new. It gates none of them.",
+                stacklevel=2,
+            )
         stored = [samples_of(memory, limit) for memory in memories_of(strategy)]
         epoch = strategy.clock.train_exp_epochs
         self.gate.begin(len(strategy.experience.dataset), stored, epoch)

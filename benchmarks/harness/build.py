@@ -26,7 +26,7 @@ from harness.methods.ridge import StreamingRidge, build_random_features
 from harness.networks import PackNetMultiHead, build_network, gate_bytes, network_bytes
 from harness.recipes import recipe_of
 from harness.recipes.recipe import PER_LAYER
-from harness.settings import Run, in_mini_batches
+from harness.settings import DATA, Run, in_mini_batches
 
 LOSSES = {"cross-entropy": nn.CrossEntropyLoss, "squared error": OneHotMSELoss}
 OPTIMIZERS = {
@@ -100,6 +100,19 @@ def _rank(value: float) -> int | float:
     return int(value) if value >= 1 else value
 
 
+def _dendrites(arguments: dict[str, float]):
+    from avalanche_sp.dendrites import DendritesPlugin  # needs perforatedai
+
+    patience = int(arguments["patience"])
+    return DendritesPlugin(
+        grow="plateau" if patience else "experience",
+        activation=torch.sigmoid if arguments["sigmoid"] else torch.tanh,
+        most=int(arguments["most"]),
+        patience=max(patience, 1),
+        readout=bool(arguments["readout"]),
+    )
+
+
 PLUGINS: dict[str, Callable] = {  # of the recipe's arguments and the run
     "replay": lambda a, run: rehearsal.replay(run),
     "gaussians": lambda a, run: rehearsal.gaussian_replay(run),
@@ -117,6 +130,7 @@ PLUGINS: dict[str, Callable] = {  # of the recipe's arguments and the run
     "gpm": lambda a, run: GradientProjectionMemory(a["epsilon"], a.get("epsilon_hidden")),
     "ridge": lambda a, run: StreamingRidge(a["ridge"]),
     "packnet": lambda a, run: PackNetPlugin(int(a["post_prune_epochs"]), a["prune_proportion"]),
+    "dendrites": lambda a, run: _dendrites(a),
     "consolidation": lambda a, run: ConsolidationPlugin(),
     "sp": lambda a, run: _gate(a),
     "sp-surprise": lambda a, run: _gate(a, consolidate="surprise"),
@@ -136,10 +150,11 @@ TEMPLATES: dict[str, Callable] = {
 
 def build_model(run: Run) -> nn.Module:
     """The run's network; random features with the memory of the network and of `sp` instead."""
-    network = build_network(run.network, run.heads)
+    network = build_network(run.network, run.heads, run.data)
     kind = recipe_of(run).model
     if kind == "random features":
-        return build_random_features(network_bytes(network) + gate_bytes(network))
+        data = DATA[run.data]
+        return build_random_features(network_bytes(network) + gate_bytes(network), data.inputs, data.classes)
     return PackNetMultiHead(network) if kind == "packnet" else network
 
 
