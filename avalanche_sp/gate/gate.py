@@ -97,9 +97,11 @@ class PlasticityGate:
     (:func:`avalanche_sp.gate.readout.solve_readout`).
 
     No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs, and four bits a weight.
-    Gated are all trainable ``nn.Linear`` and ``nn.Conv2d`` layers (a convolution's input vectors are its patches; the
-    groups of a grouped one share one eigenspace). Normalisation layers learn with the first experience and are frozen
-    afterwards, unless stored samples are trained on. Other layers' weights train ungated.
+    Gated are linear and bilinear layers, convolutions and transposed convolutions of one to three dimensions, recurrent
+    layers and cells, and attention (``docs/coverage.md``). A convolution's input vectors are its patches; the groups of
+    a grouped one share one eigenspace. All other weights learn with the first experience and are frozen afterwards,
+    unless stored samples are trained on; those of recurrent layers and attention also train ungated then, as the error
+    of each of their rows is not known.
 
     **What hooks carry.** Gradient accumulation, ``torch.amp.GradScaler``, gradient clipping, closures, and loops of
     other libraries, as long as the optimizer is a ``torch.optim.Optimizer`` and its ``step`` is called. What they do
@@ -296,14 +298,15 @@ class PlasticityGate:
         times = self._stored.opening / self._stored.closing(epoch)
         before, self._gated = self._gated, {}
         for name, layer in self._protected.items():
-            if name in memory.layers:
+            if name in memory.layers and (layer.per_row or not stored):
                 remembered, known = memory.layers[name], before.get(name)
                 statistics = known.statistics if known and known.memory is remembered else None
                 if statistics is None:
                     statistics = StreamStatistics.empty(remembered)
                 statistics.start_epoch()
                 scale = self._prepared.scale.get(name, 1.0) if self._prepared is not None else 1.0
-                gate = LayerGate.of(remembered, value_of(self.openness, name) * times, s.gated_vectors, scale)
+                factor = times * (s.attention_openness if layer.projects_attention else 1.0)
+                gate = LayerGate.of(remembered, value_of(self.openness, name) * factor, s.gated_vectors, scale)
                 self._gated[name] = Gated(name, layer, remembered, gate, statistics)
         freezes = memory.layers and not stored
         self._norms = [m for m in model.modules() if freezes and isinstance(m, NORMALISATION)]
@@ -573,8 +576,7 @@ class PlasticityGate:
                 hook = _Hook(layer.module, self._after_forward, name, layer)
                 self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
         for g in self._gated.values() if self._memory_size else ():
-            for p in g.layer.trained_parameters if g.layer.per_row else ():
-                self._handles.append(p.register_hook(partial(self._gate_backward, g, p)))
+            self._handles += [p.register_hook(partial(self._gate_backward, g, p)) for p in g.layer.trained_parameters]
         for norm in self._norms:
             self._handles.append(norm.register_forward_pre_hook(_Hook(norm, self._freeze)))
             self._handles.append(norm.register_forward_hook(_Hook(norm, self._unfreeze), always_call=True))
@@ -588,7 +590,7 @@ class PlasticityGate:
             layer.per_row and (made is None or not made.requires_grad)
         ):
             return
-        looked = name in self._gated and (self._drift.is_looking or (self._memory_size and layer.per_row))
+        looked = name in self._gated and (self._drift.is_looking or self._memory_size)
         if not (looked or self._stream) or (x := layer.input_of(args, kwargs, output)) is None:
             return
         stream = self._rows
@@ -653,7 +655,7 @@ class PlasticityGate:
             if g.layer.weight.grad is None:
                 continue
             penalty = self._drift.gradient(name, scale)
-            if not (self._memory_size and g.layer.per_row):
+            if not self._memory_size:
                 g.gate.gate(g.layer, g.memory, penalty)
             elif penalty is not None:
                 new_units = g.layer.units - len(penalty)

@@ -33,15 +33,18 @@ class GatedLayer:
         owner: the module that has them. Default: ``module``.
 
     Attributes:
-        per_row: whether the gradient in the module's output is that in the map's output. If not, only the gradient of
-            the whole mini-batch can be gated.
+        per_row: whether the gradient in the module's output is that in the map's output. If not, the gradients of the
+            stream's rows and of stored samples can't be told apart.
+        projects_attention: whether it makes the queries, keys or values of an attention.
         groups: of a grouped convolution.
         name: of the map within its module; "" for a module's only one.
     """
 
     per_row = True
+    projects_attention = False
     groups = 1
     name = ""
+    module: Any  # of the class's kind
 
     def __init__(
         self, module: nn.Module, weight: str = "weight", bias: str | None = "bias", owner: nn.Module | None = None
@@ -282,7 +285,7 @@ class _Bilinear(GatedLayer):
 class _Convolution(GatedLayer):
     """A convolution of one, two or three dimensions."""
 
-    def __init__(self, module: nn.Module, bias: str | None = "bias"):
+    def __init__(self, module: Any, bias: str | None = "bias"):
         super().__init__(module, bias=bias)
         self.groups = module.groups
         self._dimensions = len(module.kernel_size)
@@ -295,7 +298,8 @@ class _Convolution(GatedLayer):
             x = x.unsqueeze(0)
         if not _is_overridden(module):
             return x
-        missing, padding = [], module._reversed_padding_repeated_twice[::-1]
+        missing: list[int] = []
+        padding = module._reversed_padding_repeated_twice[::-1]
         for i, (size, made) in enumerate(zip(x.shape[2:], output.shape[-self._dimensions :])):
             needed = (made - 1) * module.stride[i] + module.dilation[i] * (module.kernel_size[i] - 1) + 1
             lacks = max(needed - size - padding[2 * i] - padding[2 * i + 1], 0)
@@ -324,10 +328,12 @@ class _Convolution(GatedLayer):
         return self._with_ones(rows.reshape(-1, self.inputs))
 
     def presynaptic_at(self, x: Tensor, places: Tensor) -> Tensor:
-        patches, index = self._patches(x), []
+        patches = self._patches(x)
+        index: list[Tensor] = []
         for size in reversed(patches.shape[2 : 2 + self._dimensions]):
             index, places = [places % size, *index], places // size
-        return self._with_ones(patches[(places, slice(None), *index)].flatten(1))
+        chosen: tuple[Tensor | slice, ...] = (places, slice(None), *index)
+        return self._with_ones(patches[chosen].flatten(1))
 
     def energy(self, x: Tensor) -> Tensor:
         flat = self.presynaptic(x).flatten()
@@ -353,7 +359,7 @@ class _Convolution(GatedLayer):
 class _TransposedConvolution(_Convolution):
     """A transposed convolution: a pixel's channels make a patch of the output. Its bias is not part of the map."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: Any):
         super().__init__(module, bias=None)
         self.per_row = all(more < stride for more, stride in zip(module.output_padding, module.stride))
 
@@ -468,6 +474,7 @@ class _Projection(GatedLayer):
     """
 
     per_row = False
+    projects_attention = True
 
     def __init__(self, module: nn.MultiheadAttention, weight: str, of: Sequence[int]):
         self.name, self._of = weight, of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -295,8 +295,10 @@ def output_sensitivity(
         else:
             energy[name] = energy.get(name, 0) + x.detach().float().square().sum()
 
+    # cuDNN's recurrent layers have no backward pass in evaluation mode.
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with torch.enable_grad(), _evaluation(model) as device:
-        with _after_each(layers, note):
+        with _after_each(layers, note), torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
             outputs = forward(model, inputs)
         signs = torch.randint(0, 2, outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs) * 2 - 1
         varied = {name: output for name, output in made.items() if output.requires_grad}

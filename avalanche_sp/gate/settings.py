@@ -38,6 +38,9 @@ class Settings:
     vectors_a_sample: int = _setting(8, "count", "input vectors of one sample in the second moment, at most")
     # Gate.
     gated_vectors: int = _setting(8, "count", "leading eigenvectors gated in every step; the others at every look")
+    attention_openness: float = _setting(
+        0, "not negative", "factor of the openness of an attention's query, key and value projections; 0 holds them"
+    )
     look: int = _setting(8, "count", "optimizer steps between two looks at the weights, at most")
     # Penalty.
     largest_ratio: float = _setting(20, "positive", "upper bound on N_old / N_new; larger values make steps unstable")
