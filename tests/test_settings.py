@@ -169,7 +169,7 @@ CASES = {
     "stream_rank": case(64, 40, stream, {"stream_chunk": 640}),
     "readout_rank": case(256, 40, two_tasks, {"rank": 2}),
     "vectors_a_sample": case(8, 9, two_tasks, kind="cnn"),
-    "gated_vectors": case(8, 7, two_tasks),
+    "gated_vectors": case(32, 31, two_tasks),
     "attention_openness": case(0, 1, two_tasks, kind="attention"),
     "look": case(8, 7, two_tasks),
     "largest_ratio": case(20, 21, two_tasks, samples=4),

@@ -553,7 +553,8 @@ class PlasticityGate:
 
     def __getstate__(self) -> dict:
         """For pickle: hooks are put on again by :meth:`attach`."""
-        fresh: dict[str, Any] = {"_handles": [], "_held": {}, "_withheld": {}, "_rows": None, "_resting": set(), "_criterion": None}
+        fresh: dict[str, Any] = {"_handles": [], "_held": {}, "_withheld": {}}
+        fresh |= {"_rows": None, "_resting": set(), "_criterion": None}
         return vars(self) | fresh
 
     # -- Hooks -----------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class Settings:
     readout_rank: int = _setting(256, "count", "the same for the last layer, at least")
     vectors_a_sample: int = _setting(8, "count", "input vectors of one sample in the second moment, at most")
     # Gate.
-    gated_vectors: int = _setting(8, "count", "leading eigenvectors gated in every step; the others at every look")
+    gated_vectors: int = _setting(32, "count", "leading eigenvectors gated in every step; the others at every look")
     attention_openness: float = _setting(
         0, "not negative", "factor of the openness of an attention's query, key and value projections; 0 holds them"
     )
