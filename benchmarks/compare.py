@@ -2,14 +2,14 @@
 
 import sys
 
-from harness.cli import SplitMNIST, compare, parsed
+from harness.cli import ClassIncremental, compare, parsed
 from harness.settings import ROOT
 
-DEFAULT = SplitMNIST(replay_buffer=(200, 2000), output=ROOT / "results" / "compare")
+DEFAULT = ClassIncremental(replay_buffer=(200, 2000), output=ROOT / "results" / "compare")
 
 
 def main(argv: list[str] | None = None) -> int:
-    return compare(parsed(SplitMNIST, argv, __doc__, DEFAULT))
+    return compare(parsed(ClassIncremental, argv, __doc__, DEFAULT))
 
 
 if __name__ == "__main__":

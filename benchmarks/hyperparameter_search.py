@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         print(f"{error}: pip install '.[search]'", file=sys.stderr)
         return 2
-    settings = parsed(Search, argv, f"{__doc__}\n{about('split-mnist', 'permuted-mnist')}")
+    settings = parsed(Search, argv, f"{__doc__}\n{about('split', 'permuted')}")
 
     def work() -> int:
         print(*search(settings), sep="\n")

@@ -28,6 +28,7 @@ from torch.optim import SGD, Adam
 
 from avalanche_sp import OneHotMSELoss, SelectivePlasticityOptimizer, SelectivePlasticityPlugin, split_mnist
 from harness.cli import Where, parsed
+from harness.data import folder_of
 from harness.memory import optimizer_bytes
 from harness.networks import build_network, perceptron
 from harness.run import quiet
@@ -185,13 +186,17 @@ class Settings(Where):
     rounds: int = 7
     output: Path = ROOT / "results" / "overhead"
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.finds("mnist")
+
 
 def main(argv: list[str] | None = None) -> int:
     settings = parsed(Settings, argv, __doc__)
     settings.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     quiet()
-    root = str(settings.dataset_root)
+    root = str(folder_of("mnist", settings.dataset_root))
     (small, small_bytes), (large, large_bytes) = steps(256), steps(1000)
     parts = {
         "data": ("an epoch of 30,596 images", data_path(root), {}),

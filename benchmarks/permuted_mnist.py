@@ -1,16 +1,8 @@
-"""Permuted MNIST, domain-incremental: compares strategies on any number of tasks.
-
-python benchmarks/permuted_mnist.py --tasks 10 --train-per-task 10000 --strategies naive-sgd,ewc,sp --seeds 10
-"""
+"""Permuted MNIST: domain_incremental.py with its default data set."""
 
 import sys
 
-from harness.cli import PermutedMNIST, compare, comparison
-
-
-def main(argv: list[str] | None = None) -> int:
-    return compare(comparison(PermutedMNIST, argv, __doc__))
-
+from domain_incremental import main
 
 if __name__ == "__main__":
     sys.exit(main())

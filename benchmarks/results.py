@@ -33,6 +33,8 @@ class Settings(Where):
         super().__post_init__()
         self.at_least(1, "seeds")
         self.one_of("studies", tuple(STUDIES))
+        for data in {study.settings["benchmark"].partition("-")[2] for study in map(STUDIES.get, self.studies)}:
+            self.finds(data)
         self.one_of("strategies", {row.strategy for study in STUDIES.values() for row in study.rows})
 
     def runs(self, study: str) -> list[Run]:

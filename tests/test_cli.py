@@ -33,19 +33,19 @@ def shown(text):
 
 @pytest.mark.parametrize("words", [["naive-sgd,sp"], ["naive-sgd,", "sp"], ["naive-sgd", "sp"], ["naive-sgd, sp"]])
 def test_lists_may_be_parted_by_commas_and_blanks(words):
-    runs = runs_of(cli.SplitMNIST, "--strategies", *words, "--seeds", 1)
+    runs = runs_of(cli.ClassIncremental, "--strategies", *words, "--seeds", 1)
     assert [run.strategy for run in runs] == ["naive-sgd", "sp"]
 
 
 @pytest.mark.parametrize("words", [["lr=0.1,openness=2"], ["lr=0.1,", "openness=2"], ["lr=0.1", "--set", "openness=2"]])
 def test_settings_may_be_overridden_together_or_one_by_one(words):
-    (run,) = runs_of(cli.SplitMNIST, "--strategies", "sp", "--seeds", 1, "--set", *words)
+    (run,) = runs_of(cli.ClassIncremental, "--strategies", "sp", "--seeds", 1, "--set", *words)
     assert dict(run.overrides) == {"lr": 0.1, "openness": 2.0}
 
 
 def test_seeds_are_outermost_and_buffers_are_for_those_that_store():
     arguments = ["--strategies", "sp,sp-replay", "--replay-buffer", "50, 200", "--seeds", 2, "--first-seed", 7]
-    runs = runs_of(cli.PermutedMNIST, *arguments)
+    runs = runs_of(cli.DomainIncremental, *arguments)
     one = [("sp", 0), ("sp-replay", 50), ("sp-replay", 200)]
     assert [(r.seed, r.strategy, r.replay_buffer) for r in runs] == [(s, *row) for s in (7, 8) for row in one]
 
@@ -62,23 +62,26 @@ def test_jobs_are_the_processors_that_the_process_may_use():
         (split_mnist, ["--strategies", "sp,spp"], "Invalid strategy: spp (allowed: naive-sgd, "),
         (split_mnist, ["--strategies", "packnet"], "Invalid strategy: packnet (allowed: naive-sgd, "),
         (split_mnist, ["--task-incremental", "--strategies", "gdumb"], "Invalid strategy: gdumb (allowed: naive-sgd"),
-        (split_mnist, ["--task-incremental", "--tasks", "10"], "Invalid tasks: 10 (allowed with task_incremental"),
-        (split_mnist, ["--tasks", "3"], "invalid choice '3' for argument '--tasks'"),
+        (split_mnist, ["--task-incremental", "--tasks", "10"], "Invalid tasks: 10 (allowed on split-mnist with task"),
+        (split_mnist, ["--tasks", "3"], "Invalid tasks: 3 (allowed on split-mnist: 1, 2, 5, 10)"),
+        (split_mnist, ["--data", "glyphs", "--tasks", "5"], "Invalid tasks: 5 (allowed on split-glyphs: 1, 2, 4, 19"),
+        (split_mnist, ["--data", "cifar10"], "(allowed: a folder with cifar-10-batches-py/batches.meta, or --down"),
+        (permuted_mnist, ["--data=glyphs", "--protocol", "gpm"], "Invalid protocol: gpm (allowed on permuted-glyphs"),
         (split_mnist, ["--epochs", "0"], "Invalid epochs: 0 (allowed: 1 or more)"),
         (split_mnist, ["--epoch", "1"], "Perhaps you meant: --epochs"),
         (permuted_mnist, ["--train-per-task", "-1"], "Invalid train_per_task: -1 (allowed: 1 or more)"),
         (permuted_mnist, ["--replay-buffer", "200,0"], "Invalid replay_buffer: (200, 0) (allowed: numbers of 1 or"),
-        (permuted_mnist, ["--protocol", "original"], "invalid choice 'original'"),
+        (permuted_mnist, ["--protocol", "original"], "Invalid protocol: original (allowed on permuted-mnist: mammoth"),
         (permuted_mnist, ["--set", "lr"], "lr (allowed: NAME=NUMBER)"),
         (permuted_mnist, ["--strategies", "sp", "--against", "ewc"], "Invalid against: ewc (allowed: one of"),
         (compare, ["--dataset-root", "/nowhere"], "Invalid dataset_root: /nowhere (allowed: a folder with MNIST/raw/"),
         (compare, ["--jobs", "0"], "Invalid jobs: 0 (allowed: 1 or more)"),
         (results, ["--studies", "split5,split6"], "Invalid studies: split6 (allowed: buffers_split2, "),
         (hyperparameter_search, ["--strategy", "upgd"], "Invalid strategy: upgd (allowed: naive-sgd, "),
-        (hyperparameter_search, ["--tasks", "3"], "Invalid tasks: 3 (allowed on split-mnist: 2, 5, 10)"),
+        (hyperparameter_search, ["--tasks", "3"], "Invalid tasks: 3 (allowed on split-mnist: 1, 2, 5, 10)"),
         (hyperparameter_search, ["--trials", "0"], "Invalid trials: 0 (allowed: 1 or more)"),
         (hyperparameter_search, ["--first-seed", "5"], "Invalid first_seed: 5 (allowed: 100 or more)"),
-        (hyperparameter_search, ["--train-per-task", "9"], "Invalid train_per_task: 9 (allowed on permuted-mnist"),
+        (hyperparameter_search, ["--train-per-task", "9"], "Invalid train_per_task: 9 (allowed with permutations"),
         (hyperparameter_search, ["--set", "lr=1", "--strategy", "naive-sgd"], "Invalid set: every setting is held"),
     ],
 )
@@ -115,7 +118,8 @@ def test_help_has_a_line_on_each_strategy_and_writes_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", HELP], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     listed = dict(re.findall(r"^  ([\w+-]+) +(\S.*)$", done.stdout.partition("strategies:")[2], re.MULTILINE))
-    names = {run.strategy for run in runs_of(cli.SplitMNIST, "--task-incremental")} | {"sp-replay-surprise", "gdumb"}
+    names = {run.strategy for run in runs_of(cli.ClassIncremental, "--task-incremental")}
+    names |= {"sp-replay-surprise", "gdumb"}
     assert {name: ABOUT[name] for name in names}.items() <= listed.items()
     assert not list(tmp_path.iterdir())
 

@@ -86,6 +86,17 @@ def test_merge_eigenspace_keeps_the_leading_directions():
     assert (values.diff() > 0).all()
 
 
+@pytest.mark.parametrize("n, d", [(300, 80), (90, 200)])
+def test_few_eigenpairs_of_many_are_near_those_of_the_whole_decomposition(n, d):
+    x = tensor(n, d) * 0.9 ** torch.arange(d)
+    values, vectors = gates.leading_eigenpairs(x, rank=8)
+    expected, basis = torch.linalg.eigh(x.T @ x)
+    torch.testing.assert_close(values, expected[-8:], rtol=1e-3, atol=0)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(8, dtype=torch.float64))
+    assert (vectors.T @ basis[:, -8:]).square().sum() > 8 * 0.999  # of the same space
+    torch.testing.assert_close(values.sum(), (x @ vectors).square().sum())
+
+
 @pytest.mark.parametrize("n, d", [(40, 6), (5, 30)])
 @pytest.mark.parametrize("share", [0.3, 0.8, 0.99])
 def test_merge_eigenspace_keeps_as_many_as_have_a_share_of_the_energy(n, d, share):

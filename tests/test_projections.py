@@ -219,5 +219,5 @@ def test_random_features_take_no_more_memory_than_the_plugin_and_its_network(net
 
 
 def test_a_network_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match=r"Invalid network: 12 \(allowed: 256-256, .*, cnn\)"):
+    with pytest.raises(ValueError, match=r"Invalid network: 12 \(allowed: 256-256, .*, vit\)"):
         build_network("12")

@@ -3,7 +3,7 @@
 
 import pytest
 
-from harness.cli import PermutedMNIST, SplitMNIST, comparison
+from harness.cli import ClassIncremental, DomainIncremental, comparison
 from harness.networks import build_network
 from harness.protocols import PROTOCOLS
 from harness.recipes import recipe_of, strategies_of
@@ -13,7 +13,7 @@ EVERY = [(benchmark, name) for benchmark, protocols in PROTOCOLS.items() for nam
 
 
 def runs(benchmark, *arguments):
-    kind = {"split-mnist": SplitMNIST, "permuted-mnist": PermutedMNIST}[benchmark]
+    kind = {"split-mnist": ClassIncremental, "permuted-mnist": DomainIncremental}[benchmark]
     return comparison(kind, list(map(str, arguments)), "").runs()
 
 
@@ -48,8 +48,7 @@ def test_the_command_line_goes_first():
     assert [(r.epochs, r.replay_buffer, r.overrides) for r in few] == [(1, 50, lr), (1, 200, lr)]
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-def test_every_network_is_what_its_name_says(network):
+@pytest.mark.parametrize("network", [name for name in NETWORKS if name[0].isdigit()])
+def test_every_perceptron_is_what_its_name_says(network):
     sizes = [m.out_features for m in build_network(network) if hasattr(m, "out_features")]
-    if network != "cnn":
-        assert sizes == [*map(int, network.split("-")), 10]
+    assert sizes == [*map(int, network.split("-")), 10]

@@ -71,7 +71,7 @@ def test_two_workers_share_a_study_which_goes_on_and_is_reported(tmp_path, capsy
 
     assert best["command"] in capsys.readouterr().out
     python, script, *rest = shlex.split(best["command"])
-    assert (python, ROOT / script) == ("python", ROOT / "benchmarks" / "permuted_mnist.py")
+    assert (python, ROOT / script) == ("python", ROOT / "benchmarks" / "domain_incremental.py")
     assert permuted_mnist.main([*rest, "--seeds", "1"]) == 0
     (row,) = Store(tmp_path / "best").rows()
     assert row["settings"]["overrides"] == best["settings"] and row["settings"]["seed"] == 0

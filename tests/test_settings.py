@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from avalanche_sp import OneHotMSELoss, PlasticityGate, Settings
@@ -35,6 +36,9 @@ def network(kind="mlp", classes=5):
     torch.manual_seed(0)
     if kind == "mlp":
         return nn.Sequential(nn.Linear(64, 60), nn.ReLU(), nn.Linear(60, classes))
+    if kind == "attention":
+        block = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
+        return nn.Sequential(nn.Unflatten(1, (8, 8)), block, nn.Flatten(), nn.Linear(64, 5))
     return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
 
 
@@ -44,12 +48,12 @@ def new_classes(settings):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     gate = PlasticityGate(model, optimizer, settings=settings)
     for x, y in (OLD, (NEW[0], 5 + NEW[1])):
-        gate.prepare(TensorDataset(x, y), SQUARED)
+        gate.prepare(TensorDataset(x, y), cross_entropy)
         for rows in list(torch.arange(192).split(64)) * 8:
             optimizer.zero_grad()
-            SQUARED(model(x[rows]), y[rows]).backward()
+            cross_entropy(model(x[rows]), y[rows]).backward()
             optimizer.step()
-        gate.consolidate(TensorDataset(x, y), SQUARED)
+        gate.consolidate(TensorDataset(x, y), cross_entropy)
     return weights(model)
 
 
@@ -163,10 +167,10 @@ def case(default, changed, run, base=None, **kwargs):
 CASES = {
     "rank": case(48, 40, two_tasks),
     "stream_rank": case(64, 40, stream, {"stream_chunk": 640}),
-    "readout_rank": case(0.1, 0.2, two_tasks, {"rank": 2, "readout_least": 1}),
-    "readout_least": case(256, 40, two_tasks, {"rank": 2}),
+    "readout_rank": case(256, 40, two_tasks, {"rank": 2}),
     "vectors_a_sample": case(8, 9, two_tasks, kind="cnn"),
-    "gated_vectors": case(32, 31, two_tasks),
+    "gated_vectors": case(8, 7, two_tasks),
+    "attention_openness": case(0, 1, two_tasks, kind="attention"),
     "look": case(8, 7, two_tasks),
     "largest_ratio": case(20, 21, two_tasks, samples=4),
     "beyond": case(0.15, 0.2, two_tasks, {"rank": 4, "look": 2}),
@@ -180,6 +184,7 @@ CASES = {
     "solve_ridge": case(0.02, 0.021, new_classes),
     "solve_samples": case(2000, 1990, new_classes),
     "solve_steps": case(20, 2, new_classes),
+    "solve_tolerance": case(1e-3, 0.1, new_classes),
     "drift_ridge": case(0.1, 0.11, new_classes),
     "half_trust": case(50, 60, two_tasks, stored=40),
     "double_openness": case(12, 13, two_tasks, stored=40),

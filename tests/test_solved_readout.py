@@ -6,15 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 from avalanche.models import IncrementalClassifier
+from avalanche.training.plugins import ReplayPlugin
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from avalanche_sp import OneHotMSELoss, PlasticityGate, SelectivePlasticityPlugin, Settings, reference
 from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layer_gate import LayerGate
-from avalanche_sp.gate.layers import weights_and_bias
+from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
-from avalanche_sp.gate.readout import ReadoutSamples, class_sums, drift_map, pseudo_samples
+from avalanche_sp.gate.readout import ReadoutSamples, class_sums, drifted, pseudo_samples
 
 from conftest import accuracy, mlp, sliced, strategy_of
 
@@ -38,7 +39,7 @@ def remembered(x, y, rank=13):
 
 def test_pseudo_samples_have_the_class_means_and_the_covariance_within_classes():
     x, y = samples(0, (1, 2, 5))
-    drawn, classes = pseudo_samples(remembered(x, y), 3000)
+    drawn, classes = pseudo_samples(remembered(x, y), 3000, torch.eye(13))
     assert set(classes.tolist()) == {1, 2, 5}
     means = torch.stack([x[y == c].mean(0) for c in range(6) if (y == c).any()])
     ours = torch.stack([drawn[classes == c].mean(0) for c in (1, 2, 5)])
@@ -51,19 +52,28 @@ def test_pseudo_samples_have_the_class_means_and_the_covariance_within_classes()
 def test_a_memory_that_moves_is_that_of_the_moved_inputs():
     x, y = samples(0, (0, 3))
     drift = torch.eye(13) + 0.2 * torch.randn(13, 13, generator=torch.Generator().manual_seed(3))
-    ours, expected = remembered(x, y).moved(drift), remembered(x @ drift, y)
+    ours, expected = remembered(x, y).moved(lambda rows: rows @ drift), remembered(x @ drift, y)
     torch.testing.assert_close(ours.eigenvalues, expected.eigenvalues, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(ours.class_sums, expected.class_sums, atol=1e-2, rtol=1e-3)
     torch.testing.assert_close(ours.mean_eigenvalue, expected.mean_eigenvalue, atol=1e-4, rtol=1e-3)
 
 
-def test_the_map_of_a_linear_drift_is_found_and_its_share_scales_it():
+def test_a_linear_drift_is_found_and_its_share_scales_it():
     x, _ = samples(0, (0, 3))
     drift = torch.eye(13) + 0.1 * torch.randn(13, 13, generator=torch.Generator().manual_seed(3))
     exact = replace(SETTINGS, drift_ridge=1e-9)
-    torch.testing.assert_close(drift_map(x, x @ drift, 1.0, exact).float(), drift, atol=1e-3, rtol=1e-3)
-    half = drift_map(x, x @ drift, 0.5, exact).float()
-    torch.testing.assert_close(half, (drift + torch.eye(13)) / 2, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(drifted(x, x, x @ drift, torch.eye(13), 1.0, exact), x @ drift, atol=1e-3, rtol=1e-3)
+    half = drifted(x, x, x @ drift, torch.eye(13), 0.5, exact)
+    torch.testing.assert_close(half, (x + x @ drift) / 2, atol=1e-3, rtol=1e-3)
+
+
+def test_the_drift_is_the_ridge_regression_of_the_changes():
+    (x, _), (old, _) = samples(0, (0, 3)), samples(1, (1,), 9)
+    after = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    ridge = SETTINGS.drift_ridge * x.square().sum() / 13
+    change = torch.linalg.solve(x.T @ x + ridge * torch.eye(13), x.T @ (after - x))
+    ours = drifted(old, x, after, torch.eye(13), 0.7, SETTINGS)
+    torch.testing.assert_close(ours, old + 0.7 * old @ change, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations([(0, 1), (2, 3), (4, 5)]))[::2], ids=str)
@@ -88,7 +98,7 @@ def test_on_a_frozen_trunk_it_is_the_ridge_regression_on_all_samples_in_any_orde
     rows = torch.cat([features, ridge.sqrt() * torch.eye(21).double()])
     targets = torch.cat([nn.functional.one_hot(y, 6).double(), torch.zeros(21, 6).double()])
     expected = reference.least_squares(rows, targets)
-    difference = (weights_and_bias(readout).double() - expected).norm() / expected.norm()
+    difference = (GatedLayer(readout).weights_and_bias().double() - expected).norm() / expected.norm()
     assert difference < 1e-3
 
 
@@ -118,6 +128,18 @@ def test_each_short_experience_is_learned_and_the_old_ones_are_kept(split5, loss
     assert sum(accuracy(model, small, task) for task in range(5)) / 5 > 0.65
 
 
+def test_beside_stored_samples_short_experiences_are_kept_better_than_by_these_alone(split5):
+    small, kept = sliced(split5, train=416, test=200), {}
+    for name, plugins in (("alone", []), ("gated", [SelectivePlasticityPlugin()])):
+        model = mlp(64)
+        step = torch.optim.SGD(model.parameters(), lr=0.05)
+        strategy = strategy_of(model, [ReplayPlugin(100), *plugins], optimizer=step, criterion=nn.CrossEntropyLoss())
+        for experience in small.train_stream:
+            strategy.train(experience)
+        kept[name] = sum(accuracy(model.eval(), small, task) for task in range(5)) / 5
+    assert kept["gated"] > kept["alone"] + 0.1 and kept["gated"] > 0.7
+
+
 def test_masked_units_stay_as_they_are(split2):
     """Avalanche's incremental head masks the units of classes that have not come."""
     torch.manual_seed(0)
@@ -137,13 +159,13 @@ def test_the_readout_is_frozen_between_prepare_and_consolidate_and_solved_for_ne
     before = []
     for classes in ((0, 1), (0, 1), (2, 3)):
         x, y = samples(len(before), classes)
-        start = weights_and_bias(model[2])
+        start = GatedLayer(model[2]).weights_and_bias()
         gate.prepare(TensorDataset(x, y), criterion)
-        prepared = weights_and_bias(model[2])
+        prepared = GatedLayer(model[2]).weights_and_bias()
         optimizer.zero_grad()
         criterion(model(x), y).backward()
         optimizer.step()
-        before.append((torch.equal(start, prepared), torch.equal(prepared, weights_and_bias(model[2]))))
+        before.append((torch.equal(start, prepared), torch.equal(prepared, GatedLayer(model[2]).weights_and_bias())))
         gate.consolidate(TensorDataset(x, y), criterion)
     assert before == [(True, False), (True, False), (False, True)]
 
@@ -194,7 +216,7 @@ def test_an_experience_that_was_interrupted_leaves_no_frozen_readout():
     gate.consolidate(TensorDataset(x, y), criterion)
     gate.prepare(TensorDataset(*samples(1, (2, 3))), criterion)  # and never trained
     gate.prepare(TensorDataset(x, y), criterion)  # no class is new: nothing is solved
-    before = weights_and_bias(model[2])
+    before = GatedLayer(model[2]).weights_and_bias()
     criterion(model(x), y).backward()
     optimizer.step()
-    assert not torch.equal(weights_and_bias(model[2]), before)
+    assert not torch.equal(GatedLayer(model[2]).weights_and_bias(), before)

@@ -7,21 +7,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline, with_task_labels
 from avalanche.benchmarks.datasets import default_dataset_location
 from avalanche.benchmarks.scenarios import CLScenario
-from avalanche.benchmarks.utils import AvalancheDataset
 from torch import Tensor
 from torchvision.datasets import MNIST
 
-from avalanche_sp.data.tensor_dataset import TensorClassificationDataset, TensorSource
+from avalanche_sp.data.streams import permute_pixels, split_classes
 
-__all__ = ["benchmark_of", "split_mnist", "permuted_mnist"]
+__all__ = ["split_mnist", "permuted_mnist"]
 
 # Avalanche's and torchvision's usual normalisation: mean and deviation of the training pixels.
-_MEAN, _STD = 0.1307, 0.3081
+_MEAN, _STD = torch.full((1, 1, 1), 0.1307), torch.full((1, 1, 1), 0.3081)
 
 
 def split_mnist(
@@ -66,20 +63,10 @@ def split_mnist(
     if sorted(classes) != list(range(10)):
         raise ValueError(f"Invalid class_order value: {class_order} (allowed: the classes 0 to 9, each once)")
     train, test = _find_mnist(dataset_root, download)
-    rng = torch.Generator().manual_seed(seed)
     groups = torch.tensor(classes).chunk(n_experiences)
-
-    def experiences(part: _Part) -> list[TensorClassificationDataset]:
-        datasets = []
-        for e, group in enumerate(groups):
-            rows = torch.isin(part.read()[1], group).nonzero().flatten()
-            source = _MNISTSource(part, rows=_shuffled(rows, rng))
-            if class_ids_from_zero_in_each_exp:
-                source.labels = torch.searchsorted(group.sort().values, source.labels)
-            datasets.append(TensorClassificationDataset.from_source(source, e if return_task_id else 0))
-        return datasets
-
-    return benchmark_of(experiences(train), experiences(test))
+    return split_classes(
+        train, test, groups, seed=seed, task_labels=return_task_id, from_zero=class_ids_from_zero_in_each_exp
+    )
 
 
 def permuted_mnist(
@@ -118,35 +105,7 @@ def permuted_mnist(
     if train_size is not None and not 1 <= train_size <= 60000:
         raise ValueError(f"Invalid train_size value: {train_size} (allowed: 1 to 60000)")
     train, test = _find_mnist(dataset_root, download)
-    rng = torch.Generator().manual_seed(seed)
-    permutations = np.random.RandomState(seed)
-    train_sets: list[TensorClassificationDataset] = []
-    test_sets: list[TensorClassificationDataset] = []
-    for e in range(n_experiences):
-        pixels = torch.from_numpy(permutations.permutation(784))
-        for part, size, datasets in ((train, train_size, train_sets), (test, None, test_sets)):
-            rows = _shuffled(torch.arange(len(part.read()[1])), rng)[:size]
-            source = _MNISTSource(part, rows=rows, pixels=pixels)
-            datasets.append(TensorClassificationDataset.from_source(source, e if return_task_id else 0))
-    return benchmark_of(train_sets, test_sets)
-
-
-def _shuffled(rows: Tensor, rng: torch.Generator) -> Tensor:
-    return rows[torch.randperm(len(rows), generator=rng)]
-
-
-def benchmark_of(train: Sequence[AvalancheDataset], test: Sequence[AvalancheDataset]) -> CLScenario:
-    """A benchmark with a train and a test stream, one experience a dataset, with task labels and class timeline.
-
-    Avalanche's own ``with_classes_timeline`` gives sets where its protocol promises lists, and its multi-head
-    models need lists; here they are lists, sorted.
-    """
-    benchmark = with_task_labels(with_classes_timeline(benchmark_from_datasets(train=list(train), test=list(test))))
-    for stream in benchmark.streams.values():
-        for e in stream:
-            for name in ("classes_in_this_experience", "previous_classes", "classes_seen_so_far", "future_classes"):
-                setattr(e, name, sorted(getattr(e, name)))
-    return benchmark
+    return permute_pixels(train, test, n_experiences, train_size=train_size, seed=seed, task_labels=return_task_id)
 
 
 class _Part(NamedTuple):
@@ -156,23 +115,8 @@ class _Part(NamedTuple):
     download: bool
     number: int  # 0 is training, 1 is test
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Images, normalised, shape (N, 1, 28, 28), and labels."""
-        return _read_mnist(self.root, self.download)[self.number]
-
-
-class _MNISTSource(TensorSource):
-    """Saved without its images, which are read again: a checkpoint with a replay buffer would hold all 188 MB."""
-
-    def __init__(self, part: _Part, **kwargs):
-        super().__init__(*part.read(), **kwargs)
-        self.part = part
-
-    def __getstate__(self):
-        return {**self.__dict__, "images": None}
-
-    def __setstate__(self, state):
-        self.__dict__ = {**state, "images": state["part"].read()[0]}
+    def read(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        return *_read_mnist(self.root, self.download)[self.number], (_MEAN, _STD)
 
 
 def _find_mnist(dataset_root: str | Path | None, download: bool) -> tuple[_Part, _Part]:
@@ -188,10 +132,5 @@ def _find_mnist(dataset_root: str | Path | None, download: bool) -> tuple[_Part,
 
 @lru_cache(maxsize=2)  # the tensors are shared by every benchmark of a process, and never written to
 def _read_mnist(root: str, download: bool) -> tuple[tuple[Tensor, Tensor], ...]:
-    parts = []
-    for train in (True, False):
-        raw = MNIST(root, train=train, download=download)
-        # In torchvision's order of operations (ToTensor, then Normalize), so the values are the same bits.
-        images = raw.data.unsqueeze(1).float().div_(255).sub_(_MEAN).div_(_STD)
-        parts.append((images, raw.targets))
-    return tuple(parts)
+    parts = (MNIST(root, train=train, download=download) for train in (True, False))
+    return tuple((part.data.unsqueeze(1), part.targets) for part in parts)

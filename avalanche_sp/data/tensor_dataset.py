@@ -30,16 +30,25 @@ class TensorSource(Dataset):
     permuted tasks take the memory of one.
 
     Args:
-        images: float tensor of shape (M, ...).
+        images: float tensor of shape (M, ...), or uint8 tensor of shape (M, C, H, W) with ``normalization``.
         labels: int64 tensor of shape (M,).
         rows: int64 tensor of shape (N,): which images, in which order. Default: all, as they lie.
         pixels: int64 tensor, a permutation of one flattened image. Default: none.
+        normalization: mean and standard deviation of each channel, shape (C, 1, 1), of pixels between 0 and 1. The
+            images are divided by 255 and normalised when they are read. Default: they are read as they are.
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, *, rows: Tensor | None = None, pixels: Tensor | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        rows: Tensor | None = None,
+        pixels: Tensor | None = None,
+        normalization: tuple[Tensor, Tensor] | None = None,
     ):
         self.images = images
+        self.normalization = normalization
         self.rows = torch.arange(len(images)) if rows is None else rows
         self.labels = labels[self.rows]
         self.pixels = pixels
@@ -52,6 +61,9 @@ class TensorSource(Dataset):
         x = self.images.index_select(0, self.rows.index_select(0, indices))
         if self.pixels is not None:
             x = x.flatten(1).index_select(1, self.pixels).view_as(x)
+        if self.normalization is not None:
+            # In torchvision's order of operations (ToTensor, then Normalize), so the values are the same bits.
+            x = x.float().div_(255).sub_(self.normalization[0]).div_(self.normalization[1])
         return x, self.labels.index_select(0, indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -130,12 +142,9 @@ class _Layout:
             x, y = self.sources[0].gather(row)
         else:
             which = self.which[indices]
-            first = self.sources[0].images
-            x = first.new_empty((len(row), *first.shape[1:]))
-            y = row.new_empty(len(row))
-            for s in which.unique().tolist():
-                here = which == s
-                x[here], y[here] = self.sources[s].gather(row[here])
+            order = which.argsort(stable=True)
+            parts = [self.sources[s].gather(row[which == s]) for s in which.unique().tolist()]
+            x, y = (torch.cat(column)[order.argsort()] for column in zip(*parts))
         return [x, y, self.task_label.index_select(0, indices)]
 
 

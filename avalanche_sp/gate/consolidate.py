@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from avalanche_sp.gate.layers import GatedLayer, along, weights_and_bias
+from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory, Memory
 from avalanche_sp.gate.observe import Observation
 from avalanche_sp.gate.packed import PackedRows
@@ -23,6 +23,7 @@ def consolidate(
     memory: Memory,
     observation: Observation,
     layers: Mapping[str, GatedLayer],
+    merged: Mapping[str, LayerMemory],
     rank_of: Callable[[str, int, bool], float],
     remembers_weights: Collection[str],
     settings: Settings,
@@ -34,13 +35,14 @@ def consolidate(
 
     Args:
         layers: the network's gated layers by name; their weights become the anchors.
+        merged: second moments that are merged already, by layer.
         rank_of: eigenvectors to keep, by layer name, number of inputs, and whether the layer is called last.
         remembers_weights: the layers whose weights are remembered along all directions, at four bits each.
         stored: losses of stored samples in the readout's weights; None takes no step of the readout.
         trust: the share of the old loss that stored samples stand for, 0 to 1.
         damping: of the readout's step.
     """
-    merged, last = dict(memory.layers), next(reversed(observation.layers), None)
+    remembered, last = dict(memory.layers), next(reversed(observation.layers), None)
     for name, seen in observation.layers.items():
         layer, old, residual = layers[name], memory.layers.get(name), None
         readout = observation.readout
@@ -53,14 +55,14 @@ def consolidate(
             if old is not None and old.class_sums is not None and old.class_counts is not None:
                 sums, counts = _sum(old.class_sums, sums), _sum(old.class_counts, counts)
         inputs = seen.inputs.shape[1]
-        new = (old or LayerMemory.empty(inputs, seen.inputs)).merged(
+        new = merged.get(name) or (old or LayerMemory.empty(inputs, seen.inputs)).merged(
             seen.inputs, observation.samples, seen.rows, rank_of(name, inputs, name == last), seen.mean_eigenvalue
         )
         keeps_weights = name in remembers_weights and new.vectors.shape[1] < inputs
-        merged[name] = replace(
+        remembered[name] = replace(
             new,
-            anchor=along(layer, new.vectors),
-            rough_anchor=PackedRows.of(weights_and_bias(layer)) if keeps_weights else None,
+            anchor=layer.along(new.vectors),
+            rough_anchor=PackedRows.of(layer.weights_and_bias()) if keeps_weights else None,
             residual=residual,
             class_sums=sums,
             class_counts=counts,
@@ -69,7 +71,7 @@ def consolidate(
         )
     old_samples, samples = memory.samples, observation.samples
     return Memory(
-        merged,
+        remembered,
         (old_samples * memory.curvature + samples * observation.curvature) / (old_samples + samples),
         memory.classes + observation.classes,
         memory.consolidations + 1,
@@ -79,10 +81,10 @@ def consolidate(
 @torch.no_grad()
 def inherited(memory: LayerMemory, layer: GatedLayer) -> LayerMemory:
     """The memory of a layer's inputs for another layer with the same inputs, its present weights the anchor."""
-    rough = None if memory.rough_anchor is None else PackedRows.of(weights_and_bias(layer))
+    rough = None if memory.rough_anchor is None else PackedRows.of(layer.weights_and_bias())
     return replace(
         memory,
-        anchor=along(layer, memory.vectors),
+        anchor=layer.along(memory.vectors),
         rough_anchor=rough,
         residual=None,
         class_sums=None,

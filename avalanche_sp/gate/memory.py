@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
-from avalanche_sp.gate.functional import claim, merge_eigenspace, remainder
+from avalanche_sp.gate.functional import claim, leading_eigenpairs, merge_eigenspace, remainder
 from avalanche_sp.gate.packed import PackedRows
 
 __all__ = ["LayerMemory", "Memory"]
@@ -77,17 +77,18 @@ class LayerMemory:
             vectors.new_zeros(0, vectors.shape[1]),
         )
 
-    def moved(self, drift: Tensor) -> LayerMemory:
-        """The memory of the same inputs after a linear drift: each input vector x becomes x A.
+    def moved(self, drift: Callable[[Tensor], Tensor]) -> LayerMemory:
+        """The memory of the same inputs after a linear drift.
 
         Args:
-            drift: A, shape (d, d).
+            drift: moves input vectors (m, d).
         """
-        rank = len(self.eigenvalues)
-        factor = (self.vectors * (self.eigenvalues * rank).sqrt()).T @ drift.to(self.vectors.dtype)
-        values, vectors = merge_eigenspace(self.eigenvalues[:0], self.vectors[:, :0], 0.0, factor, rank)
+        roots = (self.vectors * self.eigenvalues.sqrt()).T
+        means = self.class_sums if self.class_sums is not None else roots[:0]
+        rows = drift(torch.cat([roots, means]))
+        values, vectors = leading_eigenpairs(rows[: len(roots)], len(roots))
         mean = self.mean_eigenvalue + (values.sum() - self.eigenvalues.sum()) / len(self.vectors)
-        sums = None if self.class_sums is None else self.class_sums @ drift.to(self.class_sums.dtype)
+        sums = None if self.class_sums is None else rows[len(roots) :]
         return replace(self, eigenvalues=values, vectors=vectors, mean_eigenvalue=mean, class_sums=sums)
 
     @property

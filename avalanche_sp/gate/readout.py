@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from avalanche_sp.gate.functional import loss_curvature, merge_eigenspace, newton_step
-from avalanche_sp.gate.layers import GatedLayer, along, set_weights, weights_and_bias
+from avalanche_sp.gate.functional import loss_curvature, newton_step
+from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.settings import Settings
 
@@ -22,10 +22,9 @@ __all__ = [
     "ReadoutLoss",
     "ReadoutSamples",
     "class_sums",
-    "drift_map",
+    "drifted",
     "newton_readout",
     "pseudo_samples",
-    "readout_loss",
     "solve_readout",
 ]
 
@@ -100,7 +99,7 @@ def newton_readout(
     kept = (1 - trust) * old.samples
     vectors, weight = old.vectors.double(), settings.readout_old * old_curvature * kept
     n = len(old.anchor)  # fewer output units than now where a head has grown
-    drift = (along(layer, old.vectors)[:n] - old.anchor).double()
+    drift = (layer.along(old.vectors)[:n] - old.anchor).double()
     gradient = shown.clone()
     gradient[:n] += weight * (drift * old.eigenvalues) @ vectors.T
     if old.residual is not None:
@@ -111,7 +110,7 @@ def newton_readout(
     silent = torch.stack([loss.weight * loss.curvature * loss.wanted for loss in losses]).sum()
     gain = -(shown * step).sum() / silent.clamp_min(torch.finfo(kind).tiny)
     step *= trust + (1 - trust) * (gain / settings.readout_whole).clamp(0, 1)
-    set_weights(layer, weights_and_bias(layer) + step.to(kind))
+    layer.set_weights(layer.weights_and_bias() + step.to(kind))
     return ((gradient + step @ hessian) / (total + kept)).to(kind)
 
 
@@ -142,7 +141,7 @@ def class_sums(samples: ReadoutSamples) -> tuple[Tensor, Tensor]:
     return sums * scale, counts * scale
 
 
-def pseudo_samples(memory: LayerMemory, least: int) -> tuple[Tensor, Tensor]:
+def pseudo_samples(memory: LayerMemory, least: int, basis: Tensor) -> tuple[Tensor, Tensor]:
     r"""Input vectors with the class means and the covariance within classes of a readout's memory.
 
     With the second moment :math:`C`, class means :math:`\mu_c` and shares :math:`p_c`, the covariance within classes is
@@ -153,56 +152,57 @@ def pseudo_samples(memory: LayerMemory, least: int) -> tuple[Tensor, Tensor]:
     Args:
         memory: of a readout, with class sums.
         least: number of vectors, at least.
+        basis: B, shape (d, k), along which they are wanted.
 
     Returns:
-        Input vectors (m, d) and their classes (m,).
+        Input vectors times B (m, k), and their classes (m,).
     """
     assert memory.class_sums is not None and memory.class_counts is not None
     classes = memory.class_counts.nonzero().flatten()
     counts = memory.class_counts[classes]
     share, means = counts / counts.sum(), memory.class_sums[classes] / counts.unsqueeze(1)
-    basis, lam = memory.vectors, memory.eigenvalues.double()
-    if basis.shape[1] < len(basis):
-        basis = torch.linalg.qr(torch.cat([basis, means.T], 1)).Q
-    within = basis.T.double() @ memory.vectors.double()
-    within, centers = (within * lam) @ within.T, means.double() @ basis.double()
+    span, lam = memory.vectors, memory.eigenvalues.double()
+    if span.shape[1] < len(span):
+        span = torch.linalg.qr(torch.cat([span, means.T], 1)).Q
+    within = (span.T @ memory.vectors).double()
+    within, centers = (within * lam) @ within.T, (means @ span).double()
     values, vectors = torch.linalg.eigh(within - (centers.T * share) @ centers)
     root = vectors * values.clamp_min(0).sqrt()
     number = (share * max(least, 2 * len(root))).round().long().clamp_min(2)
     which = torch.repeat_interleave(torch.arange(len(classes), device=number.device), number)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(len(which), len(root), dtype=torch.float64, generator=generator).to(root.device)
+    noise = torch.randn(len(which), len(root), generator=generator).to(means)
     noise -= (noise.new_zeros(len(classes), len(root)).index_add_(0, which, noise) / number.unsqueeze(1))[which]
-    noise = torch.linalg.qr(noise).Q * len(noise) ** 0.5  # of unit covariance, and still of zero mean in each class
-    return means[which] + (noise @ root.T @ basis.T.double()).to(means.dtype), classes[which]
+    # N^T N / n = S S^T: the noise N S^-T has unit covariance, and still zero mean in each class.
+    unit = torch.linalg.cholesky((noise.T @ noise / len(noise)).double())
+    colour = torch.linalg.solve_triangular(unit.mT, root.mT, upper=True)
+    return (means @ basis)[which].addmm_(noise, colour.to(means.dtype) @ (span.T @ basis)), classes[which]
 
 
-def drift_map(before: Tensor, after: Tensor, share: float, settings: Settings) -> Tensor:
-    r"""The map of a readout's old inputs to the present ones, learned on new samples: x becomes x A.
+def drifted(rows: Tensor, before: Tensor, after: Tensor, basis: Tensor, share: float, settings: Settings) -> Tensor:
+    r"""A readout's old inputs as the present network makes them, by a linear map learned on new samples: x becomes x A.
 
-    .. math:: A = I + s\, (X^\top X + \epsilon \bar\lambda I)^{-1} X^\top (X' - X)
+    .. math:: A = I + s\, B (B^\top X^\top X B + \epsilon \bar\lambda I)^{-1} B^\top X^\top (X' - X)
 
-    As linear drift compensation (A. Gomez-Villa et al., ECCV 2024), with a share s for the smaller drift of old inputs.
+    As linear drift compensation (A. Gomez-Villa et al., ECCV 2024), in the leading eigenspace of the inputs, and with a
+    share s for the smaller drift of old inputs. A, of shape (d, d), is never made.
 
     Args:
+        rows: old inputs, or their means or eigenvectors, shape (m, d).
         before, after: X and X', the inputs (n, d) of the same samples before and after training.
+        basis: B, orthonormal, shape (d, k).
         share: s, 0 to 1.
         settings: the constants.
 
     Returns:
-        A, shape (d, d).
+        Shape (m, d).
     """
-    before, after = before.double(), after.double()
-    moment, identity = before.T @ before, torch.eye(before.shape[1], dtype=torch.float64, device=before.device)
-    ridge = settings.drift_ridge * moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    return identity + share * torch.linalg.solve(moment + ridge * identity, before.T @ (after - before))
-
-
-def readout_loss(
-    weights: Tensor, samples: Sequence[ReadoutSamples], criterion: Callable[[Tensor, Tensor], Tensor]
-) -> float:
-    """The loss of a readout's weights (out, d) on samples, weighted, summed."""
-    return sum(s.weight * float(criterion(_outputs(s.inputs, weights, s.masked), s.targets)) for s in samples)
+    ridge = settings.drift_ridge * before.square().sum().double() / len(basis)
+    inputs = before @ basis
+    gram = (inputs.T @ inputs).double()
+    gram.diagonal().add_(ridge.clamp_min(torch.finfo(gram.dtype).tiny))
+    mixed = torch.cholesky_solve((rows @ basis).T.double(), torch.linalg.cholesky(gram)).T
+    return rows + share * (mixed.to(rows.dtype) @ inputs.T) @ (after - before)
 
 
 def _outputs(inputs: Tensor, weights: Tensor, masked: Tensor) -> Tensor:
@@ -215,54 +215,81 @@ def solve_readout(
     layer: GatedLayer,
     new: ReadoutSamples,
     old: LayerMemory,
-    rank: float,
+    merged: LayerMemory,
     criterion: Callable[[Tensor, Tensor], Tensor],
     settings: Settings,
+    stored: Sequence[ReadoutSamples] = (),
+    trust: float = 0.0,
 ) -> None:
     r"""Puts the weights into the readout that minimise the loss on new samples and on the memory's classes.
 
     .. math::
-        \min_W \; \frac{N_{new} L(X W^\top, y) + N_{old} L(X_{old} W^\top, y_{old})}{N_{new} + N_{old}}
+        \min_W \; \frac{N_{new} L(X W^\top, y) + N_{old} \big((1 - t) L(X_{old} W^\top, y_{old})
+        + t L(X_{stored} W^\top, y_{stored})\big)}{N_{new} + N_{old}}
         + \frac{\epsilon \kappa \bar\lambda}{2} \lVert W \rVert^2
 
     by L-BFGS, in the leading eigenspace of all inputs, in coordinates in which their second moment is the identity. The
-    old classes' X are :func:`pseudo_samples`; :math:`\kappa` is the loss's curvature at outputs of zero. For squared
-    error and all eigenvectors the solution is the ridge regression on all data, if the old inputs have not moved. It
-    does not depend on the optimizer, its learning rate or the number of its steps. A loss without curvature is left.
+    old classes' X are :func:`pseudo_samples`; :math:`\kappa` is the loss's curvature at outputs of zero. It starts at
+    the present weights, or at a Newton step from zero with the curvature :math:`\kappa` where the loss is lower there.
+    For squared error and all eigenvectors the solution is the ridge regression on all data, if the old inputs have not
+    moved. It does not depend on the optimizer, its learning rate or the number of its steps. A loss without curvature
+    is left.
 
     Args:
         layer: the network's last, a linear one.
         new: samples of the experience.
         old: the layer's memory, with class sums.
-        rank: eigenvectors of the inputs, or the share of the energy that they are to have.
+        merged: the memory with the experience, whose eigenvectors the solution is sought along.
         criterion: of (outputs, class labels), a mean over samples.
         settings: the constants.
+        stored: stored samples of the old classes.
+        trust: t, the share of the old loss that they stand for, 0 to 1; 0 without.
     """
-    share = old.samples / (old.samples + new.weight)
-    values, vectors = merge_eigenspace(old.eigenvalues, old.vectors, share, new.inputs, rank)
+    values, vectors = merged.eigenvalues, merged.vectors
+    share = old.samples / merged.samples
     ridge = settings.solve_ridge * values.sum() / len(vectors)
     white = vectors * (values + ridge).clamp_min(torch.finfo(values.dtype).tiny).rsqrt()  # W = units white^T
-    inputs, classes = pseudo_samples(old, settings.solve_samples)
-    parts = [(new.inputs @ white, new.targets, 1 - share), (inputs @ white, classes, share)]
-    start = weights_and_bias(layer)
-    units = (start @ (vectors * (values + ridge).sqrt())).requires_grad_()
+    parts = [
+        (new.inputs @ white, new.targets, 1 - share),
+        (*pseudo_samples(old, settings.solve_samples, white), share * (1 - trust)),
+    ]
+    total = sum(samples.weight for samples in stored)
+    parts += [(s.inputs @ white, s.targets, share * trust * s.weight / total) for s in stored]
+    start = layer.weights_and_bias()
+    zeros = start.new_zeros(len(new.targets), len(start))
     with torch.enable_grad():
-        zeros = start.new_zeros(len(new.targets), len(start)).requires_grad_()
+        zeros.requires_grad_()
         curvature = loss_curvature(zeros, criterion(zeros, new.targets))
-        if not curvature > 0:  # nothing bounds the weights
-            return
-        strength = curvature * ridge
-        search = torch.optim.LBFGS([units], max_iter=settings.solve_steps, line_search_fn="strong_wolfe")
+    if not curvature > 0:  # nothing bounds the weights
+        return
 
-        def loss() -> Tensor:
-            search.zero_grad()
-            value = 0.5 * strength * (units @ white.T).square().sum()
-            for x, y, weight in parts:
-                value = value + weight * criterion(_outputs(x, units, new.masked), y)
-            value.backward()
-            return value
+    def loss(units: Tensor) -> Tensor:
+        value = 0.5 * curvature * ridge * (units @ white.T).square().sum()
+        return value + sum(weight * criterion(_outputs(x, units, new.masked), y) for x, y, weight in parts)
 
-        search.step(loss)
+    present = start @ (vectors * (values + ridge).sqrt())
+    nothing = torch.zeros_like(present)
+    at_nothing, gradient = _with_gradient(loss, nothing)
+    units = min(present, -gradient / curvature, key=lambda weights: float(loss(weights))).requires_grad_()
+    search = torch.optim.LBFGS(
+        [units],
+        max_iter=settings.solve_steps,
+        tolerance_change=settings.solve_tolerance * float(at_nothing),
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        value, units.grad = _with_gradient(loss, units)
+        return value
+
+    search.step(closure)
     weights = units.detach() @ white.T
     if weights.isfinite().all():
-        set_weights(layer, weights)
+        layer.set_weights(weights)
+
+
+@torch.enable_grad()
+def _with_gradient(loss: Callable[[Tensor], Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
+    weights = weights.detach().requires_grad_()
+    value = loss(weights)
+    return value.detach(), torch.autograd.grad(value, weights)[0]

@@ -34,11 +34,13 @@ class Settings:
     # Memory of a layer.
     rank: int = _setting(48, "count", "eigenvectors kept for a layer if the end of an experience is told")
     stream_rank: int = _setting(64, "count", "eigenvectors kept for a layer if boundaries are found")
-    readout_rank: float = _setting(0.1, "share", "eigenvectors of the last layer, as a share of its inputs, if more")
-    readout_least: int = _setting(256, "count", "eigenvectors of the last layer, at least, if boundaries are told")
+    readout_rank: int = _setting(256, "count", "the same for the last layer, at least")
     vectors_a_sample: int = _setting(8, "count", "input vectors of one sample in the second moment, at most")
     # Gate.
-    gated_vectors: int = _setting(32, "count", "leading eigenvectors gated in every step; the others at every look")
+    gated_vectors: int = _setting(8, "count", "leading eigenvectors gated in every step; the others at every look")
+    attention_openness: float = _setting(
+        0, "not negative", "factor of the openness of an attention's query, key and value projections; 0 holds them"
+    )
     look: int = _setting(8, "count", "optimizer steps between two looks at the weights, at most")
     # Penalty.
     largest_ratio: float = _setting(20, "positive", "upper bound on N_old / N_new; larger values make steps unstable")
@@ -55,6 +57,7 @@ class Settings:
     solve_ridge: float = _setting(0.02, "positive", "ridge of the weights, in units of the inputs' mean eigenvalue")
     solve_samples: int = _setting(2000, "count", "pseudo-samples of old classes, at least")
     solve_steps: int = _setting(20, "count", "iterations of L-BFGS, at most")
+    solve_tolerance: float = _setting(1e-3, "positive", "least gain of an iteration, in losses of zero outputs")
     drift_ridge: float = _setting(0.1, "positive", "ridge of the drift's map, in units of the mean eigenvalue")
     # Stored samples, c for each class of each experience.
     half_trust: float = _setting(50, "positive", "c at which stored samples stand for half of the old loss")

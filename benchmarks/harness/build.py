@@ -26,7 +26,7 @@ from harness.methods.ridge import StreamingRidge, build_random_features
 from harness.networks import PackNetMultiHead, build_network, gate_bytes, network_bytes
 from harness.recipes import recipe_of
 from harness.recipes.recipe import PER_LAYER
-from harness.settings import Run, in_mini_batches
+from harness.settings import DATA, Run, in_mini_batches
 
 LOSSES = {"cross-entropy": nn.CrossEntropyLoss, "squared error": OneHotMSELoss}
 OPTIMIZERS = {
@@ -150,10 +150,11 @@ TEMPLATES: dict[str, Callable] = {
 
 def build_model(run: Run) -> nn.Module:
     """The run's network; random features with the memory of the network and of `sp` instead."""
-    network = build_network(run.network, run.heads)
+    network = build_network(run.network, run.heads, run.data)
     kind = recipe_of(run).model
     if kind == "random features":
-        return build_random_features(network_bytes(network) + gate_bytes(network))
+        data = DATA[run.data]
+        return build_random_features(network_bytes(network) + gate_bytes(network), data.inputs, data.classes)
     return PackNetMultiHead(network) if kind == "packnet" else network
 
 

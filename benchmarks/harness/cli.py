@@ -12,9 +12,10 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from harness.data import DATA, folder_of
 from harness.protocols import PROTOCOLS, overrides_of
 from harness.recipes import ABOUT, TASK_INCREMENTAL, USES_REPLAY, strategies_of
-from harness.settings import MNIST, NETWORKS, ROOT, STRATEGIES, Run
+from harness.settings import NETWORKS, ROOT, STRATEGIES, Run
 
 T = TypeVar("T")
 
@@ -59,19 +60,23 @@ class Where:
         output: folder of results and figures
         jobs: runs at a time, one thread each; by default the processors that the process may use
         scheduler: run on the workers of this Dask scheduler instead: docs/sweeps.md
-        dataset_root: folder of MNIST/raw/*-ubyte
+        dataset_root: folder of the data set; None: its own in benchmarks/data
     """
 
     output: Path = ROOT / "results"
     jobs: int = processors()
     scheduler: str | None = None
-    dataset_root: Path = MNIST
+    dataset_root: Path | None = None
 
     def __post_init__(self):
         self.at_least(1, "jobs")
-        if not (self.dataset_root / "MNIST" / "raw" / "train-images-idx3-ubyte").exists():
-            allowed = "a folder with MNIST/raw/train-images-idx3-ubyte"
-            raise ValueError(f"Invalid dataset_root: {self.dataset_root} (allowed: {allowed})")
+
+    def finds(self, data: str) -> None:
+        """Checks that the data set is where it should be."""
+        folder = folder_of(data, self.dataset_root)
+        if not (folder / DATA[data].file).exists():
+            or_else = "" if DATA[data].shipped else ", or --download"
+            raise ValueError(f"Invalid dataset_root: {folder} (allowed: a folder with {DATA[data].file}{or_else})")
 
     def at_least(self, least: int, *names: str) -> None:
         for name in names:
@@ -92,7 +97,8 @@ class Training(Where):
     Attributes:
         epochs: epochs an experience
         batch_size: stream samples in a mini-batch
-        network: hidden widths, or a small CNN
+        network: hidden widths, or another network
+        download: fetch the data set, if it is not shipped
         first_seed: the first seed
         set: settings of the strategy that replace its recipe's, such as lr=0.1
     """
@@ -100,6 +106,7 @@ class Training(Where):
     epochs: int = 1
     batch_size: int = 64
     network: Literal[tuple(NETWORKS)] = "256-256"
+    download: bool = False
     first_seed: int = 0
     set: Annotated[tuple[_Assignments, ...], tyro.conf.UseAppendAction] = ()
 
@@ -107,6 +114,17 @@ class Training(Where):
         super().__post_init__()
         self.at_least(1, "epochs", "batch_size")
         self.at_least(0, "first_seed")
+        if not self.download:
+            self.finds(self.benchmark.partition("-")[2])
+
+    def fetch(self) -> None:
+        """Downloads the data set if that is asked for and it is not there."""
+        data = self.benchmark.partition("-")[2]
+        if self.download:
+            folder = folder_of(data, self.dataset_root)
+            folder.mkdir(parents=True, exist_ok=True)
+            for train in (True, False):
+                DATA[data].read(folder, train, True)
 
     def run(self, benchmark: str, strategy: str, protocol: str | None = None, **settings) -> Run:
         """A run with these settings. Those of ``set`` go before the protocol's."""
@@ -121,16 +139,19 @@ class Comparison(Training):
     """A comparison of strategies on one benchmark.
 
     Attributes:
+        data: the data set; those that are not shipped need --download once
         strategies: names, in any order
         tasks: experiences
         replay_buffer: numbers of stored samples of the strategies with replay
         seeds: number of seeds
         against: also report each strategy's ACC minus this one's, paired by seed
         validation: score on held-out training images, for tuning
-        protocol: a published protocol, whose settings are the defaults: harness/protocols.py
+        protocol: a published protocol on MNIST, whose settings are the defaults: harness/protocols.py
+        output: folder of results and figures; None: one of the benchmark in results
     """
 
-    benchmark: ClassVar[str]
+    kind: ClassVar[str]
+    data: Literal[tuple(DATA)] = "mnist"
     strategies: Names = STRATEGIES
     tasks: int = 2
     replay_buffer: Numbers = (200,)
@@ -138,8 +159,11 @@ class Comparison(Training):
     against: str | None = None
     validation: bool = False
     protocol: str | None = None
+    output: Path | None = None
 
     def __post_init__(self):
+        if self.output is None:
+            object.__setattr__(self, "output", ROOT / "results" / self.benchmark.replace("-", "_"))
         super().__post_init__()
         self.at_least(1, "tasks", "seeds")
         if min(self.replay_buffer, default=0) < 1:
@@ -147,8 +171,16 @@ class Comparison(Training):
         if self.against is not None and (self.against not in self.strategies or self.seeds < 2):
             allowed = f"one of {', '.join(self.strategies)}, with 2 seeds or more"
             raise ValueError(f"Invalid against: {self.against} (allowed: {allowed})")
+        protocols = PROTOCOLS.get(self.benchmark, {})
+        if self.protocol is not None and self.protocol not in protocols:
+            allowed = ", ".join(protocols) or "none"
+            raise ValueError(f"Invalid protocol: {self.protocol} (allowed on {self.benchmark}: {allowed})")
         for run in self.runs():
             run.settings()  # the strategy exists, and so do its settings
+
+    @property
+    def benchmark(self) -> str:
+        return f"{self.kind}-{self.data}"
 
     def of_benchmark(self) -> dict:
         """Settings of a run that the benchmark alone has."""
@@ -166,39 +198,30 @@ class Comparison(Training):
 
 
 @dataclass(frozen=True)
-class SplitMNIST(Comparison):
-    """Split MNIST.
+class ClassIncremental(Comparison):
+    """Groups of classes, one after another.
 
     Attributes:
+        tasks: experiences: a divisor of the number of classes
         task_incremental: a head for each task, chosen by task labels; the defaults are then 5 tasks, 2 epochs
     """
 
-    benchmark: ClassVar[str] = "split-mnist"
-    output: Path = ROOT / "results" / "split_mnist"
-    protocol: Literal[tuple(PROTOCOLS["split-mnist"])] | None = None
-    tasks: Literal[2, 5, 10] = 2
+    kind: ClassVar[str] = "split"
     task_incremental: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.task_incremental and self.tasks == 10:
-            raise ValueError("Invalid tasks: 10 (allowed with task_incremental: 2, 5, as one class is no task)")
 
     def of_benchmark(self) -> dict:
         return {"task_incremental": self.task_incremental}
 
 
 @dataclass(frozen=True)
-class PermutedMNIST(Comparison):
-    """Permuted MNIST.
+class DomainIncremental(Comparison):
+    """Permutations of the pixels, one after another.
 
     Attributes:
-        train_per_task: training images a task; None: all 60000
+        train_per_task: training images a task; None: all
     """
 
-    benchmark: ClassVar[str] = "permuted-mnist"
-    output: Path = ROOT / "results" / "permuted_mnist"
-    protocol: Literal[tuple(PROTOCOLS["permuted-mnist"])] | None = None
+    kind: ClassVar[str] = "permuted"
     tasks: int = 10
     train_per_task: int | None = None
 
@@ -212,6 +235,7 @@ class PermutedMNIST(Comparison):
 
 @dataclass(frozen=True)
 class _Presets:
+    data: str = "mnist"
     protocol: str | None = None
     task_incremental: bool = False
 
@@ -227,15 +251,16 @@ def comparison(kind: type[Comparison], argv: list[str] | None, description: str)
     defaults: dict = {}
     if presets.task_incremental:  # PackNet needs a second epoch
         defaults = {"tasks": 5, "epochs": 2, "strategies": TASK_INCREMENTAL, "task_incremental": True}
-    if presets.protocol in PROTOCOLS[kind.benchmark]:
-        defaults |= PROTOCOLS[kind.benchmark][presets.protocol].arguments
-    return parsed(kind, argv, f"{description}\n\n{about(kind.benchmark)}", kind(**defaults))
+    protocols = PROTOCOLS.get(f"{kind.kind}-{presets.data}", {})
+    if presets.protocol in protocols:
+        defaults |= protocols[presets.protocol].arguments
+    return parsed(kind, argv, f"{description}\n\n{about(kind.kind)}", kind(**defaults))
 
 
-def about(*benchmarks: str) -> str:
-    """A line on each strategy that the benchmarks have."""
-    names = {name for benchmark in benchmarks for name in strategies_of(benchmark)}
-    names.update(TASK_INCREMENTAL if "split-mnist" in benchmarks else ())
+def about(*kinds: str) -> str:
+    """A line on each strategy that the kinds of benchmarks have."""
+    names = {name for kind in kinds for name in strategies_of(kind)}
+    names.update(TASK_INCREMENTAL if "split" in kinds else ())
     return "strategies:\n" + "\n".join(f"  {name:<21} {line}" for name, line in ABOUT.items() if name in names)
 
 
@@ -264,6 +289,7 @@ def compare(settings: Comparison) -> int:
         store, runs = Store(settings.output), settings.runs()
         where = f"on {settings.scheduler}" if settings.scheduler else f"{settings.jobs} at a time"
         print(f"{len(runs)} runs, {where}; results go to {settings.output}", flush=True)
+        settings.fetch()
         failed = run_all(runs, store, settings.dataset_root, settings.jobs, settings.scheduler)
         if failed:
             print(f"{failed} of {len(runs)} runs failed: their errors are in {settings.output}", file=sys.stderr)

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from harness.settings import BOUNDS, NETWORKS
+from harness.settings import BOUNDS, network_title
 from harness.statistics import bootstrap, student
 from harness.studies import ALONE, BY_BUFFER, LAYERS, OURS, STUDIES, WITH_AND_WITHOUT
 from harness.tables import by_seed, cells, title
@@ -173,7 +173,7 @@ def contributions_of_layers(frame: pd.DataFrame, path: Path) -> Path:
                 ax.bar(x, means, 0.36, yerr=errors, capsize=3, color=colour, label=label, hatch=hatch)
             ax.axhline(0, color="#555555", lw=0.8)
             ax.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers], fontsize=8)
-            ax.set_title(f"{heading}\n{NETWORKS[network].split(' of')[0]}", fontsize=8, loc="left")
+            ax.set_title(f"{heading}\n{network_title(network).split(' of')[0]}", fontsize=8, loc="left")
             ax.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
             ax.tick_params(labelsize=7)
         row[0].set_ylabel("ACC, percentage points", fontsize=8)

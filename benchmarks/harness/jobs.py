@@ -26,7 +26,7 @@ ATTEMPTS = 3  # number of times that a job is tried if its process dies, as in D
 def run_all(
     runs: Sequence[Run],
     store: Store,
-    dataset_root: Path,
+    dataset_root: Path | None,
     jobs: int,
     scheduler: str | None = None,
     keeps_curve: Callable[[Run], bool] = lambda run: True,
@@ -36,7 +36,7 @@ def run_all(
     Args:
         runs: all that the store is to hold in the end.
         store: the results. A failed run is stored with its error, and tried again by the next start.
-        dataset_root: folder with MNIST, as the workers see it.
+        dataset_root: folder of the data set, as the workers see it; None: its own.
         jobs: processes, without a scheduler.
         scheduler: address of a Dask scheduler, whose workers then train.
         keeps_curve: whether a run's accuracy is also measured during training, which takes longer than to train it.
@@ -48,7 +48,7 @@ def run_all(
         OSError: results can't be written, or the scheduler can't be reached. Finished runs are kept.
     """
     keys, stored = {key_of(run.settings()): run for run in runs}, store.keys()
-    tasks = [(run, str(dataset_root), keeps_curve(run)) for key, run in keys.items() if key not in stored]
+    tasks = [(run, dataset_root, keeps_curve(run)) for key, run in keys.items() if key not in stored]
     if len(tasks) < len(keys):
         print(f"{len(keys) - len(tasks)} of {len(keys)} runs are already in {store.path}")
     failed, patience = 0, 0.5 if sys.stdout.isatty() else 10  # seconds between updates: few lines in a log file

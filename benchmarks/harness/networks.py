@@ -5,22 +5,28 @@ from __future__ import annotations
 import torch
 from avalanche.models import IncrementalClassifier, MultiHeadClassifier, MultiTaskModule
 from avalanche.models.packnet import PackNetModel
+from avalanche.models.slim_resnet18 import BasicBlock, ResNet
 from torch import nn
+from torch.nn import functional as F
 
 from avalanche_sp import SelectivePlasticityPlugin
-from harness.settings import NETWORKS
+from harness.settings import DATA, NETWORKS
 
 CHANNELS = (16, 32)
 
 
-def build_network(name: str = "256-256", heads: int = 1) -> nn.Module:
-    """One of ``settings.NETWORKS``: a ReLU perceptron by the widths of its hidden layers, or the small CNN.
+def build_network(name: str = "256-256", heads: int = 1, data: str = "mnist") -> nn.Module:
+    """One of ``settings.NETWORKS`` for a data set, such as a ReLU perceptron by the widths of its hidden layers.
 
-    With several heads, these share the ten outputs evenly.
+    With several heads, these share the outputs evenly.
     """
     if name not in NETWORKS:
         raise ValueError(f"Invalid network: {name} (allowed: {', '.join(NETWORKS)})")
-    network = small_cnn() if name == "cnn" else perceptron(*(int(width) for width in name.split("-")))
+    shape, classes = DATA[data].shape, DATA[data].classes
+    if name in _OTHERS:
+        network = _OTHERS[name](shape, classes)
+    else:
+        network = perceptron(*map(int, name.split("-")), inputs=DATA[data].inputs, classes=classes)
     return network if heads == 1 else MultiHead(network, heads)
 
 
@@ -30,11 +36,12 @@ class MultiHead(MultiTaskModule):
     All heads are made at the start, so that equal seeds give equal weights for all strategies.
     """
 
-    def __init__(self, network: nn.Sequential, n_tasks: int):
+    def __init__(self, network: nn.Module, n_tasks: int):
         super().__init__()
-        last = network[-1]
+        name, last = [(name, module) for name, module in network.named_children()][-1]
         classes = last.out_features // n_tasks
-        self.features = network[:-1]
+        setattr(network, name, nn.Identity())
+        self.features = network
         self.heads = MultiHeadClassifier(last.in_features, classes, masking=False)
         for task in range(1, n_tasks):
             head = IncrementalClassifier(last.in_features, classes, masking=False, auto_adapt=False)
@@ -58,22 +65,75 @@ class PackNetMultiHead(PackNetModel):
         return self.heads(super().forward(x, task_labels), task_labels)
 
 
-def perceptron(*widths: int) -> nn.Sequential:
-    sizes = (784, *widths)
+def perceptron(*widths: int, inputs: int = 784, classes: int = 10) -> nn.Sequential:
+    sizes = (inputs, *widths)
     hidden = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], 10))
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], classes))
 
 
-def small_cnn() -> nn.Sequential:
+def small_cnn(shape: tuple[int, int, int] = (1, 28, 28), classes: int = 10) -> nn.Sequential:
     first, second = CHANNELS
     return nn.Sequential(
-        nn.Conv2d(1, first, 5, stride=2, padding=2),
+        nn.Conv2d(shape[0], first, 5, stride=2, padding=2),
         nn.ReLU(),
         nn.Conv2d(first, second, 3, stride=2, padding=1),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(second * 49, 10),
+        nn.Linear(second * (shape[1] // 4) * (shape[2] // 4), classes),
     )
+
+
+class SlimResNet18(ResNet):
+    """Avalanche's, which has 3 x 32 x 32 inputs alone, for images of any size."""
+
+    def __init__(self, shape: tuple[int, int, int], classes: int):
+        super().__init__(BasicBlock, [2, 2, 2, 2], classes, nf=20)
+        self.conv1 = nn.Conv2d(shape[0], 20, 3, padding=1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn1(self.conv1(x)).relu()
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+        return self.linear(x.mean((2, 3)))
+
+
+class _Block(nn.Module):
+    """Attention and a perceptron of two layers, each behind a normalisation and beside a skip connection."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # (batch, tokens, 3 width) to three of (batch, heads, tokens, width / heads)
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class VisionTransformer(nn.Module):
+    """A small one: patches of 4 x 4 pixels (8 x 8 of larger images), four blocks, the mean of the tokens.
+
+    A. Dosovitskiy et al.: An image is worth 16x16 words, ICLR 2021.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], classes: int, width: int = 64):
+        super().__init__()
+        patch = 4 if shape[1] <= 32 else 8
+        self.patches = nn.Conv2d(shape[0], width, patch, stride=patch)
+        self.position = nn.Parameter(0.02 * torch.randn((shape[1] // patch) * (shape[2] // patch), width))
+        self.blocks = nn.Sequential(*(_Block(width, 4) for _ in range(4)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+_OTHERS = {"cnn": small_cnn, "slim-resnet18": SlimResNet18, "vit": VisionTransformer}
 
 
 def network_bytes(model: nn.Module) -> int:

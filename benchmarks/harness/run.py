@@ -23,16 +23,15 @@ from avalanche_sp import (
     average_forgetting,
     backward_transfer,
     learning_accuracy,
-    permuted_mnist,
-    split_mnist,
 )
 from harness.build import build_model, build_strategy
-from harness.internals import benchmark_of
+from harness.data import parts_of
+from harness.internals import benchmark_of, permute_pixels
 from harness.memory import extra_memory_bytes
 from harness.networks import build_network
 from harness.settings import Run
 from harness.store import version_of
-from harness.streams import class_order, drifting, parts, rearranged
+from harness.streams import drifting, groups_of_classes, parts, rearranged
 
 CURVE_POINTS = 10  # measurements of the accuracy curve in an experience
 FIRST_STEPS = (1, 2, 5, 10, 20)  # measured iterations of every later experience: old tasks fall deepest then
@@ -85,13 +84,17 @@ def worst_case(points: list[dict]) -> float | None:
 
 
 def execute(
-    run: Run, dataset_root: str, after_experience: Callable[[np.ndarray], None] | None = None, *, curve: bool = True
+    run: Run,
+    dataset_root: Path | None = None,
+    after_experience: Callable[[np.ndarray], None] | None = None,
+    *,
+    curve: bool = True,
 ) -> dict:
     """Trains the run and returns its row: "settings", "figures" and "versions".
 
     Args:
         run: its settings.
-        dataset_root: folder with MNIST.
+        dataset_root: folder of the data set; None: its own.
         after_experience: called after each experience with the accuracy matrix so far. Its exceptions end the run.
         curve: whether to measure accuracies during an experience, which takes longer than to train it.
 
@@ -136,7 +139,7 @@ def execute(
         "accuracy_matrix": accuracy.round(4).tolist(),
         "task_ends": ends,
         "seconds": seconds - watch.seconds,
-        "extra_memory_bytes": extra_memory_bytes(strategy, plugins, build_network(run.network, run.heads)),
+        "extra_memory_bytes": extra_memory_bytes(strategy, plugins, build_network(run.network, run.heads, run.data)),
     }
     if watch.points:
         figures["curve"] = watch.points
@@ -158,24 +161,20 @@ def _check_finite(strategy) -> None:
         raise FloatingPointError(f"the weights are not finite after training experience {number}. {cause}")
 
 
-def build_benchmark(run: Run, dataset_root: str) -> CLScenario:
+def build_benchmark(run: Run, dataset_root: Path | None) -> CLScenario:
     """The run's streams; with ``validation`` the test stream is 1/6 of the training images, taken out of them."""
     if run.stream == "drifting":
         return benchmark_of(*drifting(run, dataset_root))
-    if run.benchmark == "split-mnist":
-        benchmark = split_mnist(
-            run.n_tasks,
-            class_order=class_order(run),
-            seed=run.seed,
-            return_task_id=run.task_incremental,
-            class_ids_from_zero_in_each_exp=run.task_incremental,
-            dataset_root=dataset_root,
-        )
+    if run.kind == "split":
+        benchmark = groups_of_classes(run, run.n_tasks, dataset_root)
     else:
-        size = run.train_per_task
+        train, test = parts_of(run.data, dataset_root)
+        size, images = run.train_per_task, len(train.read()[1])
+        if size is not None and size > images:
+            raise ValueError(f"Invalid train_per_task: {size} (allowed: 1 to {images})")
         if run.validation and size is not None:
-            size = min(60000, round(size * 6 / 5))  # the held-out images come on top
-        benchmark = permuted_mnist(run.n_tasks, train_size=size, seed=run.seed, dataset_root=dataset_root)
+            size = min(images, round(size * 6 / 5))  # the held-out images come on top
+        benchmark = permute_pixels(train, test, run.n_tasks, train_size=size, seed=run.seed, task_labels=False)
     if not run.validation and run.stream in ("tasks", "random classes"):
         return benchmark
     train, test = ([e.dataset for e in stream] for stream in (benchmark.train_stream, benchmark.test_stream))

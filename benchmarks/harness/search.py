@@ -26,7 +26,7 @@ from harness.cli import Training
 from harness.jobs import in_parallel, worker
 from harness.recipes import USES_REPLAY, recipe_of
 from harness.recipes.recipe import OPTIMIZER_NUMBERS
-from harness.settings import MNIST, ROOT, Run
+from harness.settings import BENCHMARKS, ROOT, Run
 from harness.store import Store, key_of
 
 # The ranges of trace_decay, plasticity_k and warmup_steps are the original method's.
@@ -58,8 +58,8 @@ class Search(Training):
     Attributes:
         strategy: its name
         benchmark: what is learned
-        tasks: experiences; by default 2 of split-mnist, 10 of permuted-mnist
-        train_per_task: training images a task of permuted-mnist; None: all 50000
+        tasks: experiences; by default 2 groups of classes or 10 permutations
+        train_per_task: training images a task of permutations; None: all
         replay_buffer: stored samples, of a strategy with replay
         trials: of the whole study, with those that are already finished
         seeds: runs of a trial, whose value is their mean ACC on validation images
@@ -69,7 +69,7 @@ class Search(Training):
     """
 
     strategy: str = "sp"
-    benchmark: Literal["split-mnist", "permuted-mnist"] = "split-mnist"
+    benchmark: Literal[BENCHMARKS] = "split-mnist"
     tasks: int | None = None
     train_per_task: int | None = None
     replay_buffer: int = 200
@@ -83,10 +83,9 @@ class Search(Training):
         super().__post_init__()
         self.at_least(1, "trials", "tasks", "train_per_task", "replay_buffer", "seeds")
         self.at_least(100, "first_seed")
-        if self.benchmark == "split-mnist" and self.tasks not in (None, 2, 5, 10):
-            raise ValueError(f"Invalid tasks: {self.tasks} (allowed on split-mnist: 2, 5, 10)")
-        if self.benchmark == "split-mnist" and self.train_per_task is not None:
-            raise ValueError(f"Invalid train_per_task: {self.train_per_task} (allowed on permuted-mnist alone)")
+        if self.benchmark.startswith("split") and self.train_per_task is not None:
+            raise ValueError(f"Invalid train_per_task: {self.train_per_task} (allowed with permutations alone)")
+        self.first_run.settings()
         if not self.space():
             raise ValueError("Invalid set: every setting is held fixed (allowed: one or more left to search)")
 
@@ -96,7 +95,7 @@ class Search(Training):
         return self.run(
             self.benchmark,
             self.strategy,
-            n_tasks=self.tasks or {"split-mnist": 2, "permuted-mnist": 10}[self.benchmark],
+            n_tasks=self.tasks or (2 if self.benchmark.startswith("split") else 10),
             train_per_task=self.train_per_task,
             replay_buffer=self.replay_buffer if self.strategy in USES_REPLAY else 0,
             seed=self.first_seed,
@@ -146,6 +145,7 @@ def search(settings: Search) -> list[Path]:
         Exception: from a run, or from the database's driver.
     """
     Store(settings.output)  # it can be written
+    settings.fetch()
     print(f"{settings.trials} trials of {settings.seeds} runs; results go to {settings.output}", flush=True)
     seed = settings.first_seed if settings.jobs == 1 else None
     try:
@@ -209,7 +209,7 @@ def _objective(search: Search) -> Callable[[optuna.Trial], float]:
         for seed in range(search.first_seed, search.first_seed + search.seeds):
             run = replace(first, seed=seed, overrides={**dict(first.overrides), **found})
             try:
-                row = execute(run, str(search.dataset_root), after_experience, curve=False)
+                row = execute(run, search.dataset_root, after_experience, curve=False)
             except (FloatingPointError, LinAlgError) as error:
                 trial.set_user_attr("diverged", str(error))
                 return 0.0
@@ -270,13 +270,14 @@ def _importances(study: optuna.Study, figure: Path) -> dict[str, float]:
 def command_of(search: Search, settings: dict[str, float]) -> str:
     """The command that runs the settings on test images, with seeds that the search has not seen."""
     run = search.first_run
-    words = ["python", f"benchmarks/{run.benchmark.replace('-', '_')}.py", "--strategies", run.strategy]
+    script = "class_incremental" if run.kind == "split" else "domain_incremental"
+    words = ["python", f"benchmarks/{script}.py", "--data", run.data, "--strategies", run.strategy]
     words += ["--tasks", run.n_tasks, "--epochs", run.epochs, "--batch-size", run.batch_size, "--network", run.network]
     if run.strategy in USES_REPLAY:
         words += ["--replay-buffer", run.replay_buffer]
     if run.train_per_task is not None:
         words += ["--train-per-task", run.train_per_task]
-    if search.dataset_root != MNIST:
+    if search.dataset_root is not None:
         words += ["--dataset-root", search.dataset_root]
     words += ["--set", *(f"{name}={value!r}" for name, value in settings.items())]
     return shlex.join(map(str, [*words, "--output", search.output / "best"]))

@@ -6,26 +6,30 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from harness.data import DATA
 from harness.recipes import ABOUT, TASK_INCREMENTAL, USES_REPLAY, recipe_of, strategies_of
 
 __all__ = [
-    "ABOUT", "BOUNDS", "MNIST", "NETWORKS", "ROOT", "Run", "STRATEGIES", "STREAMS", "TASK_INCREMENTAL", "USES_REPLAY",
-    "in_mini_batches", "strategies_of",
+    "ABOUT", "BENCHMARKS", "BOUNDS", "DATA", "NETWORKS", "ROOT", "Run", "STRATEGIES", "STREAMS", "TASK_INCREMENTAL",
+    "USES_REPLAY", "in_mini_batches", "network_title", "strategies_of", "title_of",
 ]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]
-MNIST = ROOT / "benchmarks" / "data" / "mnist"
 
-# Networks, and their names in reports.
+# Class-incremental ("split") and domain-incremental benchmarks of every data set.
+BENCHMARKS = tuple(f"{kind}-{data}" for kind in ("split", "permuted") for data in DATA)
+# Networks, and their names in reports; a perceptron's has the numbers of inputs and classes.
 NETWORKS = {
-    "256-256": "MLP 784-256-256-10",
-    "100-100": "MLP 784-100-100-10",
-    "400-400": "MLP 784-400-400-10",
-    "1000-1000": "MLP 784-1000-1000-10",
-    "1000": "MLP 784-1000-10",
-    "436-436": "MLP 784-436-436-10",
-    "827-827": "MLP 784-827-827-10",
+    "256-256": "MLP {}-256-256-{}",
+    "100-100": "MLP {}-100-100-{}",
+    "400-400": "MLP {}-400-400-{}",
+    "1000-1000": "MLP {}-1000-1000-{}",
+    "1000": "MLP {}-1000-{}",
+    "436-436": "MLP {}-436-436-{}",
+    "827-827": "MLP {}-827-827-{}",
     "cnn": "CNN of two convolutions (16 and 32 channels) and a linear layer",
+    "slim-resnet18": "ResNet-18 of 20 to 160 channels",
+    "vit": "vision transformer of 4 blocks and 64 channels",
 }
 STRATEGIES = tuple(ABOUT)[: list(ABOUT).index("joint") + 1]  # a comparison's, unless others are asked for
 BOUNDS = ("cumulative", "joint")
@@ -35,22 +39,34 @@ BOUNDS = ("cumulative", "joint")
 STREAMS = ("tasks", "online", "blurred", "drifting", "returning", "random classes")
 
 
+def title_of(benchmark: str) -> str:
+    """A benchmark's name in reports."""
+    kind, _, data = benchmark.partition("-")
+    return f"{kind.capitalize()} {DATA[data].title}"
+
+
+def network_title(network: str, benchmark: str = "split-mnist") -> str:
+    """A network's name in reports."""
+    data = DATA[benchmark.partition("-")[2]]
+    return NETWORKS[network].format(data.inputs, data.classes)
+
+
 @dataclass(frozen=True)
 class Run:
     """One training of one strategy on one benchmark with one seed.
 
     Attributes:
-        benchmark: "split-mnist" or "permuted-mnist".
+        benchmark: one of BENCHMARKS.
         strategy: one of ``strategies_of(benchmark, task_incremental)``.
         n_tasks, epochs, batch_size: experiences, epochs an experience, samples of the stream in a mini-batch.
         replay_buffer: stored samples; 0 for strategies without replay.
         seed: decides the data's order, initial weights and permutations. Runs with equal seeds are paired.
-        train_per_task: training images a task (Permuted MNIST); None: all.
+        train_per_task: training images a task (permutations); None: all.
         validation: score on 1/6 of the training images, held out, instead of the test set, for tuning.
         network: one of NETWORKS.
         overrides: settings of the strategy that replace its recipe's, as a mapping or as pairs.
         stream: one of STREAMS.
-        task_incremental: a head for each task, and task labels in training and in tests (Split MNIST).
+        task_incremental: a head for each task, and task labels in training and in tests (classes).
     """
 
     benchmark: str
@@ -71,6 +87,16 @@ class Run:
         object.__setattr__(self, "overrides", tuple(sorted(dict(self.overrides).items())))
 
     @property
+    def kind(self) -> str:
+        """ "split" or "permuted"."""
+        return self.benchmark.partition("-")[0]
+
+    @property
+    def data(self) -> str:
+        """The data set, one of DATA."""
+        return self.benchmark.partition("-")[2]
+
+    @property
     def heads(self) -> int:
         return self.n_tasks if self.task_incremental else 1
 
@@ -78,8 +104,16 @@ class Run:
         """All that decides its result, as the store keeps it: its own settings and its recipe's.
 
         Raises:
-            ValueError: the benchmark does not have the strategy, or the strategy does not have a setting.
+            ValueError: the benchmark does not have the strategy or the number of tasks, or the strategy does not have
+                a setting.
         """
+        if self.kind == "split":
+            classes = DATA[self.data].classes
+            numbers = [n for n in range(1, classes + 1 - self.task_incremental) if classes % n == 0]
+            if self.n_tasks not in numbers:  # with a head for each, one class is no task
+                where = f"{self.benchmark}{' with task_incremental' if self.task_incremental else ''}"
+                allowed = ", ".join(map(str, numbers))
+                raise ValueError(f"Invalid tasks: {self.n_tasks} (allowed on {where}: {allowed})")
         return {**asdict(self), "overrides": dict(self.overrides), **recipe_of(self).to_json()}
 
 

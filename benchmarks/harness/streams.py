@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from avalanche.benchmarks.scenarios import CLScenario
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
 from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.benchmarks.utils import AvalancheDataset
 
-from avalanche_sp import split_mnist
-from harness.internals import TensorClassificationDataset, TensorSource
-from harness.settings import Run, in_mini_batches
+from harness.data import parts_of
+from harness.internals import TensorClassificationDataset, TensorSource, split_classes
+from harness.settings import DATA, Run, in_mini_batches
 
 BLURRED = 20  # a task exchanges one of this number of samples with each neighbour
 BLOCK = 100  # images of a drifting stream that share their permutation
 
 
-def class_order(run: Run) -> list[int] | None:
-    """The order of Split MNIST's classes; None for 0 to 9."""
-    if run.stream != "random classes":
-        return None
-    return torch.randperm(10, generator=torch.Generator().manual_seed(run.seed)).tolist()
+def groups_of_classes(run: Run, n_tasks: int, dataset_root: Path | None) -> CLScenario:
+    """The run's data set in ``n_tasks`` groups of classes."""
+    classes = torch.arange(DATA[run.data].classes)
+    if run.stream == "random classes":
+        classes = torch.randperm(len(classes), generator=torch.Generator().manual_seed(run.seed))
+    heads = {"task_labels": run.task_incremental, "from_zero": run.task_incremental}
+    return split_classes(*parts_of(run.data, dataset_root), classes.chunk(n_tasks), seed=run.seed, **heads)
 
 
 def rearranged(run: Run, train: list, test: list) -> tuple[list, list]:
@@ -50,32 +54,33 @@ def blurred(tasks: Sequence[AvalancheDataset]) -> list[AvalancheDataset]:
     return [functools.reduce(AvalancheDataset.concat, share) for share in shares]
 
 
-def drifting(run: Run, dataset_root: str) -> tuple[list, list]:
-    """Permuted MNIST whose permutation never rests after the first task: a few pixels change places every 100 images.
+def drifting(run: Run, dataset_root: Path | None) -> tuple[list, list]:
+    """Permuted images whose permutation never rests after the first task: a few pixels change places every 100 images.
 
     At the end of each task the permutation is one that is independent of the task before; the tests have these.
     """
-    whole = split_mnist(1, seed=run.seed, dataset_root=dataset_root)
+    whole = groups_of_classes(run, 1, dataset_root)
     train, test = (stream[0].dataset for stream in (whole.train_stream, whole.test_stream))
     if run.validation:
         train, test = train[len(train) // 6 :], train[: len(train) // 6]
     size, random = run.train_per_task or len(train), np.random.RandomState(run.seed)
-    permutation = random.permutation(784)
+    pixels = DATA[run.data].inputs
+    permutation = random.permutation(pixels)
     train_sets, test_sets = [], []
     for task in range(run.n_tasks):
         rows = torch.from_numpy(random.permutation(len(train))[:size])
         images, labels, _ = train.read_batch(rows.tolist())
-        images = images.flatten(1)
-        target = permutation if task == 0 else random.permutation(784)
+        shape, images = images.shape[1:], images.flatten(1)
+        target = permutation if task == 0 else random.permutation(pixels)
         moves = swaps(permutation, target)
         for block, start in enumerate(range(0, size, BLOCK), 1):
             for i, j in moves[len(moves) * (block - 1) * BLOCK // size : len(moves) * block * BLOCK // size]:
                 permutation[[i, j]] = permutation[[j, i]]
             images[start : start + BLOCK] = images[start : start + BLOCK, torch.from_numpy(permutation)]
         permutation = target.copy()
-        train_sets.append(_dataset(images, labels))
+        train_sets.append(_dataset(images, labels, shape))
         images, labels, _ = test.read_batch(list(range(len(test))))
-        test_sets.append(_dataset(images.flatten(1)[:, torch.from_numpy(permutation)], labels))
+        test_sets.append(_dataset(images.flatten(1)[:, torch.from_numpy(permutation)], labels, shape))
     return train_sets, test_sets
 
 
@@ -92,5 +97,5 @@ def swaps(start: np.ndarray, end: np.ndarray) -> list[tuple[int, int]]:
     return moves
 
 
-def _dataset(images: torch.Tensor, labels: torch.Tensor) -> TensorClassificationDataset:
-    return TensorClassificationDataset.from_source(TensorSource(images.view(-1, 1, 28, 28), labels), 0)
+def _dataset(images: torch.Tensor, labels: torch.Tensor, shape: torch.Size) -> TensorClassificationDataset:
+    return TensorClassificationDataset.from_source(TensorSource(images.view(-1, *shape), labels), 0)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from harness.protocols import PROTOCOLS
-from harness.settings import ABOUT, BOUNDS, NETWORKS, USES_REPLAY
+from harness.settings import ABOUT, BOUNDS, USES_REPLAY, network_title, title_of
 from harness.statistics import bootstrap, holm, rank_biserial, student, wilcoxon
 from harness.store import version_of
 from harness.studies import BEST_WITHOUT, BOUNDARIES, LAYERS, OVERVIEW, STUDIES, WITH_AND_WITHOUT, Study
@@ -45,7 +45,8 @@ def caption(title: str, runs: pd.DataFrame) -> str:
     """Settings that the runs share, and their number of seeds."""
     run, seeds = runs.iloc[0], runs.groupby([*CELL, "strategy"]).size()
     older = sum(version < version_of(name) for version, name in zip(runs["version"], runs["strategy"]))
-    parts = [f"{run.epochs} epoch{'s' if run.epochs > 1 else ''}", f"batch {run.batch_size}", NETWORKS[run.network]]
+    parts = [f"{run.epochs} epoch{'s' if run.epochs > 1 else ''}", f"batch {run.batch_size}"]
+    parts.append(network_title(run.network, run.benchmark))
     number = " to ".join(str(n) for n in sorted({seeds.min(), seeds.max()}))
     parts.append(f"{number} seed{'s' if seeds.max() > 1 else ''}")
     return f"**{title}**: {', '.join(parts)}{f'; {older} runs of an older version' if older else ''}.\n\n"
@@ -54,10 +55,10 @@ def caption(title: str, runs: pd.DataFrame) -> str:
 def title(runs: pd.DataFrame) -> str:
     """Benchmark, tasks and images of runs that are no study."""
     run = runs.iloc[0]
-    name = {"split-mnist": "Split MNIST", "permuted-mnist": "Permuted MNIST"}[run.benchmark]
     images = f" of {run.train_per_task:,.0f} images" if pd.notna(run.train_per_task) else ""
     heads = ", a head for each" if run.task_incremental else ""
-    return f"{name}, {run.n_tasks} tasks{images}{heads}" + (", validation images" if run.validation else "")
+    held_out = ", validation images" if run.validation else ""
+    return f"{title_of(run.benchmark)}, {run.n_tasks} tasks{images}{heads}{held_out}"
 
 
 # -- Cells: the runs of one row with one number of stored samples -----------------------------------------------------
@@ -353,7 +354,7 @@ def layers(frame: pd.DataFrame, network: str) -> str:
         | {"openness x 4": minus(f"{layer} x 4", "all"), "openness / 4": minus(f"{layer} / 4", "all")}
         for layer in LAYERS[network]
     ]
-    return f"{NETWORKS[network]}: no layer protected {means['none']}, all {means['all']}.\n\n" + markdown(rows)
+    return f"{network_title(network)}: no layer protected {means['none']}, all {means['all']}.\n\n" + markdown(rows)
 
 
 OF_ONE_STUDY: dict[str, Callable[..., str]] = {"listing": listing, "minus": minus, "grid": grid, "changes": changes}

@@ -7,23 +7,21 @@ import torch.nn.functional as F
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
-INPUTS, OUTPUTS = 784, 10
 
-
-def stored_bytes(width: int) -> int:
+def stored_bytes(width: int, inputs: int = 784, outputs: int = 10) -> int:
     """Bytes of ``width`` features in single precision: their weights, the readout's, and the two sums."""
-    weights = (INPUTS + 1) * width + (width + 1) * OUTPUTS
-    sums = (width + 1) * (width + 2) // 2 + (width + 1) * OUTPUTS  # a symmetric matrix is its upper triangle
+    weights = (inputs + 1) * width + (width + 1) * outputs
+    sums = (width + 1) * (width + 2) // 2 + (width + 1) * outputs  # a symmetric matrix is its upper triangle
     return 4 * (weights + sums)
 
 
-def build_random_features(budget: int) -> nn.Module:
+def build_random_features(budget: int, inputs: int = 784, outputs: int = 10) -> nn.Module:
     """A fixed random hidden layer and a readout, which take at most ``budget`` bytes with the readout's sums."""
     width = 1
-    while stored_bytes(width + 1) <= budget:
+    while stored_bytes(width + 1, inputs, outputs) <= budget:
         width += 1
-    hidden = nn.Linear(INPUTS, width).requires_grad_(False)
-    return nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), nn.Linear(width, OUTPUTS))
+    hidden = nn.Linear(inputs, width).requires_grad_(False)
+    return nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), nn.Linear(width, outputs))
 
 
 class StreamingRidge(SupervisedPlugin):

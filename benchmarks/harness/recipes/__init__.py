@@ -65,18 +65,23 @@ for _name, _what in (("sp", "our plugin with SGD"), ("sp-both", "`sp-both`"), ("
     ABOUT[f"{_name}-surprise"] = f"{_what}, which finds the tasks' boundaries by surprise"
     ABOUT[f"{_name}-continuous"] = f"{_what}, which consolidates in chunks of the stream"
 
-_BY_BENCHMARK = {"split-mnist": split_mnist.RECIPES, "permuted-mnist": permuted_mnist.RECIPES}
+# By the kind of benchmark. All data sets have the settings that were tuned on MNIST.
+_BY_KIND = {"split": split_mnist.RECIPES, "permuted": permuted_mnist.RECIPES}
 _HEADS = split_mnist.TASK_INCREMENTAL
 TASK_INCREMENTAL = tuple(_HEADS)
-USES_REPLAY = tuple(name for name in ABOUT if any(r[name].stores for r in _BY_BENCHMARK.values() if name in r))
+USES_REPLAY = tuple(name for name in ABOUT if any(r[name].stores for r in _BY_KIND.values() if name in r))
 # Learning rates for other networks than perceptrons.
 _RATES = {"cnn": {"sp": 0.02, "sp-both": 1.5e-4}}
 
 
 def strategies_of(benchmark: str, task_incremental: bool = False) -> tuple[str, ...]:
     """Names of the strategies that a benchmark has."""
-    recipes = _HEADS if task_incremental else _BY_BENCHMARK[benchmark]
+    recipes = _recipes(benchmark, task_incremental)
     return tuple(name for name in ABOUT if name in recipes)
+
+
+def _recipes(benchmark: str, task_incremental: bool) -> dict[str, Recipe]:
+    return _HEADS if task_incremental else _BY_KIND[benchmark.partition("-")[0]]
 
 
 def recipe_of(run) -> Recipe:
@@ -88,7 +93,7 @@ def recipe_of(run) -> Recipe:
     allowed = strategies_of(run.benchmark, run.task_incremental)
     if run.strategy not in allowed:
         raise ValueError(f"Invalid strategy: {run.strategy} (allowed: {', '.join(allowed)})")
-    recipe = (_HEADS if run.task_incremental else _BY_BENCHMARK[run.benchmark])[run.strategy]
+    recipe = _recipes(run.benchmark, run.task_incremental)[run.strategy]
     recipe = recipe.at(run.n_tasks, run.replay_buffer or run.train_per_task or 60000)
     recipe = replace(recipe, lr=_RATES.get(run.network, {}).get(run.strategy, recipe.lr))
     return recipe.override(dict(run.overrides))

@@ -1,0 +1,16 @@
+"""Permutations of the pixels, one after another, domain-incremental: compares strategies.
+
+python benchmarks/domain_incremental.py --data fashion-mnist --train-per-task 10000 --strategies naive-sgd,ewc,sp
+"""
+
+import sys
+
+from harness.cli import DomainIncremental, compare, comparison
+
+
+def main(argv: list[str] | None = None) -> int:
+    return compare(comparison(DomainIncremental, argv, __doc__))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
