@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from avalanche_sp.training.plots import plot_accuracy_matrix
     from avalanche_sp.training.plugin import SelectivePlasticityPlugin
+    from avalanche_sp.training.strategy import SelectivePlasticity
 
 _MODULES = {
     "data": ["permuted_mnist", "split_mnist"],
@@ -55,6 +56,7 @@ _MODULES = {
     ],
     "training.plots": ["plot_accuracy_matrix"],
     "training.plugin": ["SelectivePlasticityPlugin"],
+    "training.strategy": ["SelectivePlasticity"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
-__all__ = ["AT_LEAST_0", "Condition", "check_number"]
+__all__ = ["AT_LEAST_0", "Condition", "check_integer", "check_number"]
 
 Condition: TypeAlias = tuple[Callable[[Any], bool], str]
 """What holds for all values that are allowed, and the same in words."""
@@ -19,3 +19,9 @@ def check_number(name: str, value: Any, allowed: Condition) -> None:
     holds, words = allowed
     if not (isinstance(value, Real) and holds(value)):
         raise ValueError(f"Invalid {name}: {value!r} (allowed: {words})")
+
+
+def check_integer(name: str, value: Any, least: int, most: float = float("inf")) -> None:
+    """Raises ValueError if a value is not an integer, Python's or numpy's, from ``least`` to ``most``."""
+    words = f"an integer, {least} or more" if most == float("inf") else f"an integer, {least} to {most}"
+    check_number(name, value, (lambda v: isinstance(v, Integral) and least <= int(v) <= most, words))

@@ -23,7 +23,7 @@ from avalanche_sp import (
 )
 from avalanche_sp.gate.detection import ChangeWatch, InputWatch, page_hinkley
 from avalanche_sp.gate.layer_gate import LayerGate
-from avalanche_sp.gate.layers import set_weights, weights_and_bias
+from avalanche_sp.gate.layers import GatedLayer, gated_layers
 from avalanche_sp.gate.stream import Moment
 from avalanche_sp.optim.functional import eligibility
 
@@ -248,7 +248,7 @@ def test_the_weights_go_back_and_the_gated_part_of_the_later_updates_is_reapplie
     strategy = strategy_of(model, [plugin], optimizer=optimizer, batch=16)
 
     def look(when):
-        copies[when, strategy.clock.train_iterations + 1] = weights_and_bias(model[1])
+        copies[when, strategy.clock.train_iterations + 1] = GatedLayer(model[1]).weights_and_bias()
 
     class Look(SupervisedPlugin):
         def after_update(self, strategy, **kwargs):
@@ -281,11 +281,12 @@ def test_what_the_gate_lets_through_of_a_change(stream):
 
 @pytest.mark.parametrize("layer", [nn.Linear(5, 4), nn.Linear(5, 4, bias=False), nn.Conv2d(6, 4, 3, groups=2)])
 def test_weights_come_back_as_they_were(layer):
-    kept = weights_and_bias(layer)
+    gated = gated_layers(layer)[""]
+    kept = gated.weights_and_bias()
     before = [p.detach().clone() for p in layer.parameters()]
     for p in layer.parameters():
         p.data.add_(1)
-    set_weights(layer, kept[:3])
+    gated.set_weights(kept[:3])
     for p, b in zip(layer.parameters(), before):
         assert torch.equal(p[:3], b[:3]) and torch.equal(p[3:], b[3:] + 1)
 

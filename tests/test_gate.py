@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from avalanche_sp import OneHotMSELoss, PlasticityGate, SelectivePlasticityPlugin, Settings, reference
 from avalanche_sp.data import TensorClassificationDataset, TensorSource, benchmark_of
-from avalanche_sp.gate.layers import gated_layers, postsynaptic, presynaptic
+from avalanche_sp.gate.layers import gated_layers
 
 from conftest import weights
 
@@ -278,13 +278,13 @@ def reference_gradients(model, gate, x, y, mask):
 
     other = copy.deepcopy(model)
     layers = gated_layers(other)
-    handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
+    handles = [layer.module.register_forward_hook(note(name)) for name, layer in layers.items()]
     deltas = torch.autograd.grad(OneHotMSELoss()(other(x), y), [outputs[name] for name in layers])
     for handle in handles:
         handle.remove()
     gates, gradients = whole_gates(gate, 0 if mask is None else 30), {}
     for (name, layer), delta in zip(layers.items(), deltas):
-        rows, errors = presynaptic(layer, inputs[name]), postsynaptic(layer, delta)
+        rows, errors = layer.presynaptic(inputs[name]), layer.postsynaptic(delta)
         matrix, opened = gates[name]
         stored = None if mask is None else mask.repeat_interleave(len(rows) // len(x))
         gradients[name] = reference.gated_gradient(errors, rows, matrix, stored, opened)
@@ -604,7 +604,7 @@ def bad(call, error, words):
         bad(
             lambda g: PlasticityGate(nn.ReLU(), g[1]),
             ValueError,
-            "Invalid model: ReLU has no trainable nn.Linear or nn.Conv2d layer",
+            "Invalid model: ReLU has no trainable layer that can be gated",
         ),
         bad(lambda g: g[2].begin(samples=0), ValueError, "Invalid samples value: 0 (allowed: 1 or more)"),
         bad(lambda g: g[2].begin(stored=-1), ValueError, "Invalid stored value: -1 (allowed: 0 or more)"),

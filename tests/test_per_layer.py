@@ -10,7 +10,7 @@ from avalanche.training.plugins import ReplayPlugin
 from torch import nn
 
 from avalanche_sp import SelectivePlasticityOptimizer, SelectivePlasticityPlugin, Settings
-from avalanche_sp.gate.layers import weights_and_bias
+from avalanche_sp.gate.layers import gated_layers
 from avalanche_sp.gate.per_layer import value_of
 
 from conftest import mlp, strategy_of, weights
@@ -118,18 +118,18 @@ def test_the_penalty_acts_on_the_layers_that_have_one(split2):
     plugin = SelectivePlasticityPlugin(openness=20, pull_back={"3": 0.0}, readout_step=False)
     strategy = strategy_of(mlp(), [plugin])
     strategy.train(split2.train_stream[0])
-    layers = {name: strategy.model[int(name)] for name in plugin.layers}
+    layers = gated_layers(strategy.model)
     vectors = {name: memory.vectors for name, memory in plugin.layers.items()}
-    anchors = {name: weights_and_bias(layer) for name, layer in layers.items()}
+    anchors = {name: layer.weights_and_bias() for name, layer in layers.items()}
     with torch.no_grad():
         for p in strategy.model.parameters():
             p.add_(0.01 * torch.randn_like(p))
-    moved = {name: weights_and_bias(layer) for name, layer in layers.items()}
+    moved = {name: layer.weights_and_bias() for name, layer in layers.items()}
     strategy._criterion = lambda outputs, targets: outputs.sum() * 0
     strategy.train(split2.train_stream[1])
     for name, layer in layers.items():
-        before, now = ((w - anchors[name]) @ vectors[name] for w in (moved[name], weights_and_bias(layer)))
-        assert torch.equal(weights_and_bias(layer), moved[name]) if name == "3" else now.norm() < 0.98 * before.norm()
+        before, now = ((w - anchors[name]) @ vectors[name] for w in (moved[name], layer.weights_and_bias()))
+        assert torch.equal(layer.weights_and_bias(), moved[name]) if name == "3" else now.norm() < 0.98 * before.norm()
 
 
 @pytest.mark.parametrize("consolidate", ["experience", "continuous"])

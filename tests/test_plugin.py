@@ -17,7 +17,7 @@ from avalanche_sp import (
     Settings,
     reference,
 )
-from avalanche_sp.gate.layers import gated_layers, weights_and_bias
+from avalanche_sp.gate.layers import GatedLayer, gated_layers
 from avalanche_sp.gate.trust import StoredSamples
 from avalanche_sp.training.replay import memory_size, stream_rows
 
@@ -112,13 +112,13 @@ class Spy(SelectivePlasticityPlugin):
         super().after_update(strategy, **kwargs)
         self.steps += 1
         if self.layers and self.gate.pull_back and self.steps % self.every == 0:
-            self.drifted = {name: weights_and_bias(layer) for name, layer in gated_layers(strategy.model).items()}
+            self.drifted = {name: layer.weights_and_bias() for name, layer in gated_layers(strategy.model).items()}
             met = torch.cat(self.met)  # by the first layer, which data feed
             self.alike = reference.likeness(met, self.moments["1"]) if self.steps % (2 * self.every) == 0 else None
 
     def after_training_exp(self, strategy, **kwargs):
         super().after_training_exp(strategy, **kwargs)
-        self.anchors = {name: weights_and_bias(layer) for name, layer in gated_layers(strategy.model).items()}
+        self.anchors = {name: layer.weights_and_bias() for name, layer in gated_layers(strategy.model).items()}
         self.seen += len(strategy.experience.dataset)
         self.met = []
 
@@ -159,10 +159,10 @@ def test_it_holds_directions_that_it_does_not_store(split5):
         torch.manual_seed(0)
         total = 0.0
         for experience in split5.train_stream:
-            before = weights_and_bias(strategy.model[1]).double()
+            before = GatedLayer(strategy.model[1]).weights_and_bias().double()
             strategy.train(experience)
             v = plugin.layers["1"].vectors.double()
-            drift = weights_and_bias(strategy.model[1]).double() - before
+            drift = GatedLayer(strategy.model[1]).weights_and_bias().double() - before
             total += (drift - drift @ v @ v.T).norm()
         moved.append(total)
     assert moved[0] < 0.95 * moved[1]
@@ -335,9 +335,9 @@ def test_weights_move_in_the_open_directions(split2):
         strategy = strategy_of(model, plugins)
         torch.manual_seed(0)
         strategy.train(split2.train_stream[0])
-        before = {name: weights_and_bias(layer).double() for name, layer in gated_layers(model).items()}
+        before = {name: layer.weights_and_bias().double() for name, layer in gated_layers(model).items()}
         strategy.train(split2.train_stream[1])
-        changes.append({n: weights_and_bias(layer).double() - before[n] for n, layer in gated_layers(model).items()})
+        changes.append({n: layer.weights_and_bias().double() - before[n] for n, layer in gated_layers(model).items()})
         vectors = vectors if not plugins else {n: m.vectors.double() for n, m in plugins[0].layers.items()}
     for name, v in vectors.items():
         claimed, free = zip(*((c[name] @ v, c[name] - c[name] @ v @ v.T) for c in changes))
@@ -467,3 +467,22 @@ def test_a_memory_of_next_to_nothing_changes_next_to_nothing():
     assert trust == sorted(trust) and opening == sorted(opening)
     penalties = [c.penalty(4) for c in counts]
     assert penalties == sorted(penalties, reverse=True)
+
+
+def test_mini_batches_of_another_kind_are_refused_before_a_step(split2):
+    class Dictionaries(Naive):
+        mb_x = property(lambda self: self.mbatch["x"])
+        mb_y = property(lambda self: self.mbatch["y"])
+
+        def _unpack_minibatch(self):
+            self.mbatch = {"x": self.mbatch[0], "y": self.mbatch[1]}
+
+    model = mlp()
+    before = weights(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    strategy = Dictionaries(
+        model=model, optimizer=optimizer, train_mb_size=32, plugins=[SelectivePlasticityPlugin()], evaluator=None
+    )
+    with pytest.raises(TypeError, match="Invalid mini-batch: a dictionary"):
+        strategy.train(split2.train_stream[0])
+    assert torch.equal(weights(model), before)

@@ -9,7 +9,7 @@ from torch import nn
 
 from avalanche_sp import SelectivePlasticityOptimizer, SelectivePlasticityPlugin
 from avalanche_sp.data import benchmark_of
-from avalanche_sp.gate.layers import along, gated_layers
+from avalanche_sp.gate.layers import GatedLayer, gated_layers
 
 from conftest import accuracy, mlp, strategy_of, weights
 
@@ -20,9 +20,9 @@ def moved_along(benchmark, model, plugin, criterion=None):
     torch.manual_seed(0)
     strategy.train(benchmark.train_stream[0])
     layers, vectors = gated_layers(model), {name: memory.vectors for name, memory in plugin.layers.items()}
-    before = {name: along(layers[name], v) for name, v in vectors.items()}
+    before = {name: layers[name].along(v) for name, v in vectors.items()}
     strategy.train(benchmark.train_stream[1])
-    return {name: (along(layers[name], v) - before[name]).norm() for name, v in vectors.items()}
+    return {name: (layers[name].along(v) - before[name]).norm() for name, v in vectors.items()}
 
 
 def test_layers_without_bias_shared_frozen_unused_and_with_sequences(split2):
@@ -133,7 +133,7 @@ def test_a_growing_head_is_followed(split5):
         strategy.eval(split5.test_stream[: experience.current_experience + 1])
         head, memory = model[3].classifier, plugin.layers["3.classifier"]
         assert head.out_features == len(memory.anchor) == 2 * (experience.current_experience + 1)
-        assert torch.equal(memory.anchor, along(head, memory.vectors))
+        assert torch.equal(memory.anchor, GatedLayer(head).along(memory.vectors))
 
 
 def test_consolidation_restores_modes_and_ignores_dropout(split2):
@@ -148,7 +148,7 @@ def test_consolidation_restores_modes_and_ignores_dropout(split2):
 
 
 def test_a_model_without_a_layer_to_gate_is_refused(split2):
-    with pytest.raises(ValueError, match=r"Invalid model: Sequential has no trainable nn\.Linear or nn\.Conv2d layer"):
+    with pytest.raises(ValueError, match=r"Invalid model: Sequential has no trainable layer that can be gated"):
         strategy_of(mlp().requires_grad_(False), [SelectivePlasticityPlugin()]).train(split2.train_stream[0])
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from avalanche_sp import OneHotMSELoss, SelectivePlasticityOptimizer, SelectivePlasticityPlugin, Settings, reference
 from avalanche_sp.gate.functional import claim
-from avalanche_sp.gate.layers import along, gated_layers
+from avalanche_sp.gate.layers import gated_layers
 
 from conftest import accuracy, mlp, strategy_of, weights
 
@@ -32,7 +32,7 @@ def moved(split2, make, gradient_alone=False):
     strategy = strategy_of(model, [plugin], optimizer=make(model.parameters()))
     strategy.train(split2.train_stream[0])
     layers, memories = gated_layers(model), plugin.layers
-    before, start = {name: along(layer, memories[name].vectors) for name, layer in layers.items()}, weights(model)
+    before, start = {name: layer.along(memories[name].vectors) for name, layer in layers.items()}, weights(model)
     if gradient_alone:
         strategy.plugins.remove(plugin)
         gates = {
@@ -47,7 +47,7 @@ def moved(split2, make, gradient_alone=False):
 
         strategy.optimizer.register_step_pre_hook(gate)
     strategy.train(split2.train_stream[1])
-    inside = sum((along(layer, memories[n].vectors) - before[n]).square().sum() for n, layer in layers.items())
+    inside = sum((layer.along(memories[n].vectors) - before[n]).square().sum() for n, layer in layers.items())
     return (inside.sqrt() / (weights(model) - start).norm()).item()
 
 
@@ -66,7 +66,7 @@ class Looks(SupervisedPlugin):
         optimizer.register_step_post_hook(lambda *_: self.stepped())  # before the gate's own, which it puts on later
 
     def coordinates(self):
-        return {name: along(self.layers[name], m.vectors) for name, m in self.memories.items()}
+        return {name: self.layers[name].along(m.vectors) for name, m in self.memories.items()}
 
     def before_training_epoch(self, strategy, **kwargs):
         self.layers, self.memories = gated_layers(strategy.model), dict(self.plugin.layers)

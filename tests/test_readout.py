@@ -13,7 +13,7 @@ from torch import nn
 
 from avalanche_sp import JointReplayLoss, OneHotMSELoss, SelectivePlasticityPlugin, Settings, reference
 from avalanche_sp.gate.functional import newton_step
-from avalanche_sp.gate.layers import along, weights_and_bias
+from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.readout import ReadoutLoss, newton_readout
 from avalanche_sp.gate.rows import StreamRows
@@ -55,9 +55,9 @@ def learned(layer, x, y, old, rank, damping=None, settings=Settings()):  # noqa:
     gradient = 2 * (layer(x.float()).detach() - y.float()).T @ ones / len(x)
     kappa = torch.tensor(2.0)
     loss = ReadoutLoss("", gradient, ones.T @ ones / len(x), kappa, y.float().square().sum() / len(x), len(x))
-    residual = newton_readout(layer, [loss], old, kappa, settings, damping=damping)
+    residual = newton_readout(GatedLayer(layer), [loss], old, kappa, settings, damping=damping)
     new = (old or LayerMemory.empty(ones.shape[1], ones)).merged(ones, len(x), 1.0, rank)
-    return replace(new, anchor=along(layer, new.vectors), residual=residual)
+    return replace(new, anchor=GatedLayer(layer).along(new.vectors), residual=residual)
 
 
 def test_undamped_it_is_recursive_least_squares():
@@ -69,7 +69,7 @@ def test_undamped_it_is_recursive_least_squares():
         old = learned(layer, x, y, old, rank=6, settings=whole_steps)
     x, y = (torch.cat(some) for some in zip(*parts))
     solution = reference.least_squares(with_ones(x), y)
-    torch.testing.assert_close(weights_and_bias(layer).double(), solution, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(GatedLayer(layer).weights_and_bias().double(), solution, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("damping", [None, 0.3])
@@ -79,11 +79,11 @@ def test_it_is_the_step_that_its_docstring_says(trained, damping):
     torch.manual_seed(0)
     layer, (x, y), (x2, y2) = nn.Linear(7, 2), experience(0, 30, 7, 2), experience(1, 50, 7, 2)
     old = learned(layer, x, y, None, rank=3)
-    anchor = weights_and_bias(layer).double()
+    anchor = GatedLayer(layer).weights_and_bias().double()
     with torch.no_grad():
         layer.weight.add_(normal(9, 2, 7) / 5)  # training
         y2 = layer(x2.float()).double() + y2 / 2 if trained else y2
-    before = weights_and_bias(layer)
+    before = GatedLayer(layer).weights_and_bias()
     learned(layer, x2, y2, old, rank=3, damping=damping)
     residual = 2 * (with_ones(x) @ anchor.T - y).T @ with_ones(x) / 30
     values, vectors, mean = reference.merged_eigenpairs([with_ones(x)], 3)
@@ -92,7 +92,7 @@ def test_it_is_the_step_that_its_docstring_says(trained, damping):
         reference.readout_step(before, [(with_ones(x2), y2, 50)], quadratic, 30, whole=w, damping=damping or 0.05)
         for w in (1e-9, 0.05)
     )
-    torch.testing.assert_close(weights_and_bias(layer).double(), found, atol=1e-4, rtol=0)
+    torch.testing.assert_close(GatedLayer(layer).weights_and_bias().double(), found, atol=1e-4, rtol=0)
     share = float((found - before).norm() / (whole - before).norm())
     assert 0.02 < share < 0.8 if trained else share == pytest.approx(1)
 
@@ -107,14 +107,14 @@ def test_beside_a_memory_the_step_is_on_the_stored_samples_also(split5, joint, f
         def after_training_exp(self, strategy, **kwargs):
             layer, old = strategy.model[5], self.layers.get("5")
             if strategy.clock.train_exp_counter == 2:
-                (stream, stored), before = strategy.dataloader.datasets, weights_and_bias(layer)
+                (stream, stored), before = strategy.dataloader.datasets, GatedLayer(layer).weights_and_bias()
                 assert (len(stream), len(stored)) == (600, 60)
                 trust, moment = 15 / 65, reference.modelled_moment(old.eigenvalues, old.vectors, old.mean_eigenvalue)
                 parts = [(*self.seen(strategy, stream), 600), (*self.seen(strategy, stored), trust * 1200)]
                 quadratic = old.anchor @ old.vectors.T, old.vectors, moment, old.residual
                 self.expected = reference.readout_step(before, parts, quadratic, 1200, trust)
             super().after_training_exp(strategy, **kwargs)
-            self.found = weights_and_bias(layer).double()
+            self.found = GatedLayer(layer).weights_and_bias().double()
 
         def seen(self, strategy, dataset):
             x, y = (torch.stack([torch.as_tensor(row[i]) for row in dataset]) for i in (0, 1))
@@ -238,13 +238,13 @@ def test_a_streams_observation_is_that_of_its_samples():
     for x, y in zip(xs, ys):
         model.zero_grad()
         outputs = model(x)
-        watch.note("0", model[0], x, outputs)
+        watch.note("0", GatedLayer(model[0]), x, outputs)
         loss = criterion(outputs, y)
         watch.observe(x, outputs, y, loss, criterion, rows)
         with torch.no_grad():
             model[0].weight.add_(torch.randn(3, 6) / 10)
-        watch.look(model, {"0": model[0]}, torch.optim.SGD(model.parameters()))
-    seen = watch.observation({"0": model[0]})
+        watch.look(model, {"0": GatedLayer(model[0])}, torch.optim.SGD(model.parameters()))
+    seen = watch.observation({"0": GatedLayer(model[0])})
     x, y = xs[:, ::3].flatten(0, 1), ys[:, ::3].flatten()
     x, y = torch.cat([x, xs[:, 2::3].flatten(0, 1)]), torch.cat([y, ys[:, 2::3].flatten()])
     assert (seen.samples, seen.classes, seen.layers["0"].fed_by_data, seen.layers["0"].rows) == (40, 3, True, 1)

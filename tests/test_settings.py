@@ -36,6 +36,9 @@ def network(kind="mlp", classes=5):
     torch.manual_seed(0)
     if kind == "mlp":
         return nn.Sequential(nn.Linear(64, 60), nn.ReLU(), nn.Linear(60, classes))
+    if kind == "attention":
+        block = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
+        return nn.Sequential(nn.Unflatten(1, (8, 8)), block, nn.Flatten(), nn.Linear(64, 5))
     return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
 
 
@@ -166,7 +169,8 @@ CASES = {
     "stream_rank": case(64, 40, stream, {"stream_chunk": 640}),
     "readout_rank": case(256, 40, two_tasks, {"rank": 2}),
     "vectors_a_sample": case(8, 9, two_tasks, kind="cnn"),
-    "gated_vectors": case(32, 31, two_tasks),
+    "gated_vectors": case(8, 7, two_tasks),
+    "attention_openness": case(0, 1, two_tasks, kind="attention"),
     "look": case(8, 7, two_tasks),
     "largest_ratio": case(20, 21, two_tasks, samples=4),
     "beyond": case(0.15, 0.2, two_tasks, {"rank": 4, "look": 2}),

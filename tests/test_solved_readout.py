@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from avalanche.models import IncrementalClassifier
+from avalanche.training.plugins import ReplayPlugin
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from avalanche_sp import OneHotMSELoss, PlasticityGate, SelectivePlasticityPlugin, Settings, reference
 from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layer_gate import LayerGate
-from avalanche_sp.gate.layers import weights_and_bias
+from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.readout import ReadoutSamples, class_sums, drifted, pseudo_samples
 
@@ -97,7 +98,7 @@ def test_on_a_frozen_trunk_it_is_the_ridge_regression_on_all_samples_in_any_orde
     rows = torch.cat([features, ridge.sqrt() * torch.eye(21).double()])
     targets = torch.cat([nn.functional.one_hot(y, 6).double(), torch.zeros(21, 6).double()])
     expected = reference.least_squares(rows, targets)
-    difference = (weights_and_bias(readout).double() - expected).norm() / expected.norm()
+    difference = (GatedLayer(readout).weights_and_bias().double() - expected).norm() / expected.norm()
     assert difference < 1e-3
 
 
@@ -127,6 +128,18 @@ def test_each_short_experience_is_learned_and_the_old_ones_are_kept(split5, loss
     assert sum(accuracy(model, small, task) for task in range(5)) / 5 > 0.65
 
 
+def test_beside_stored_samples_short_experiences_are_kept_better_than_by_these_alone(split5):
+    small, kept = sliced(split5, train=416, test=200), {}
+    for name, plugins in (("alone", []), ("gated", [SelectivePlasticityPlugin()])):
+        model = mlp(64)
+        step = torch.optim.SGD(model.parameters(), lr=0.05)
+        strategy = strategy_of(model, [ReplayPlugin(100), *plugins], optimizer=step, criterion=nn.CrossEntropyLoss())
+        for experience in small.train_stream:
+            strategy.train(experience)
+        kept[name] = sum(accuracy(model.eval(), small, task) for task in range(5)) / 5
+    assert kept["gated"] > kept["alone"] + 0.1 and kept["gated"] > 0.7
+
+
 def test_masked_units_stay_as_they_are(split2):
     """Avalanche's incremental head masks the units of classes that have not come."""
     torch.manual_seed(0)
@@ -146,13 +159,13 @@ def test_the_readout_is_frozen_between_prepare_and_consolidate_and_solved_for_ne
     before = []
     for classes in ((0, 1), (0, 1), (2, 3)):
         x, y = samples(len(before), classes)
-        start = weights_and_bias(model[2])
+        start = GatedLayer(model[2]).weights_and_bias()
         gate.prepare(TensorDataset(x, y), criterion)
-        prepared = weights_and_bias(model[2])
+        prepared = GatedLayer(model[2]).weights_and_bias()
         optimizer.zero_grad()
         criterion(model(x), y).backward()
         optimizer.step()
-        before.append((torch.equal(start, prepared), torch.equal(prepared, weights_and_bias(model[2]))))
+        before.append((torch.equal(start, prepared), torch.equal(prepared, GatedLayer(model[2]).weights_and_bias())))
         gate.consolidate(TensorDataset(x, y), criterion)
     assert before == [(True, False), (True, False), (False, True)]
 
@@ -203,7 +216,7 @@ def test_an_experience_that_was_interrupted_leaves_no_frozen_readout():
     gate.consolidate(TensorDataset(x, y), criterion)
     gate.prepare(TensorDataset(*samples(1, (2, 3))), criterion)  # and never trained
     gate.prepare(TensorDataset(x, y), criterion)  # no class is new: nothing is solved
-    before = weights_and_bias(model[2])
+    before = GatedLayer(model[2]).weights_and_bias()
     criterion(model(x), y).backward()
     optimizer.step()
-    assert not torch.equal(weights_and_bias(model[2]), before)
+    assert not torch.equal(GatedLayer(model[2]).weights_and_bias(), before)

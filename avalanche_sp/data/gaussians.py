@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from numbers import Integral
 from types import SimpleNamespace
 
 import torch
@@ -18,7 +17,7 @@ from avalanche.training.storage_policy import ExemplarsBuffer, ExperienceBalance
 from sklearn.cluster import KMeans  # avalanche-lib requires it, too
 from torch import Tensor
 
-from avalanche_sp.arguments import check_number
+from avalanche_sp.arguments import check_integer
 from avalanche_sp.data import TensorClassificationDataset, TensorSource
 from avalanche_sp.gate.packed import PackedRows
 from avalanche_sp.training.replay import SpreadBatches
@@ -135,11 +134,11 @@ class GaussianBuffer(ExemplarsBuffer):
     """
 
     def __init__(self, max_size: int = 2000, gaussians: int = 4, max_bytes: int | None = None, stored: int = 0):
-        _check_integer("max_size", max_size, 1)
-        _check_integer("gaussians", gaussians, 1)
+        check_integer("max_size value", max_size, 1)
+        check_integer("gaussians value", gaussians, 1)
         if max_bytes is not None:
-            _check_integer("max_bytes", max_bytes, 1)
-        _check_integer("stored", stored, 0, int(max_size) - 1)
+            check_integer("max_bytes value", max_bytes, 1)
+        check_integer("stored value", stored, 0, int(max_size) - 1)
         super().__init__(int(max_size))
         self.gaussians = int(gaussians)
         self.max_bytes = max_bytes
@@ -245,11 +244,6 @@ class GaussianBuffer(ExemplarsBuffer):
         if self.stored is not None:
             drawn.append(self.stored.buffer)
         self.buffer = drawn[0] if len(drawn) == 1 else concat_datasets(drawn)
-
-
-def _check_integer(name: str, value, least: int, most: float = float("inf")) -> None:
-    words = f"an integer, {least} or more" if most == float("inf") else f"an integer, {least} to {most}"
-    check_number(f"{name} value", value, (lambda v: isinstance(v, Integral) and least <= int(v) <= most, words))
 
 
 def _whole(quotas: Iterable[float]) -> list[int]:

@@ -8,14 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from avalanche_sp.gate.layers import GatedLayer, along, weights_and_bias
+from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory, Memory
 from avalanche_sp.gate.observe import Observation
 from avalanche_sp.gate.packed import PackedRows
 from avalanche_sp.gate.readout import ReadoutLoss, class_sums, newton_readout
 from avalanche_sp.gate.settings import Settings
 
-__all__ = ["consolidate"]
+__all__ = ["consolidate", "inherited"]
 
 
 @torch.no_grad()
@@ -61,8 +61,8 @@ def consolidate(
         keeps_weights = name in remembers_weights and new.vectors.shape[1] < inputs
         remembered[name] = replace(
             new,
-            anchor=along(layer, new.vectors),
-            rough_anchor=PackedRows.of(weights_and_bias(layer)) if keeps_weights else None,
+            anchor=layer.along(new.vectors),
+            rough_anchor=PackedRows.of(layer.weights_and_bias()) if keeps_weights else None,
             residual=residual,
             class_sums=sums,
             class_counts=counts,
@@ -75,6 +75,20 @@ def consolidate(
         (old_samples * memory.curvature + samples * observation.curvature) / (old_samples + samples),
         memory.classes + observation.classes,
         memory.consolidations + 1,
+    )
+
+
+@torch.no_grad()
+def inherited(memory: LayerMemory, layer: GatedLayer) -> LayerMemory:
+    """The memory of a layer's inputs for another layer with the same inputs, its present weights the anchor."""
+    rough = None if memory.rough_anchor is None else PackedRows.of(layer.weights_and_bias())
+    return replace(
+        memory,
+        anchor=layer.along(memory.vectors),
+        rough_anchor=rough,
+        residual=None,
+        class_sums=None,
+        class_counts=None,
     )
 
 

@@ -13,21 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from avalanche_sp.gate.consolidate import consolidate
+from avalanche_sp.gate.consolidate import consolidate, inherited
 from avalanche_sp.gate.detection import ChangeDetector, RunningSurprise, page_hinkley
 from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layer_gate import LayerGate, StreamStatistics
 from avalanche_sp.gate.layers import (
     NORMALISATION,
     GatedLayer,
-    energy,
-    gate_gradient,
     gated_layers,
-    project,
-    set_weights,
-    trained_parameters,
-    ungated_modules,
-    weights_and_bias,
+    ungated_parameters,
 )
 from avalanche_sp.gate.memory import LayerMemory, Memory
 from avalanche_sp.gate.observe import (
@@ -44,7 +38,8 @@ from avalanche_sp.gate.observe import (
 )
 from avalanche_sp.gate.penalty import Drift, Gated
 from avalanche_sp.gate.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
-from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples, drifted, readout_loss, solve_readout
+from avalanche_sp.gate.processes import mean_over_processes
+from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples, drifted, solve_readout
 from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.settings import Settings
 from avalanche_sp.gate.stream import StreamWatch
@@ -102,9 +97,11 @@ class PlasticityGate:
     (:func:`avalanche_sp.gate.readout.solve_readout`).
 
     No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs, and four bits a weight.
-    Gated are all trainable ``nn.Linear`` and ``nn.Conv2d`` layers (a convolution's input vectors are its patches; the
-    groups of a grouped one share one eigenspace). Normalisation layers learn with the first experience and are frozen
-    afterwards, unless stored samples are trained on. Other layers' weights train ungated.
+    Gated are linear and bilinear layers, convolutions and transposed convolutions of one to three dimensions, recurrent
+    layers and cells, and attention (``docs/coverage.md``). A convolution's input vectors are its patches; the groups of
+    a grouped one share one eigenspace. All other weights learn with the first experience and are frozen afterwards,
+    unless stored samples are trained on; those of recurrent layers and attention also train ungated then, as the error
+    of each of their rows is not known.
 
     **What hooks carry.** Gradient accumulation, ``torch.amp.GradScaler``, gradient clipping, closures, and loops of
     other libraries, as long as the optimizer is a ``torch.optim.Optimizer`` and its ``step`` is called. What they do
@@ -121,7 +118,7 @@ class PlasticityGate:
             layer a tenth of its inputs, if that is more). A float below 1 keeps as many as have that share of the
             energy, the second moment's trace; only if boundaries are told.
         consolidation_samples: samples of an experience that are run through the network at its end, evenly spread over
-            it, 1 or more (default 5000).
+            it, 1 or more (default 2000).
         consolidate: ``"experience"`` (default): :meth:`consolidate` is called at the end of every experience.
             ``"surprise"``: at a change of the stream's loss or inputs. ``"continuous"``: every 4096 samples. The last
             two need :meth:`observe` in every step.
@@ -158,7 +155,7 @@ class PlasticityGate:
         openness: PerLayer[float] = 0.5,
         pull_back: PerLayer[float] = 1.0,
         rank: PerLayer[float] | None = None,
-        consolidation_samples: int = 5000,
+        consolidation_samples: int = 2000,
         consolidate: Literal["experience", "surprise", "continuous"] = "experience",
         detector: ChangeDetector | None = None,
         readout_step: bool = True,
@@ -226,6 +223,7 @@ class PlasticityGate:
         self._rows: StreamRows | None = None  # None: all rows come from the stream
         # Beside stored samples: the part of the stream's gradient that the gate holds back, by parameter.
         self._held: dict[nn.Parameter, Tensor] = {}
+        self._withheld: dict[nn.Parameter, Tensor | None] = {}  # gradients of frozen parameters, during a step
         self._criterion: Criterion | None = None  # as last observed
         self._resting: set[nn.Module] = set()  # frozen layers in the midst of their forward pass
         if model is not None:
@@ -247,8 +245,9 @@ class PlasticityGate:
             raise TypeError(f"Invalid optimizer: {type(optimizer).__name__} (allowed: a torch.optim.Optimizer)")
         if not gated_layers(model):
             raise ValueError(
-                f"Invalid model: {type(model).__name__} has no trainable nn.Linear or nn.Conv2d layer with a weight of "
-                f"its own, but {', '.join(ungated_modules(model, ())) or 'nothing'} (allowed: at least one)"
+                f"Invalid model: {type(model).__name__} has no trainable layer that can be gated, such as nn.Linear, "
+                f"with a weight of its own, but {', '.join(ungated_parameters(model, ())) or 'nothing'} (allowed: at "
+                "least one)"
             )
         goes_on = model is self._model
         if self._model is not None and not goes_on and self.memory.layers:
@@ -291,9 +290,7 @@ class PlasticityGate:
         memory, s = self.memory, self.settings
         self._stored = StoredSamples(stored / max(memory.classes, 1), s)
         if self._stream is None:
-            self._drift.take_back()
-            self._drift.steps = 0
-            self._drift.forget()
+            self.finish_steps()
             ratio = memory.samples / samples if samples is not None else memory.consolidations
         else:  # an epoch may be a mini-batch, and nothing ends with it
             ratio = memory.consolidations  # the next experience is as long as those so far, for all we know
@@ -301,25 +298,24 @@ class PlasticityGate:
         times = self._stored.opening / self._stored.closing(epoch)
         before, self._gated = self._gated, {}
         for name, layer in self._protected.items():
-            if name in memory.layers:
+            if name in memory.layers and (layer.per_row or not stored):
                 remembered, known = memory.layers[name], before.get(name)
                 statistics = known.statistics if known and known.memory is remembered else None
                 if statistics is None:
                     statistics = StreamStatistics.empty(remembered)
                 statistics.start_epoch()
                 scale = self._prepared.scale.get(name, 1.0) if self._prepared is not None else 1.0
-                gate = LayerGate.of(remembered, value_of(self.openness, name) * times, s.gated_vectors, scale)
+                factor = times * (s.attention_openness if layer.projects_attention else 1.0)
+                gate = LayerGate.of(remembered, value_of(self.openness, name) * factor, s.gated_vectors, scale)
                 self._gated[name] = Gated(name, layer, remembered, gate, statistics)
         freezes = memory.layers and not stored
         self._norms = [m for m in model.modules() if freezes and isinstance(m, NORMALISATION)]
         self._frozen = [p for norm in self._norms for p in norm.parameters(recurse=False)]
         if freezes and self.ungated == "freeze":
             trained = {p for name, p in model.named_parameters() if name in self._trained}
-            off = {name for name in gated_layers(model) if name not in self._protected}
-            others = ungated_modules(model, {*memory.layers, *off})
-            self._frozen += [p for own in others.values() for p in own if p in trained]
-        if self._prepared is not None and not stored:
-            self._frozen += trained_parameters(self._protected[self._prepared.layer])
+            self._frozen += [p for own in self._ungated_parameters().values() for p in own if p in trained]
+        if self._prepared is not None:
+            self._frozen += self._protected[self._prepared.layer].trained_parameters
         self._drift.begin(
             self._gated.values(), memory.curvature, ratio, self._stored.penalty(ratio), 1 - self._stored.trust
         )
@@ -329,8 +325,8 @@ class PlasticityGate:
         """Solves the readout for a coming experience with new classes, before it is trained. Optional, and worth it.
 
         The readout is then frozen until :meth:`consolidate`. So the layers below learn only the part of the loss that
-        the readout cannot remove, and the drift of old inputs is measured. Without a memory, without a new class and
-        with stored samples it does nothing.
+        the readout cannot remove, and the drift of old inputs is measured. Without a memory, without a new class, and
+        for a loss that is quadratic in the outputs beside stored samples it does nothing.
 
         Args:
             data, criterion: as for :meth:`consolidate`, with the samples in the same order.
@@ -338,19 +334,20 @@ class PlasticityGate:
         if self._prepared is not None:  # an experience that was not consolidated
             self._prepared = None
             self.begin(self._samples, self._replays or self._memory_size, self._epoch)
-        if not (self.active and self.readout_step and self.memory.layers) or self._stream or self._memory_size:
+        if not (self.active and self.readout_step and self.memory.layers) or self._stream:
             return
         model = self._attached()
         layers = protected_layers(model, self.openness)
         samples = self._samples_of(data)
-        observation = self._observed(samples, layers, None)
+        observation = self._observed(samples, layers, criterion if self._memory_size else None)
         classified = observation.classified
-        if classified is None or not self._is_solved_for(classified):
+        if classified is None or not self._solves(observation):
             return
         merged = self._merged(classified)
-        self._solve(classified, layers, merged, criterion)
+        if not self._solve(classified, layers, merged, criterion):
+            return
         below = {n: layers[n] for n in self._gated if n != classified.layer and n in observation.layers}
-        weights = {name: weights_and_bias(layer) for name, layer in below.items()}
+        weights = {name: layer.weights_and_bias() for name, layer in below.items()}
         sensitivity = output_sensitivity(model, observation.inputs, below, self._forward)
         scale = {}
         for name in below:
@@ -361,7 +358,7 @@ class PlasticityGate:
                 scale[name] = float(reference / sharpness) if sharpness > reference else 1.0
         inputs, targets = classified.inputs, classified.targets
         self._prepared = Preparation(classified.layer, inputs, targets, merged.vectors, weights, sensitivity, scale)
-        self.begin(self._samples, self._memory_size, self._epoch)
+        self.begin(self._samples, self._replays or self._memory_size, self._epoch)
 
     def check_outputs(self, outputs: Any) -> None:
         """Raises TypeError if the loss is to be measured on a network's outputs and they are not one tensor."""
@@ -391,7 +388,7 @@ class PlasticityGate:
         """
         if not self.active:
             return
-        self._running_surprise.observe(loss.detach().squeeze())
+        self._running_surprise.observe(mean_over_processes(loss.detach().squeeze()))
         self._criterion = criterion
         if self._stream is not None:
             stream = self._rows or StreamRows(len(targets), len(targets), slice(0, len(targets)))
@@ -431,6 +428,33 @@ class PlasticityGate:
                 known[name] = replace(memory, sharpness=sharpness)
             self.memory = replace(self.memory, layers=known)
         self.begin()
+
+    def finish_steps(self) -> None:
+        """Takes back the gated part of the last updates. Call it before other weights are put into the model."""
+        self._drift.take_back()
+        self._drift.steps = 0
+        self._drift.forget()
+
+    def inherit(self, name: str, like: str) -> None:
+        """Gates a layer that was added to the model, which shares its input with another layer.
+
+        The new layer takes over the memory of the other one's inputs, with its own present weights as the anchor. If
+        the other layer has no memory, there is nothing to inherit.
+
+        Args:
+            name, like: names of the new layer and of the other one.
+
+        Raises:
+            ValueError: ``name`` is no layer that can be gated.
+        """
+        if like not in self.memory.layers:
+            return
+        layer = gated_layers(self._attached()).get(name)
+        if layer is None:
+            raise ValueError(f"Invalid name value: {name!r} (allowed: a trainable nn.Linear or nn.Conv2d layer)")
+        self.memory = replace(
+            self.memory, layers={**self.memory.layers, name: inherited(self.memory.layers[like], layer)}
+        )
 
     def close(self) -> None:
         """Takes all hooks off the model and the optimizer. The memory stays."""
@@ -529,7 +553,8 @@ class PlasticityGate:
 
     def __getstate__(self) -> dict:
         """For pickle: hooks are put on again by :meth:`attach`."""
-        return vars(self) | {"_handles": [], "_held": {}, "_rows": None, "_resting": set(), "_criterion": None}
+        fresh: dict[str, Any] = {"_handles": [], "_held": {}, "_withheld": {}, "_rows": None, "_resting": set(), "_criterion": None}
+        return vars(self) | fresh
 
     # -- Hooks -----------------------------------------------------------------------------------------------------
 
@@ -548,23 +573,35 @@ class PlasticityGate:
         ]
         if self._stream is not None or self._gated:
             for name, layer in self._protected.items():
-                self._handles.append(layer.register_forward_hook(_Hook(layer, self._after_forward, name)))
+                hook = _Hook(layer.module, self._after_forward, name, layer)
+                self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
         for g in self._gated.values() if self._memory_size else ():
-            self._handles += [p.register_hook(partial(self._gate_backward, g, p)) for p in trained_parameters(g.layer)]
+            self._handles += [p.register_hook(partial(self._gate_backward, g, p)) for p in g.layer.trained_parameters]
         for norm in self._norms:
             self._handles.append(norm.register_forward_pre_hook(_Hook(norm, self._freeze)))
             self._handles.append(norm.register_forward_hook(_Hook(norm, self._unfreeze), always_call=True))
 
-    def _after_forward(self, name: str, layer: GatedLayer, args: tuple, output: Tensor) -> None:
+    def _after_forward(
+        self, name: str, layer: GatedLayer, module: nn.Module, args: tuple, kwargs: dict, output: Any
+    ) -> None:
         """Notes the layer's input, and waits for the error that comes back to its output."""
-        if not (self.listening and isinstance(output, Tensor) and output.requires_grad):
+        made = output if isinstance(output, Tensor) else None
+        if not (self.listening and torch.is_grad_enabled()) or (
+            layer.per_row and (made is None or not made.requires_grad)
+        ):
+            return
+        looked = name in self._gated and (self._drift.is_looking or self._memory_size)
+        if not (looked or self._stream) or (x := layer.input_of(args, kwargs, output)) is None:
             return
         stream = self._rows
-        if self._stream is not None and self._stream.listens(stream.count if stream else len(args[0])):
-            self._stream.note(name, layer, args[0], output)
-        if name in self._gated and (self._drift.is_looking or self._memory_size):
-            x = args[0].detach()
-            output.register_hook(lambda delta: self._hold_back(self._gated[name], x, delta, stream))
+        if self._stream is not None and self._stream.listens(stream.count if stream else len(x)):
+            self._stream.note(name, layer, x, made if layer.per_row else None)
+        if looked:
+            x = x.detach()
+            if made is not None and layer.per_row:
+                made.register_hook(lambda delta: self._hold_back(self._gated[name], x, delta, stream))
+            else:  # what comes back is the error of the module's output, not of the map's
+                self._look_at(self._gated[name], x if stream is None else stream.of(x))
 
     def _hold_back(self, g: Gated, x: Tensor, delta: Tensor, stream: StreamRows | None) -> None:
         """Hook on a layer's output: the part of its gradient that the gate holds back. Sums over uses of a layer."""
@@ -572,16 +609,20 @@ class PlasticityGate:
             return
         x, delta = ((t if stream is None else stream.of(t)).to(g.memory.vectors.dtype) for t in (x, delta))
         if self._drift.is_looking:
-            g.statistics.add(g.gate, energy(g.layer, x), project(g.layer, x, g.memory.vectors))
+            self._look_at(g, x)
         if self._memory_size:
             held = g.gate.held_activity(g.layer, x, delta)
-            for parameter in trained_parameters(g.layer):
+            for parameter in g.layer.trained_parameters:
                 self._held[parameter] = self._held[parameter] + held if parameter in self._held else held
+
+    def _look_at(self, g: Gated, x: Tensor) -> None:
+        x = x.to(g.memory.vectors.dtype)
+        g.statistics.add(g.gate, g.layer.energy(x), g.layer.project(x, g.memory.vectors))
 
     def _gate_backward(self, g: Gated, parameter: nn.Parameter, grad: Tensor) -> Tensor | None:
         """Hook on a parameter: gates the stream's part of the gradient of a backward pass, before it is accumulated."""
         held = self._held.pop(parameter, None)
-        return None if held is None else g.gate.gated(grad, held)
+        return None if held is None else g.gate.gated(g.layer, grad, held)
 
     def _freeze(self, norm: nn.Module, args: tuple) -> None:
         if norm.training:
@@ -606,6 +647,8 @@ class PlasticityGate:
 
     @torch.no_grad()
     def _gate_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        for parameter in self._frozen:  # without a gradient: a step on zeros still follows momentum and decays weights
+            self._withheld[parameter], parameter.grad = parameter.grad, None
         # A GradScaler leaves it to fused optimizers to unscale the gradients.
         scale = getattr(optimizer, "grad_scale", None)
         for name, g in self._gated.items():
@@ -615,16 +658,17 @@ class PlasticityGate:
             if not self._memory_size:
                 g.gate.gate(g.layer, g.memory, penalty)
             elif penalty is not None:
-                new_units = len(g.layer.weight) - len(penalty)
-                gate_gradient(g.layer, F.pad(-penalty, (0, 0, 0, new_units)), g.memory.vectors)
+                new_units = g.layer.units - len(penalty)
+                g.layer.gate_gradient(F.pad(-penalty, (0, 0, 0, new_units)), g.memory.vectors)
             self._drift.add_gradient_beyond(name, scale)
-        for parameter in self._frozen:
-            parameter.grad = None  # not zero: a step on zeros still follows momentum and decays weights
         if self._drift.is_looking:
             named = self._attached().named_parameters()
             self._trained.update(name for name, p in named if p.grad is not None)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for parameter, grad in self._withheld.items():  # plugins such as Synaptic Intelligence read it after the step
+            parameter.grad = grad
+        self._withheld = {}
         self._rows = None
         self._drift.end_step()
         stream = self._stream
@@ -660,7 +704,7 @@ class PlasticityGate:
         through: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Leading eigenvalue of the Gauss-Newton matrix in a layer's weights, with Kronecker factors, 0-dim."""
-        return len(layer.weight) * sensitivity * seen.rows * leading_eigenvalue(some_rows(seen.inputs), through)
+        return layer.units * sensitivity * seen.rows * leading_eigenvalue(some_rows(seen.inputs), through)
 
     def _remember(
         self,
@@ -675,25 +719,39 @@ class PlasticityGate:
         }
         classified, losses, solved = observation.classified, None, False
         merged: dict[str, LayerMemory] = {}
-        newton = observation.readout is not None and self._memory_size > 0
-        if classified is not None and criterion is not None and not newton and self._is_solved_for(classified):
+        if classified is not None and criterion is not None and self._solves(observation):
             self._follow_drift(observation, layers)
             merged = {classified.layer: self._merged(classified)}
             solved = self._solve(classified, layers, merged[classified.layer], criterion)
         if self.readout_step and not solved:
             losses = self._stored_losses(observation, layers, criterion)
         self.memory = consolidate(
-            self.memory, observation, layers, merged, self.rank_of, remembers, self.settings, losses, self.trust, damping
+            self.memory,
+            observation,
+            layers,
+            merged,
+            self.rank_of,
+            remembers,
+            self.settings,
+            losses,
+            self.trust,
+            damping,
         )
         self._prepared = None
         self._drift.forget()
         if self.memory.consolidations == 1:
             self._warn_of_ungated(layers)
 
-    def _is_solved_for(self, samples: ReadoutSamples) -> bool:
-        """Whether the readout is solved for an experience: it brings a new class."""
-        old = self.memory.layers.get(samples.layer)
-        if not self.readout_step or old is None or old.class_counts is None:
+    def _solves(self, observation: Observation) -> bool:
+        """Whether the readout is solved for an experience: it brings a new class.
+
+        Beside stored samples a loss that is quadratic in the outputs takes the Newton step instead.
+        """
+        samples = observation.classified
+        old = self.memory.layers.get(samples.layer) if samples is not None else None
+        if samples is None or not self.readout_step or old is None or old.class_counts is None:
+            return False
+        if self._memory_size and observation.readout is not None:
             return False
         known = old.class_counts.nonzero().flatten()
         return bool((~torch.isin(samples.targets, known)).any())
@@ -706,21 +764,15 @@ class PlasticityGate:
     def _solve(
         self, samples: ReadoutSamples, layers: Mapping[str, GatedLayer], merged: LayerMemory, criterion: Criterion
     ) -> bool:
-        """Solves the readout, unless stored samples have trained it to a lower loss on them and on new samples."""
-        layer, old = layers[samples.layer], self.memory.layers[samples.layer]
-        shown, trained = [samples], weights_and_bias(layer)
+        """Solves the readout, on stored samples also; False if these do not all reach the same one."""
+        layer, old, stored = layers[samples.layer], self.memory.layers[samples.layer], []
         for replayed in self._replays:
-            stored = self._observed(replayed, {samples.layer: layer}, criterion).classified
-            if stored is None:  # several heads, for instance
+            seen = self._observed(replayed, {samples.layer: layer}, None).classified
+            if seen is None:  # several heads, for instance
                 return False
-            shown.append(replace(stored, weight=old.samples * replayed.total / self._memory_size))
-        solve_readout(layer, samples, old, merged, criterion, self.settings)
-        if len(shown) == 1 or readout_loss(weights_and_bias(layer), shown, criterion) < readout_loss(
-            trained, shown, criterion
-        ):
-            return True
-        set_weights(layer, trained)
-        return False
+            stored.append(seen)
+        solve_readout(layer, samples, old, merged, criterion, self.settings, stored, self.trust if stored else 0)
+        return True
 
     def _follow_drift(self, observation: Observation, layers: Mapping[str, GatedLayer]) -> None:
         """Moves the memory of the readout's old inputs as far as the layers below have moved them.
@@ -734,7 +786,7 @@ class PlasticityGate:
         old = new = now.inputs.new_zeros(())
         for name, before in prepared.weights.items():
             memory, seen = self.memory.layers[name], observation.layers[name]
-            change = weights_and_bias(layers[name])[: len(before)] - before
+            change = layers[name].weights_and_bias()[: len(before)] - before
             along, inputs = change @ memory.vectors, some_rows(seen.inputs)
             of_rest = (change.square().sum() - along.square().sum()).clamp_min(0) * memory.rest
             scale = prepared.sensitivity[name] * seen.rows
@@ -745,17 +797,22 @@ class PlasticityGate:
         moved = memory.moved(lambda rows: drifted(rows, prepared.inputs, now.inputs, basis, share, self.settings))
         self.memory = replace(self.memory, layers={**self.memory.layers, now.layer: moved})
 
+    def _ungated_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters that the gate has no memory for, by name; without the layers that openness switches off."""
+        layers = gated_layers(self._attached())
+        gated = [layer for n, layer in layers.items() if n in self.memory.layers or n not in self._protected]
+        return ungated_parameters(self._attached(), gated)
+
     def _warn_of_ungated(self, layers: Mapping[str, GatedLayer]) -> None:
         """Names the trained parameters that are not gated."""
         model = self._attached()
         trained = {p for name, p in model.named_parameters() if name in self._trained}
-        off = {n for n in gated_layers(model) if n not in layers}  # switched off by openness
-        others = ungated_modules(model, {*self.memory.layers, *off})
+        others = self._ungated_parameters()
         names = [name or "the model" for name, own in others.items() if trained.intersection(own)]
         if names:
             count = sum(p.numel() for p in trained)
-            gated = sum(p.numel() for n in self.memory.layers for p in layers[n].parameters(recurse=False))
-            kinds = {n: type(model.get_submodule(n)).__name__ for n in others if n}
+            gated = sum(p.numel() for p in {p for n in self.memory.layers for p in layers[n].parameters})
+            kinds = {n: type(module).__name__ for n, module in model.named_modules() if n in others and n}
             named = ", ".join(f"{name} ({kinds[name]})" if name in kinds else name for name in names)
             then = "They are frozen from now on" if self.ungated == "freeze" else "They train ungated and may forget"
             other = "train" if self.ungated == "freeze" else "freeze"
@@ -791,7 +848,7 @@ class PlasticityGate:
         for name, g in self._gated.items():
             if name in changes:
                 change = changes[name]
-                set_weights(g.layer, weights_and_bias(g.layer)[: len(change)] + g.gate.through(change, g.memory))
+                g.layer.set_weights(g.layer.weights_and_bias()[: len(change)] + g.gate.through(change, g.memory))
                 self._drift.rebase(name)
 
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avalanche_sp.gate.functional import held_back, likeness
-from avalanche_sp.gate.layers import GatedLayer, gate_gradient, gated_gradient, gradient_along, postsynaptic, project
+from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
+from avalanche_sp.gate.processes import mean_over_processes
 
 __all__ = ["LayerGate", "StreamStatistics"]
 
@@ -49,8 +50,8 @@ class LayerGate:
 
     def held_activity(self, layer: GatedLayer, x: Tensor, delta: Tensor) -> Tensor:
         """The part held back of the gradient that input ``x`` and error ``delta`` make: (out, k)."""
-        projection = project(layer, x, self.leading)
-        return held_back(postsynaptic(layer, delta), projection, self.closed_leading).flatten(0, -2)
+        projection = layer.project(x, self.leading)
+        return held_back(layer.postsynaptic(delta), projection, self.closed_leading).flatten(0, -2)
 
     def gate(self, layer: GatedLayer, memory: LayerMemory, added: Tensor | None = None) -> None:
         """Gates a layer's gradient in place, and adds a gradient given along the memory's vectors, in one product.
@@ -58,16 +59,16 @@ class LayerGate:
         Args:
             added: along all kept vectors (rows, r), for the layer's first output units; None for nothing.
         """
-        vectors, held = self.leading, gradient_along(layer, self.leading).mul_(self.closed_leading)
+        vectors, held = self.leading, layer.gradient_along(self.leading).mul_(self.closed_leading)
         if added is not None:
             vectors = memory.vectors
             held = F.pad(held, (vectors.shape[1] - held.shape[1], 0))
             held[: len(added)] -= added
-        gate_gradient(layer, held, vectors, 1 - self.closed_rest)
+        layer.gate_gradient(held, vectors, 1 - self.closed_rest)
 
-    def gated(self, grad: Tensor, held: Tensor) -> Tensor:
-        """A gradient of a weight or bias without the part ``held`` (out, k) along the leading vectors."""
-        return gated_gradient(grad, held, self.leading, 1 - self.closed_rest)
+    def gated(self, layer: GatedLayer, grad: Tensor, held: Tensor) -> Tensor:
+        """A gradient of the layer's weight or bias without the part ``held`` (out, k) along the leading vectors."""
+        return layer.gated_gradient(grad, held, self.leading, 1 - self.closed_rest)
 
     def through(self, change: Tensor, memory: LayerMemory) -> Tensor:
         """The part of a change (out, d) of the layer's weights and bias that the gate lets through."""
@@ -120,9 +121,8 @@ class StreamStatistics:
 
     def likeness(self, memory: LayerMemory) -> Tensor:
         """How alike the stream and the memory are: 0-dim, 0 to 1, 0 before any input."""
-        return likeness(
-            self.power, self.power_energy, memory.eigenvalues, memory.mean_eigenvalue, len(memory.vectors)
-        )
+        power, energy = mean_over_processes(self.power), mean_over_processes(self.power_energy)
+        return likeness(power, energy, memory.eigenvalues, memory.mean_eigenvalue, len(memory.vectors))
 
     def state_dict(self) -> dict:
         return {f.name: getattr(self, f.name) for f in fields(self)}

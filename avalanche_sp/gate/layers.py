@@ -1,168 +1,262 @@
-"""Layers as linear maps: what presynaptic activity, postsynaptic signal and weights are to each kind.
+"""Trained weights as linear maps: what presynaptic activity, postsynaptic signal and weights are to each kind of layer.
 
-A linear layer's input vector is its input; a convolution's is the patch under its kernel, once for every position. A
-bias is the weight of one more input, which is always 1. The groups of a grouped convolution share one input space.
+A linear layer's input vector is its input; a convolution's is the patch under its kernel, once for every position; a
+transposed convolution's is a pixel's channels; a recurrent layer's are its input and its hidden state, once for every
+step; a bilinear layer's is the product of its two inputs. A bias is the weight of one more input, which is always 1.
+The groups of a grouped convolution share one input space.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = [
-    "GatedLayer",
-    "NORMALISATION",
-    "gated_layers",
-    "ungated_modules",
-    "trained_parameters",
-    "presynaptic",
-    "presynaptic_at",
-    "energy",
-    "project",
-    "postsynaptic",
-    "along",
-    "gradient_along",
-    "add_along",
-    "gate_gradient",
-    "gated_gradient",
-    "add_to_gradient",
-    "drift_from",
-    "weights_and_bias",
-    "set_weights",
-]
+__all__ = ["GatedLayer", "NORMALISATION", "gated_layers", "ungated_parameters"]
 
-GatedLayer = nn.Linear | nn.Conv2d
 NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.GroupNorm)
 
 
-def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
-    """The trainable layers that the coincidence gate knows, by name.
+class GatedLayer:
+    """One weight matrix of a module, with its bias: a linear map of input vectors that the module's forward pass has.
 
-    A layer whose weight is computed from other parameters (a parametrisation, pruning) is none of them.
-    """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, GatedLayer)}
-    return {n: m for n, m in layers.items() if _trains(m._parameters.get("weight"))}
-
-
-def _trains(parameter: nn.Parameter | None) -> bool:
-    return parameter is not None and parameter.requires_grad
-
-
-def ungated_modules(model: nn.Module, gated: Container[str]) -> dict[str, list[nn.Parameter]]:
-    """The other modules' own trainable parameters, by module name; without normalisation layers."""
-    found: dict[str, list[nn.Parameter]] = {}
-    for name, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        if own and name not in gated and not isinstance(module, NORMALISATION):
-            found.setdefault(name.split(".parametrizations")[0], []).extend(own)
-    return found
-
-
-def trained_parameters(layer: GatedLayer) -> list[nn.Parameter]:
-    """A layer's own trainable parameters: its weight, and its bias if it has one."""
-    return [p for p in layer.parameters(recurse=False) if p.requires_grad]
-
-
-def presynaptic(layer: GatedLayer, x: Tensor) -> Tensor:
-    """A layer's input vectors, one a row.
+    This class is the map of a linear layer.
 
     Args:
-        x: the layer's input; (..., in_features) of a linear layer, (n, channels, height, width) of a convolution.
+        module: its forward pass has the input vectors.
+        weight, bias: names of the parameters; None for a map without bias.
+        owner: the module that has them. Default: ``module``.
 
-    Returns:
-        Shape (rows, d): d is the number of weights that an output unit has, its bias among them.
+    Attributes:
+        per_row: whether the gradient in the module's output is that in the map's output. If not, the gradients of the
+            stream's rows and of stored samples can't be told apart.
+        projects_attention: whether it makes the queries, keys or values of an attention.
+        groups: of a grouped convolution.
+        name: of the map within its module; "" for a module's only one.
     """
-    if isinstance(layer, nn.Linear):
-        rows = x.reshape(-1, layer.in_features)
-    else:
-        patches = F.unfold(_by_group(layer, _padded(layer, x)), layer.kernel_size, layer.dilation, 0, layer.stride)
-        rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
-    return rows if layer.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
+    per_row = True
+    projects_attention = False
+    groups = 1
+    name = ""
+    module: Any  # of the class's kind
 
-def presynaptic_at(layer: GatedLayer, x: Tensor, places: Tensor) -> Tensor:
-    """``presynaptic(layer, x)[places]``; of a convolution's patches only these are laid out."""
-    if isinstance(layer, nn.Linear):
-        return presynaptic(layer, x)[places]
-    windows = _by_group(layer, _padded(layer, x))
-    for dim, (kernel, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation), 2):
-        windows = windows.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-    height, width = windows.shape[2:4]
-    of_sample, position = places // (height * width), places % (height * width)
-    rows = windows[of_sample, :, position // width, position % width].flatten(1)
-    return rows if layer.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+    def __init__(
+        self, module: nn.Module, weight: str = "weight", bias: str | None = "bias", owner: nn.Module | None = None
+    ):
+        self.module, self.owner = module, module if owner is None else owner
+        self._weight, self._bias = weight, bias
 
+    @property
+    def weight(self) -> nn.Parameter:
+        return getattr(self.owner, self._weight)
 
-def energy(layer: GatedLayer, x: Tensor) -> Tensor:
-    """``presynaptic(layer, x).square().sum()``, 0-dim; a linear layer's input vectors not being laid out."""
-    if isinstance(layer, nn.Linear):
-        flat, ones = x.flatten(), x.numel() // layer.in_features if layer.bias is not None else 0
-    else:
-        flat, ones = presynaptic(layer, x).flatten(), 0  # there already
-    return flat.dot(flat) + ones
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return None if self._bias is None else getattr(self.owner, self._bias)
 
+    @property
+    def trains(self) -> bool:
+        """Whether the weight is a trainable parameter; one that is computed (a parametrisation, pruning) is none."""
+        weight = self.owner._parameters.get(self._weight)
+        return weight is not None and weight.requires_grad
 
-def project(layer: GatedLayer, x: Tensor, vectors: Tensor) -> Tensor:
-    """``presynaptic(layer, x) @ vectors``, a convolution's patches never being laid out.
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The weight, and the bias if there is one."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
-    Args:
-        x: as above.
-        vectors: V, shape (d, r).
+    @property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Those of them that train."""
+        return [p for p in self.parameters if p.requires_grad]
 
-    Returns:
-        Shape (rows, r); (groups, rows, r) of a grouped convolution.
-    """
-    inputs = layer.weight[0].numel()
-    if isinstance(layer, nn.Linear):
+    @property
+    def units(self) -> int:
+        """Number of the map's outputs, over all groups."""
+        return len(self.weight)
+
+    @property
+    def inputs(self) -> int:
+        """Number of the map's inputs, without the bias's."""
+        return prod(self.weight.shape[1:])
+
+    # What differs from kind to kind.
+
+    def input_of(self, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Tensor | None:
+        """The map's input in a forward pass of the module, a sample a row of dimension 0; None if it is not known.
+
+        Args:
+            args, kwargs, output: of the forward pass.
+        """
+        return _argument("input", 0, args, kwargs)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """A view of the weight, or of its gradient, whose first dimensions are units and whose last are inputs."""
+        return weight
+
+    def _of_bias(self, bias: Tensor) -> Tensor:
+        """The part of the bias, or of its gradient, that is this map's."""
+        return bias
+
+    def presynaptic(self, x: Tensor) -> Tensor:
+        """The input vectors, one a row.
+
+        Args:
+            x: the map's input; (..., in_features) of a linear layer, (n, channels, ...) of a convolution.
+
+        Returns:
+            Shape (rows, d): d is the number of weights that an output unit has, its bias among them.
+        """
+        return self._with_ones(x.reshape(-1, self.inputs))
+
+    def presynaptic_at(self, x: Tensor, places: Tensor) -> Tensor:
+        """``presynaptic(x)[places]``; of a convolution's patches only these are laid out."""
+        return self.presynaptic(x)[places]
+
+    def energy(self, x: Tensor) -> Tensor:
+        """``presynaptic(x).square().sum()``, 0-dim; a linear layer's input vectors not being laid out."""
+        flat = x.flatten()
+        return flat.dot(flat) + (x.numel() // self.inputs if self.bias is not None else 0)
+
+    def project(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """``presynaptic(x) @ vectors``, a convolution's patches never being laid out.
+
+        Args:
+            x: as above.
+            vectors: V, shape (d, r).
+
+        Returns:
+            Shape (rows, r); (groups, rows, r) of a grouped convolution.
+        """
+        inputs = self.inputs
         projection = x.reshape(-1, inputs) @ vectors[:inputs]
-        return projection if layer.bias is None else projection.add_(vectors[-1])
-    kernels = vectors[:inputs].T.reshape(-1, *layer.weight.shape[1:])
-    bias = None if layer.bias is None else vectors[-1]
-    projection = F.conv2d(
-        _by_group(layer, _padded(layer, x)), kernels, bias, stride=layer.stride, dilation=layer.dilation
-    )
-    return _rows(layer, projection.reshape(len(x), -1, *projection.shape[2:]))
+        return projection if self.bias is None else projection.add_(vectors[-1])
 
+    def postsynaptic(self, delta: Tensor) -> Tensor:
+        """The gradient in the map's output, one row for each of its input vectors.
 
-def postsynaptic(layer: GatedLayer, delta: Tensor) -> Tensor:
-    """The gradient in a layer's output, one row for each of its input vectors.
+        Args:
+            delta: the gradient in the module's output, if it is ``per_row``.
 
-    Returns:
-        Shape (rows, out); (groups, rows, out / groups) of a grouped convolution.
-    """
-    return delta.reshape(-1, delta.shape[-1]) if isinstance(layer, nn.Linear) else _rows(layer, delta)
+        Returns:
+            Shape (rows, out); (groups, rows, out / groups) of a grouped convolution.
+        """
+        return delta.reshape(-1, delta.shape[-1])
 
+    def explains(self, x: Tensor, output: Any) -> bool:
+        """Whether the weight's gradient is that of the map. A subclass's ``forward`` may use the weight otherwise.
 
-def along(layer: GatedLayer, vectors: Tensor) -> Tensor:
-    """A layer's weights along each vector, W V: shape (out, r)."""
-    bias = None if layer.bias is None else layer.bias.detach()
-    return _along(layer.weight.detach(), bias, vectors)
+        Args:
+            x, output: the map's input and the module's output in a forward pass, with its graph.
+        """
+        if not _is_overridden(self.module):
+            return True
+        if not isinstance(output, Tensor):
+            return False
+        delta = torch.arange(output.numel(), device=output.device).cos().to(output).view_as(output)
+        (grad,) = torch.autograd.grad(output, self.weight, delta, retain_graph=True, allow_unused=True)
+        if grad is None:
+            return False
+        size = self.inputs + (self.bias is not None), 4
+        vectors = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(output)
+        vectors[self.inputs :] = 0  # the bias's
+        try:
+            found = (self.postsynaptic(delta).mT @ self.project(x.detach(), vectors)).flatten(0, -2)
+        except RuntimeError:  # other shapes
+            return False
+        expected = self._along(grad, None, vectors)
+        return bool((found - expected).norm() <= _EXPLAINED * expected.norm())
 
+    def _with_ones(self, rows: Tensor) -> Tensor:
+        return rows if self.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
-def gradient_along(layer: GatedLayer, vectors: Tensor) -> Tensor:
-    """And its gradient; no gradient is zeros."""
-    weight, bias = layer.weight, layer.bias
-    grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    return _along(grad, None if bias is None else bias.grad, vectors)
+    # The rest is of the matrix alone.
 
+    def along(self, vectors: Tensor) -> Tensor:
+        """The weights along each vector, W V: shape (out, r)."""
+        return self._along(self.weight.detach(), None if self.bias is None else self.bias.detach(), vectors)
 
-def _along(weight: Tensor, bias: Tensor | None, vectors: Tensor) -> Tensor:
-    if weight.dim() > 2:
-        weight = weight.flatten(1)
-    weight = weight.to(vectors.dtype)
-    product = weight @ vectors[: weight.shape[1]]
-    return product if bias is None else product.addr_(bias.to(vectors.dtype), vectors[-1])
+    def gradient_along(self, vectors: Tensor) -> Tensor:
+        """And their gradient; no gradient is zeros."""
+        weight, bias = self.weight, self.bias
+        grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        return self._along(grad, None if bias is None else bias.grad, vectors)
 
+    def _along(self, weight: Tensor, bias: Tensor | None, vectors: Tensor) -> Tensor:
+        weight = self._matrix(weight)
+        if weight.dim() > 2:
+            weight = weight.reshape(self.units, -1)
+        weight = weight.to(vectors.dtype)
+        product = weight @ vectors[: weight.shape[1]]
+        return product if bias is None else product.addr_(self._of_bias(bias).to(vectors.dtype), vectors[-1])
 
-def add_along(layer: GatedLayer, coordinates: Tensor, vectors: Tensor) -> None:
-    """Moves a layer's weights by ``coordinates`` (out, r) along the vectors, in place: W + coordinates V^T."""
-    inputs = layer.weight[0].numel()
-    _add_product(layer.weight.detach(), coordinates, vectors[:inputs].T)
-    if layer.bias is not None:
-        _add_product(layer.bias.detach(), coordinates, vectors[-1])
+    def add_along(self, coordinates: Tensor, vectors: Tensor) -> None:
+        """Moves the weights by ``coordinates`` (out, r) along the vectors, in place: W + coordinates V^T."""
+        _add_product(self._matrix(self.weight.detach()), coordinates, vectors[: self.inputs].T)
+        if self.bias is not None:
+            _add_product(self._of_bias(self.bias.detach()), coordinates, vectors[-1])
+
+    def gate_gradient(self, held: Tensor, vectors: Tensor, open_rest: float = 1.0) -> None:
+        """Takes ``held`` (out, r) along the vectors from the gradient, in place: open_rest * grad - held V^T.
+
+        No gradient is left alone.
+        """
+        grad, bias = self.weight.grad, self.bias
+        if grad is None:
+            return
+        _add_product(self._matrix(grad), held, vectors[: self.inputs].T, beta=open_rest, alpha=-1)
+        if bias is not None and bias.grad is not None:
+            _add_product(self._of_bias(bias.grad), held, vectors[-1], beta=open_rest, alpha=-1)
+
+    def gated_gradient(self, grad: Tensor, held: Tensor, vectors: Tensor, open_rest: float) -> Tensor:
+        """``open_rest * grad - held V^T`` for the gradient of the weight or of the bias (out,)."""
+        grad = grad.clone()
+        if grad.dim() > 1:
+            _add_product(self._matrix(grad), held, vectors[: self.inputs].T, beta=open_rest, alpha=-1)
+        else:
+            _add_product(self._of_bias(grad), held, vectors[-1], beta=open_rest, alpha=-1)
+        return grad
+
+    def add_to_gradient(self, rows: Tensor, weight: Tensor) -> None:
+        """Adds weight (0-dim) times (rows, d) to the gradient of the first output units, in place.
+
+        No gradient is left alone.
+        """
+        grad, bias = self.weight.grad, self.bias
+        if grad is None:
+            return
+        grad = self._matrix(grad)[: len(rows)]
+        grad.addcmul_(rows[:, : self.inputs].reshape(grad.shape), weight.to(grad))
+        if bias is not None and bias.grad is not None:
+            self._of_bias(bias.grad)[: len(rows)].addcmul_(rows[:, -1], weight.to(grad))
+
+    def drift_from(self, rows: Tensor) -> Tensor:
+        """How far the first output units' weights are from such (rows, d), in place of these."""
+        inputs = self.inputs
+        rows.neg_()[:, :inputs].add_(self._matrix(self.weight.detach())[: len(rows)].reshape(len(rows), inputs))
+        if self.bias is not None:
+            rows[:, -1].add_(self._of_bias(self.bias.detach())[: len(rows)])
+        return rows
+
+    def weights_and_bias(self) -> Tensor:
+        """A copy of the weights in the coordinates of the input vectors: shape (out, d), float32."""
+        weight = self._matrix(self.weight.detach()).reshape(self.units, -1).float()
+        if self.bias is None:
+            return weight.clone()
+        return torch.cat([weight, self._of_bias(self.bias.detach()).float().unsqueeze(1)], 1)
+
+    def set_weights(self, rows: Tensor) -> None:
+        """Puts such weights (rows, d) into the first output units, in place."""
+        weight = self._matrix(self.weight.detach())[: len(rows)]
+        weight.copy_(rows[:, : self.inputs].reshape(weight.shape))
+        if self.bias is not None:
+            self._of_bias(self.bias.detach())[: len(rows)].copy_(rows[:, -1])
 
 
 def _add_product(rows: Tensor, a: Tensor, b: Tensor, beta: float = 1.0, alpha: float = 1.0) -> None:
@@ -175,78 +269,320 @@ def _add_product(rows: Tensor, a: Tensor, b: Tensor, beta: float = 1.0, alpha: f
         rows.mul_(beta).add_((a @ b).view_as(rows), alpha=alpha)
 
 
-def gate_gradient(layer: GatedLayer, held: Tensor, vectors: Tensor, open_rest: float = 1.0) -> None:
-    """Takes ``held`` (out, r) along the vectors from a layer's gradient, in place: open_rest * grad - held V^T.
+def _argument(name: str, place: int, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """An argument of a forward pass, however it was given; None without it."""
+    return args[place] if place < len(args) else kwargs.get(name)
 
-    A layer without a gradient is left alone.
+
+class _Bilinear(GatedLayer):
+    """x1^T W_k x2: linear in the products of two inputs."""
+
+    def input_of(self, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Tensor:
+        first, second = (_argument(f"input{i + 1}", i, args, kwargs) for i in range(2))
+        return (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2)
+
+
+class _Convolution(GatedLayer):
+    """A convolution of one, two or three dimensions."""
+
+    def __init__(self, module: Any, bias: str | None = "bias"):
+        super().__init__(module, bias=bias)
+        self.groups = module.groups
+        self._dimensions = len(module.kernel_size)
+        self._convolve = (F.conv1d, F.conv2d, F.conv3d)[self._dimensions - 1]
+
+    def input_of(self, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Tensor:
+        """With the padding that the ``forward`` of a subclass adds ("same" for strides, as TensorFlow has it)."""
+        x, module = _argument("input", 0, args, kwargs), self.module
+        if x.dim() == self._dimensions + 1:
+            x = x.unsqueeze(0)
+        if not _is_overridden(module):
+            return x
+        missing: list[int] = []
+        padding = module._reversed_padding_repeated_twice[::-1]
+        for i, (size, made) in enumerate(zip(x.shape[2:], output.shape[-self._dimensions :])):
+            needed = (made - 1) * module.stride[i] + module.dilation[i] * (module.kernel_size[i] - 1) + 1
+            lacks = max(needed - size - padding[2 * i] - padding[2 * i + 1], 0)
+            missing = [lacks // 2, lacks - lacks // 2, *missing]
+        return F.pad(x, missing)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        padding, mode = self.module._reversed_padding_repeated_twice, self.module.padding_mode  # "same" too
+        if not any(padding):
+            return x
+        return F.pad(x, padding, "constant" if mode == "zeros" else mode)
+
+    def _by_group(self, x: Tensor) -> Tensor:
+        """(n, channels, ...) to (n * groups, channels / groups, ...)."""
+        return x.reshape(-1, self.module.in_channels // self.groups, *x.shape[2:])
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """A view of the patches, (n * groups, channels / groups, *positions, *kernel)."""
+        module, patches = self.module, self._by_group(self._padded(x))
+        for dim, (kernel, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation), 2):
+            patches = patches.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+        return patches
+
+    def presynaptic(self, x: Tensor) -> Tensor:
+        rows = self._patches(x).movedim(1, 1 + self._dimensions)
+        return self._with_ones(rows.reshape(-1, self.inputs))
+
+    def presynaptic_at(self, x: Tensor, places: Tensor) -> Tensor:
+        patches = self._patches(x)
+        index: list[Tensor] = []
+        for size in reversed(patches.shape[2 : 2 + self._dimensions]):
+            index, places = [places % size, *index], places // size
+        chosen: tuple[Tensor | slice, ...] = (places, slice(None), *index)
+        return self._with_ones(patches[chosen].flatten(1))
+
+    def energy(self, x: Tensor) -> Tensor:
+        flat = self.presynaptic(x).flatten()
+        return flat.dot(flat)
+
+    def project(self, x: Tensor, vectors: Tensor) -> Tensor:
+        kernels = vectors[: self.inputs].T.reshape(-1, *self.weight.shape[1:])
+        bias = None if self.bias is None else vectors[-1]
+        stride, dilation = self.module.stride, self.module.dilation
+        projection = self._convolve(self._by_group(self._padded(x)), kernels, bias, stride=stride, dilation=dilation)
+        return self._rows(projection.reshape(len(x), -1, *projection.shape[2:]))
+
+    def postsynaptic(self, delta: Tensor) -> Tensor:
+        return self._rows(delta if delta.dim() == self._dimensions + 2 else delta.unsqueeze(0))
+
+    def _rows(self, maps: Tensor) -> Tensor:
+        """Maps (n, groups * c, ...) to rows (n * positions, c), a leading dimension for groups if there are any."""
+        rows = maps.reshape(len(maps), self.groups, -1, maps[0, 0].numel()).permute(1, 0, 3, 2)
+        rows = rows.reshape(self.groups, -1, rows.shape[-1])
+        return rows if self.groups > 1 else rows[0]
+
+
+class _TransposedConvolution(_Convolution):
+    """A transposed convolution: a pixel's channels make a patch of the output. Its bias is not part of the map."""
+
+    def __init__(self, module: Any):
+        super().__init__(module, bias=None)
+        self.per_row = all(more < stride for more, stride in zip(module.output_padding, module.stride))
+
+    @property
+    def units(self) -> int:
+        return self.groups * prod(self.weight.shape[1:])
+
+    @property
+    def inputs(self) -> int:
+        return self.module.in_channels // self.groups
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (self.groups, -1)).movedim(1, -1)
+
+    def input_of(self, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Tensor:
+        x = _argument("input", 0, args, kwargs)
+        return x.unsqueeze(0) if x.dim() == self._dimensions + 1 else x
+
+    def presynaptic(self, x: Tensor) -> Tensor:
+        return self._by_group(x).flatten(2).mT.reshape(-1, self.inputs)
+
+    def presynaptic_at(self, x: Tensor, places: Tensor) -> Tensor:
+        return self.presynaptic(x)[places]
+
+    def project(self, x: Tensor, vectors: Tensor) -> Tensor:
+        return self._rows(x) @ vectors
+
+    def postsynaptic(self, delta: Tensor) -> Tensor:
+        module, dims = self.module, self._dimensions
+        patches = delta if delta.dim() == dims + 2 else delta.unsqueeze(0)
+        patches = F.pad(patches, [p for size in reversed(module.padding) for p in (size, size)])
+        for dim, (kernel, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation), 2):
+            patches = patches.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+        patches = patches.unflatten(1, (self.groups, -1)).flatten(3, 2 + dims).flatten(4)
+        rows = patches.permute(1, 0, 3, 2, 4)  # groups, samples, positions, channels, kernel
+        rows = rows.reshape(self.groups, -1, self.units // self.groups)
+        return rows if self.groups > 1 else rows[0]
+
+
+class _Recurrent(GatedLayer):
+    """The input or hidden weights of one layer and direction of a recurrent network.
+
+    Args:
+        which: "ih" or "hh".
+        layer: its number.
+        reverse: whether it runs from the end.
     """
-    grad = layer.weight.grad
-    if grad is None:
-        return
-    _add_product(grad, held, vectors[: grad[0].numel()].T, beta=open_rest, alpha=-1)
-    if layer.bias is not None and layer.bias.grad is not None:
-        _add_product(layer.bias.grad, held, vectors[-1], beta=open_rest, alpha=-1)
+
+    per_row = False
+
+    def __init__(self, module: nn.RNNBase, which: str, layer: int, reverse: bool):
+        self.name = f"weight_{which}_l{layer}" + "_reverse" * reverse
+        super().__init__(module, self.name, self.name.replace("weight", "bias") if module.bias else None)
+        self._which, self._layer, self._reverse = which, layer, reverse
+
+    def input_of(self, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Tensor | None:
+        """None for packed sequences. The layers below are run once more, without dropout."""
+        module, x, states = self.module, _argument("input", 0, args, kwargs), _argument("hx", 1, args, kwargs)
+        if not isinstance(x, Tensor):
+            return None
+        made, states = output[0], states if states is None or isinstance(states, tuple) else (states,)
+        if x.dim() == 2:
+            x, made = x.unsqueeze(0), made.unsqueeze(0)
+            states = states and tuple(s.unsqueeze(1) for s in states)
+        elif not module.batch_first:
+            x, made = x.transpose(0, 1), made.transpose(0, 1)
+        directions = 2 if module.bidirectional else 1
+        own = [slice(i * directions, (i + 1) * directions) for i in range(self._layer + 1)]
+        for i in range(self._layer + (self._which == "hh") if module.num_layers > 1 else 0):
+            weights = [w for direction in module.all_weights[own[i]] for w in direction]
+            single = _twin(
+                module, num_layers=1, input_size=x.shape[-1], batch_first=True, dropout=0.0, _flat_weights=weights
+            )
+            hx = states and tuple(s[own[i]].contiguous() for s in states)
+            made = single.forward(x, hx[0] if hx is not None and len(hx) == 1 else hx)[0]
+            x = made if i < self._layer else x
+        if self._which == "ih":
+            return x
+        made = made.unflatten(-1, (directions, -1))[:, :, int(self._reverse)]
+        first = made.new_zeros(made[:, :1].shape)
+        if states is not None:
+            first = states[0][own[-1]][int(self._reverse)].unsqueeze(1).to(made)
+        return torch.cat([made[:, 1:], first] if self._reverse else [first, made[:, :-1]], 1)
 
 
-def gated_gradient(grad: Tensor, held: Tensor, vectors: Tensor, open_rest: float) -> Tensor:
-    """``open_rest * grad - held V^T`` for the gradient of a layer's weight (out, ...) or bias (out,)."""
-    grad = grad.clone()
-    rows = vectors[: grad[0].numel()].T if grad.dim() > 1 else vectors[-1]
-    _add_product(grad, held, rows, beta=open_rest, alpha=-1)
-    return grad
+class _Cell(GatedLayer):
+    """The input or hidden weights of a recurrent cell; ``which`` is "ih" or "hh"."""
+
+    per_row = False
+
+    def __init__(self, module: nn.RNNCellBase, which: str):
+        self.name = f"weight_{which}"
+        super().__init__(module, self.name, f"bias_{which}" if module.bias else None)
+        self._which = which
+
+    def input_of(self, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Tensor:
+        x, state = _argument("input", 0, args, kwargs), _argument("hx", 1, args, kwargs)
+        if self._which == "hh":
+            state = state[0] if isinstance(state, tuple) else state
+            x = x.new_zeros(*x.shape[:-1], self.inputs) if state is None else state
+        return x if x.dim() > 1 else x.unsqueeze(0)
 
 
-def add_to_gradient(layer: GatedLayer, rows: Tensor, weight: Tensor) -> None:
-    """Adds weight (0-dim) times (rows, d) to the gradient of the layer's first output units, in place.
+class _Projection(GatedLayer):
+    """A projection of an attention's queries, keys and values, or the packed one of all three.
 
-    No gradient is left alone.
+    Input vectors of the packed one are all its different inputs.
+
+    Args:
+        weight: the parameter's name.
+        of: places of its inputs among query, key and value.
     """
-    grad = layer.weight.grad
-    if grad is None:
-        return
-    grad = grad[: len(rows)]
-    grad.addcmul_(rows[:, : grad[0].numel()].view_as(grad), weight.to(grad))
-    if layer.bias is not None and layer.bias.grad is not None:
-        layer.bias.grad[: len(rows)].addcmul_(rows[:, -1], weight.to(grad))
+
+    per_row = False
+    projects_attention = True
+
+    def __init__(self, module: nn.MultiheadAttention, weight: str, of: Sequence[int]):
+        self.name, self._of = weight, of
+        super().__init__(module, weight, None if module.in_proj_bias is None else "in_proj_bias")
+
+    def _of_bias(self, bias: Tensor) -> Tensor:
+        size = self.module.embed_dim
+        return bias[self._of[0] * size : (self._of[-1] + 1) * size]
+
+    def input_of(self, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Tensor:
+        given = [_argument(("query", "key", "value")[i], i, args, kwargs) for i in self._of]
+        different = [x for i, x in enumerate(given) if not any(x is earlier for earlier in given[:i])]
+        return torch.cat([_batch_first(self.module, x) for x in different], 1)
 
 
-def drift_from(layer: GatedLayer, rows: Tensor) -> Tensor:
-    """How far its first output units' weights are from such (rows, d), in place of these."""
-    weight = layer.weight.detach()[: len(rows)].flatten(1)
-    rows.neg_()[:, : weight.shape[1]].add_(weight)
-    if layer.bias is not None:
-        rows[:, -1].add_(layer.bias.detach()[: len(rows)])
-    return rows
+class _OutputProjection(GatedLayer):
+    """The output projection of an attention, which never calls it: its input is computed once more."""
+
+    per_row = False
+    name = "out_proj"
+
+    def __init__(self, module: nn.MultiheadAttention):
+        super().__init__(module, owner=module.out_proj)
+
+    def input_of(self, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Tensor:
+        weight = self.weight.detach()
+        identity = SimpleNamespace(weight=torch.eye(len(weight)).to(weight), bias=torch.zeros(len(weight)).to(weight))
+        heads = _twin(self.module, out_proj=identity).forward(*args, **kwargs)[0]
+        return _batch_first(self.module, heads)
 
 
-def weights_and_bias(layer: GatedLayer) -> Tensor:
-    """A copy of a layer's weights in the coordinates of its input vectors: shape (out, d), float32."""
-    weight = layer.weight.detach().flatten(1).float()
-    return weight.clone() if layer.bias is None else torch.cat([weight, layer.bias.detach().float().unsqueeze(1)], 1)
+def _batch_first(module: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    if x.dim() == 2:
+        return x.unsqueeze(0)
+    return x if module.batch_first else x.transpose(0, 1)
 
 
-def set_weights(layer: GatedLayer, rows: Tensor) -> None:
-    """Puts such weights (rows, d) into the layer's first output units, in place."""
-    inputs = layer.weight[0].numel()
-    layer.weight.detach()[: len(rows)].copy_(rows[:, :inputs].view(-1, *layer.weight.shape[1:]))
-    if layer.bias is not None:
-        layer.bias.detach()[: len(rows)].copy_(rows[:, -1])
+def _twin(module: nn.Module, **changes: Any) -> Any:
+    """A module in evaluation mode with the same parameters, and with other attributes. Call its ``forward``."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__, training=False, **changes)
+    return twin
 
 
-def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    padding = layer._reversed_padding_repeated_twice  # for every way to give it, "same" too
-    if not any(padding):
-        return x
-    return F.pad(x, padding, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+_LINEAR, _CONVOLUTION = (nn.Linear,), (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_RECURRENT, _CELL = (nn.RNN, nn.LSTM, nn.GRU), (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+_FORWARDS = {
+    kind.forward
+    for kind in (*_LINEAR, *_CONVOLUTION, *_TRANSPOSED, nn.Bilinear, *_RECURRENT, *_CELL, nn.MultiheadAttention)
+}
+_EXPLAINED = 0.05  # of a gradient may differ by rounding
 
 
-def _by_group(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """(n, channels, h, w) to (n * groups, channels / groups, h, w)."""
-    return x.reshape(-1, layer.in_channels // layer.groups, *x.shape[2:])
+def _is_overridden(module: nn.Module) -> bool:
+    """Whether its ``forward`` is not that of torch's layer."""
+    return type(module).forward not in _FORWARDS or "forward" in vars(module)
 
 
-def _rows(layer: nn.Conv2d, maps: Tensor) -> Tensor:
-    """Feature maps (n, groups * c, h, w) to rows (n * h * w, c), a leading dimension for groups if there are any."""
-    rows = maps.reshape(len(maps), layer.groups, -1, maps[0, 0].numel()).permute(1, 0, 3, 2)
-    rows = rows.reshape(layer.groups, -1, rows.shape[-1])
-    return rows if layer.groups > 1 else rows[0]
+def _maps(module: nn.Module) -> Iterable[GatedLayer]:
+    """A module's own weights that can be gated."""
+    if isinstance(module, _LINEAR):
+        return [GatedLayer(module)]
+    if isinstance(module, _CONVOLUTION):
+        return [_Convolution(module)]
+    if isinstance(module, _TRANSPOSED):
+        return [_TransposedConvolution(module)]
+    if isinstance(module, nn.Bilinear):
+        return [_Bilinear(module)]
+    if _is_overridden(module):  # the input vectors are not known
+        return []
+    if isinstance(module, _RECURRENT):
+        places = [(i, back) for i in range(module.num_layers) for back in (False, True)[: 1 + module.bidirectional]]
+        return [_Recurrent(module, which, *place) for place in places for which in ("ih", "hh")]
+    if isinstance(module, _CELL):
+        return [_Cell(module, which) for which in ("ih", "hh")]
+    if isinstance(module, nn.MultiheadAttention):
+        separate = [_Projection(module, f"{part}_proj_weight", [i]) for i, part in enumerate("qkv")]
+        packed = [_Projection(module, "in_proj_weight", range(3))]
+        return [*(packed if module._qkv_same_embed_dim else separate), _OutputProjection(module)]
+    return []
+
+
+def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
+    """The trainable weights that the coincidence gate knows, by name.
+
+    The name is the module's, followed by the parameter's if a module has several: ``"recurrent.weight_ih_l0"``. A
+    weight that is computed from other parameters (a parametrisation, pruning) is none of them.
+    """
+    found: dict[str, GatedLayer] = {}
+    for name, module in model.named_modules():
+        for layer in _maps(module):
+            found.setdefault(".".join(part for part in (name, layer.name) if part), layer)
+    return {name: layer for name, layer in found.items() if layer.trains}
+
+
+def ungated_parameters(model: nn.Module, gated: Iterable[GatedLayer]) -> dict[str, list[nn.Parameter]]:
+    """All other trainable parameters but those of normalisation layers, by name.
+
+    The name is the module's, or the parameter's if others of the module are gated.
+    """
+    known, found = {p for layer in gated for p in layer.parameters}, dict[str, list[nn.Parameter]]()
+    for name, module in model.named_modules():
+        if isinstance(module, NORMALISATION):
+            continue
+        own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
+        others = {n: p for n, p in own.items() if p not in known}
+        for n, p in others.items():
+            path = name if len(others) == len(own) else f"{name}.{n}".lstrip(".")
+            found.setdefault(path.split(".parametrizations")[0], []).append(p)
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from avalanche_sp.gate.functional import loss_curvature
-from avalanche_sp.gate.layers import GatedLayer, along, presynaptic, presynaptic_at
+from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples
 from avalanche_sp.gate.settings import Settings
 
@@ -161,18 +161,15 @@ def observe(
     last: tuple[str, GatedLayer, Tensor] | None = None
     count, some = 0, None
 
-    def recorder(name):
-        def hook(layer, args, output):
-            nonlocal last
-            last = name, layer, output
-            x, vectors = some_inputs(layer, args[0], settings.vectors_a_sample)
-            inputs.setdefault(name, []).append(x)
-            vectors_seen[name] = vectors_seen.get(name, 0) + vectors
-
-        return hook
+    def record(name, layer, x, output):
+        nonlocal last
+        last = (name, layer, output) if layer.per_row and isinstance(output, Tensor) else None
+        x, vectors = some_inputs(layer, x, settings.vectors_a_sample)
+        inputs.setdefault(name, []).append(x)
+        vectors_seen[name] = vectors_seen.get(name, 0) + vectors
 
     with torch.no_grad(), _evaluation(model) as device:
-        with _after_each(layers, recorder):
+        with _after_each(layers, record):
             for x, y in samples.batches:
                 x, y = _on(device, x), y.to(device)
                 some = _first(x, _SOME) if not count else some
@@ -185,7 +182,8 @@ def observe(
                     curvature, name, error = output_derivatives(criterion, outputs, y, last)
                     curvatures.append(curvature)
                     errors.append((name, error))
-        given = _fed_by_data(model, layers, _first(some, 2), forward)
+        given, explained = _fed_by_data(model, layers, _first(some, 2), forward)
+    inputs = {name: parts for name, parts in inputs.items() if name in explained}
     for name, parts in inputs.items():
         if not torch.stack([part.square().sum() for part in parts]).sum().isfinite():
             raise FloatingPointError(
@@ -216,7 +214,9 @@ def _masked_units(
     None if the last layer does not make the network's outputs or part of it is frozen, or if the targets are not class
     labels. Avalanche's incremental heads mask the units without a class.
     """
-    if last is None or not isinstance(outputs, Tensor) or targets.dim() != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
+    if last is None or not isinstance(outputs, Tensor) or targets.dim() != 1:
+        return None
+    if targets.is_floating_point() or targets.dtype == torch.bool:
         return None
     name, layer, made = last
     if not _is_readout(layer, made, outputs):
@@ -231,7 +231,7 @@ def _readout_loss(
     name: str, layer: GatedLayer, x: Tensor, error: Tensor, curvature: Tensor, weight: float
 ) -> ReadoutLoss:
     """The mean loss in a layer's weights, from its inputs (n, d) and the loss's gradients in its outputs (n, out)."""
-    wanted = along(layer, x.T).T - error / curvature
+    wanted = layer.along(x.T).T - error / curvature
     square = wanted.square().sum() / len(x)
     return ReadoutLoss(name, error.T @ x / len(x), x.T @ x / len(x), curvature, square, weight)
 
@@ -243,11 +243,11 @@ def some_rows(inputs: Tensor) -> Tensor:
 
 def some_inputs(layer: GatedLayer, x: Tensor, most: int) -> tuple[Tensor, int]:
     """A layer's input vectors (n, d), evenly spread over all, at most so many a sample; and the number for a weight."""
-    each = len(presynaptic(layer, x[:1].float()))  # of a sample, or of a row of a flattened sequence
-    every, uses = each * len(x), each * len(x) // getattr(layer, "groups", 1)
+    each = len(layer.presynaptic(x[:1].float()))  # of a sample, or of a row of a flattened sequence
+    every, uses = each * len(x), each * len(x) // layer.groups
     if each <= most:
-        return presynaptic(layer, x.float()), uses
-    return presynaptic_at(layer, x.float(), torch.linspace(0, every - 1, most * len(x), device=x.device).long()), uses
+        return layer.presynaptic(x.float()), uses
+    return layer.presynaptic_at(x.float(), torch.linspace(0, every - 1, most * len(x), device=x.device).long()), uses
 
 
 @dataclass(frozen=True)
@@ -280,20 +280,35 @@ def output_sensitivity(
 
     J is the Jacobian of the network's outputs in the layer's outputs, and v are random signs: the scale of the
     Gauss-Newton matrix (J. Martens, R. Grosse: Optimizing neural networks with Kronecker-factored approximate
-    curvature, ICML 2015).
+    curvature, ICML 2015). If the error of the layer's own output is not known, the weight's gradient and the energy of
+    its input stand for it.
 
     Args:
         inputs: the network's, of some samples, on its device.
     """
     made: dict[str, Tensor] = {}
+    energy: dict[str, Tensor] = {}
+
+    def note(name, layer, x, output):
+        if layer.per_row and isinstance(output, Tensor):
+            made[name] = output
+        else:
+            energy[name] = energy.get(name, 0) + x.detach().float().square().sum()
+
+    # cuDNN's recurrent layers have no backward pass in evaluation mode.
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with torch.enable_grad(), _evaluation(model) as device:
-        with _after_each(layers, lambda name: lambda layer, args, output: made.update({name: output})):
+        with _after_each(layers, note), torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
             outputs = forward(model, inputs)
         signs = torch.randint(0, 2, outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs) * 2 - 1
-        made = {name: output for name, output in made.items() if output.requires_grad}
+        varied = {name: output for name, output in made.items() if output.requires_grad}
+        varied |= {name: layers[name].weight for name in energy}
         scalar = (outputs * signs).sum()
-        found = torch.autograd.grad(scalar, list(made.values()), allow_unused=True) if made else ()
-    squares = {name: g.square().mean() for name, g in zip(made, found) if g is not None}
+        found = torch.autograd.grad(scalar, list(varied.values()), allow_unused=True) if varied else ()
+    squares = {name: g.square().mean() for name, g in zip(varied, found) if g is not None}
+    for name in energy.keys() & squares.keys():  # (sum of delta x^T)^2 is about the sum of delta^2 x^2
+        layer = layers[name]
+        squares[name] = squares[name] * layer.weight.numel() / (layer.units * energy[name])
     return {name: squares.get(name, torch.zeros((), device=device)) for name in layers}
 
 
@@ -344,21 +359,28 @@ def _gradient(criterion: Criterion, outputs: Tensor, targets: Tensor) -> Tensor:
     return torch.autograd.grad(criterion(outputs, targets), outputs)[0]
 
 
-def _fed_by_data(model: nn.Module, layers: Mapping[str, GatedLayer], inputs: Any, forward: Forward) -> set[str]:
-    """Names of the layers whose input no trained layer makes, measured on a few samples."""
-    given: dict[str, bool] = {}
+def _fed_by_data(
+    model: nn.Module, layers: Mapping[str, GatedLayer], inputs: Any, forward: Forward
+) -> tuple[set[str], set[str]]:
+    """Names of layers whose input no trained layer makes, and of those whose gradient the input explains.
 
-    def note(name):
-        return lambda layer, args, _: given.update({name: given.get(name, True) and not args[0].requires_grad})
+    Both are measured on a few samples.
+    """
+    given: dict[str, bool] = {}
+    explained: dict[str, bool] = {}
+
+    def note(name, layer, x, output):
+        given[name] = given.get(name, True) and not x.requires_grad
+        explained[name] = explained.get(name, True) and layer.explains(x, output)
 
     with torch.enable_grad(), _after_each(layers, note):
         forward(model, inputs)
-    return {name for name, is_given in given.items() if is_given}
+    return {name for name in given if given[name]}, {name for name in explained if explained[name]}
 
 
 def _is_readout(layer: GatedLayer, made: Tensor, outputs: Tensor) -> bool:
     """Whether what a layer made has the shape of the network's outputs (n, out), and the whole layer is trained."""
-    return made.shape == outputs.shape and outputs.dim() == 2 and all(p.requires_grad for p in layer.parameters())
+    return made.shape == outputs.shape and outputs.dim() == 2 and all(p.requires_grad for p in layer.parameters)
 
 
 @contextmanager
@@ -376,9 +398,20 @@ def _evaluation(model: nn.Module) -> Iterator[torch.device]:
 
 
 @contextmanager
-def _after_each(layers: Mapping[str, GatedLayer], hook_of: Callable[[str], Callable]) -> Iterator[None]:
-    """Within it, each layer's forward pass is followed by the hook of its name."""
-    handles = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
+def _after_each(
+    layers: Mapping[str, GatedLayer], note: Callable[[str, GatedLayer, Tensor, Any], None]
+) -> Iterator[None]:
+    """Within it, each forward pass of a layer's module is noted: name, layer, input, and the module's output."""
+    def hook_of(name, layer):
+        def hook(module, args, kwargs, output):
+            if (x := layer.input_of(args, kwargs, output)) is not None:
+                note(name, layer, x, output)
+
+        return hook
+
+    handles = [
+        layer.module.register_forward_hook(hook_of(name, layer), with_kwargs=True) for name, layer in layers.items()
+    ]
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from avalanche_sp.gate.functional import penalty_gradient
 from avalanche_sp.gate.layer_gate import LayerGate, StreamStatistics
-from avalanche_sp.gate.layers import GatedLayer, add_along, add_to_gradient, along, drift_from
+from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.per_layer import PerLayer, value_of
 from avalanche_sp.gate.settings import Settings
@@ -75,8 +75,8 @@ class Drift:
         self._takes_back = takes_back
         for name, g in self._gated.items():
             known = self._before.get(name)  # steps of an experience before may wait for the next look
-            if known is None or len(known) < len(g.layer.weight):  # of a head that has grown
-                self._before[name] = along(g.layer, g.memory.vectors)
+            if known is None or len(known) < g.layer.units:  # of a head that has grown
+                self._before[name] = g.layer.along(g.memory.vectors)
                 if known is not None:
                     self._before[name][: len(known)] = known
 
@@ -90,7 +90,7 @@ class Drift:
     def rebase(self, name: str) -> None:
         """Takes a layer's present weights for those after the last look."""
         g = self._gated[name]
-        self._before[name] = along(g.layer, g.memory.vectors)
+        self._before[name] = g.layer.along(g.memory.vectors)
 
     @property
     def is_looking(self) -> bool:
@@ -132,7 +132,7 @@ class Drift:
             g = self._gated[name]
             assert g.memory.rough_anchor is not None
             weight = self._weight_beyond(g) if scale is None else self._weight_beyond(g) * scale
-            add_to_gradient(g.layer, drift_from(g.layer, g.memory.rough_anchor.unpacked()), weight)
+            g.layer.add_to_gradient(g.layer.drift_from(g.memory.rough_anchor.unpacked()), weight)
 
     def _weight(self, g: Gated) -> Tensor:
         strength = self._interval * self._old_samples * value_of(self.weights, g.name)
@@ -148,9 +148,9 @@ class Drift:
         if beyond:
             self._likeness = self._mean_likeness()
         for name, g in self._gated.items():
-            now = along(g.layer, g.memory.vectors)
+            now = g.layer.along(g.memory.vectors)
             back = (self._before[name] - now).mul_(g.gate.closed * self._takes_back)
-            add_along(g.layer, back, g.memory.vectors)
+            g.layer.add_along(back, g.memory.vectors)
             self._before[name] = now.add_(back)
             if self._old_samples and value_of(self.weights, name):
                 self._due.add(name)

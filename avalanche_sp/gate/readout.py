@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from avalanche_sp.gate.functional import loss_curvature, newton_step
-from avalanche_sp.gate.layers import GatedLayer, along, set_weights, weights_and_bias
+from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.settings import Settings
 
@@ -25,7 +25,6 @@ __all__ = [
     "drifted",
     "newton_readout",
     "pseudo_samples",
-    "readout_loss",
     "solve_readout",
 ]
 
@@ -100,7 +99,7 @@ def newton_readout(
     kept = (1 - trust) * old.samples
     vectors, weight = old.vectors.double(), settings.readout_old * old_curvature * kept
     n = len(old.anchor)  # fewer output units than now where a head has grown
-    drift = (along(layer, old.vectors)[:n] - old.anchor).double()
+    drift = (layer.along(old.vectors)[:n] - old.anchor).double()
     gradient = shown.clone()
     gradient[:n] += weight * (drift * old.eigenvalues) @ vectors.T
     if old.residual is not None:
@@ -111,7 +110,7 @@ def newton_readout(
     silent = torch.stack([loss.weight * loss.curvature * loss.wanted for loss in losses]).sum()
     gain = -(shown * step).sum() / silent.clamp_min(torch.finfo(kind).tiny)
     step *= trust + (1 - trust) * (gain / settings.readout_whole).clamp(0, 1)
-    set_weights(layer, weights_and_bias(layer) + step.to(kind))
+    layer.set_weights(layer.weights_and_bias() + step.to(kind))
     return ((gradient + step @ hessian) / (total + kept)).to(kind)
 
 
@@ -206,13 +205,6 @@ def drifted(rows: Tensor, before: Tensor, after: Tensor, basis: Tensor, share: f
     return rows + share * (mixed.to(rows.dtype) @ inputs.T) @ (after - before)
 
 
-def readout_loss(
-    weights: Tensor, samples: Sequence[ReadoutSamples], criterion: Callable[[Tensor, Tensor], Tensor]
-) -> float:
-    """The loss of a readout's weights (out, d) on samples, weighted, summed."""
-    return sum(s.weight * float(criterion(_outputs(s.inputs, weights, s.masked), s.targets)) for s in samples)
-
-
 def _outputs(inputs: Tensor, weights: Tensor, masked: Tensor) -> Tensor:
     """The network's outputs (n, out) from the readout's inputs (n, d) and weights (out, d)."""
     return torch.where(masked.isnan(), inputs @ weights.T, masked)
@@ -226,11 +218,14 @@ def solve_readout(
     merged: LayerMemory,
     criterion: Callable[[Tensor, Tensor], Tensor],
     settings: Settings,
+    stored: Sequence[ReadoutSamples] = (),
+    trust: float = 0.0,
 ) -> None:
     r"""Puts the weights into the readout that minimise the loss on new samples and on the memory's classes.
 
     .. math::
-        \min_W \; \frac{N_{new} L(X W^\top, y) + N_{old} L(X_{old} W^\top, y_{old})}{N_{new} + N_{old}}
+        \min_W \; \frac{N_{new} L(X W^\top, y) + N_{old} \big((1 - t) L(X_{old} W^\top, y_{old})
+        + t L(X_{stored} W^\top, y_{stored})\big)}{N_{new} + N_{old}}
         + \frac{\epsilon \kappa \bar\lambda}{2} \lVert W \rVert^2
 
     by L-BFGS, in the leading eigenspace of all inputs, in coordinates in which their second moment is the identity. The
@@ -247,6 +242,8 @@ def solve_readout(
         merged: the memory with the experience, whose eigenvectors the solution is sought along.
         criterion: of (outputs, class labels), a mean over samples.
         settings: the constants.
+        stored: stored samples of the old classes.
+        trust: t, the share of the old loss that they stand for, 0 to 1; 0 without.
     """
     values, vectors = merged.eigenvalues, merged.vectors
     share = old.samples / merged.samples
@@ -254,9 +251,11 @@ def solve_readout(
     white = vectors * (values + ridge).clamp_min(torch.finfo(values.dtype).tiny).rsqrt()  # W = units white^T
     parts = [
         (new.inputs @ white, new.targets, 1 - share),
-        (*pseudo_samples(old, settings.solve_samples, white), share),
+        (*pseudo_samples(old, settings.solve_samples, white), share * (1 - trust)),
     ]
-    start = weights_and_bias(layer)
+    total = sum(samples.weight for samples in stored)
+    parts += [(s.inputs @ white, s.targets, share * trust * s.weight / total) for s in stored]
+    start = layer.weights_and_bias()
     zeros = start.new_zeros(len(new.targets), len(start))
     with torch.enable_grad():
         zeros.requires_grad_()
@@ -286,7 +285,7 @@ def solve_readout(
     search.step(closure)
     weights = units.detach() @ white.T
     if weights.isfinite().all():
-        set_weights(layer, weights)
+        layer.set_weights(weights)
 
 
 @torch.enable_grad()

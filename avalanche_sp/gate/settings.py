@@ -37,7 +37,10 @@ class Settings:
     readout_rank: int = _setting(256, "count", "the same for the last layer, at least")
     vectors_a_sample: int = _setting(8, "count", "input vectors of one sample in the second moment, at most")
     # Gate.
-    gated_vectors: int = _setting(32, "count", "leading eigenvectors gated in every step; the others at every look")
+    gated_vectors: int = _setting(8, "count", "leading eigenvectors gated in every step; the others at every look")
+    attention_openness: float = _setting(
+        0, "not negative", "factor of the openness of an attention's query, key and value projections; 0 holds them"
+    )
     look: int = _setting(8, "count", "optimizer steps between two looks at the weights, at most")
     # Penalty.
     largest_ratio: float = _setting(20, "positive", "upper bound on N_old / N_new; larger values make steps unstable")

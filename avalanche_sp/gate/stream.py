@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from avalanche_sp.gate.detection import ChangeDetector, ChangeWatch, InputWatch
-from avalanche_sp.gate.layers import NORMALISATION, GatedLayer, set_weights, weights_and_bias
+from avalanche_sp.gate.layers import NORMALISATION, GatedLayer
 from avalanche_sp.gate.observe import Criterion, LayerObservation, Observation, output_derivatives, some_inputs
 from avalanche_sp.gate.readout import ReadoutLoss
 from avalanche_sp.gate.rows import StreamRows
@@ -127,7 +127,7 @@ class StreamWatch:
         # The losses since the last look, and distances of the inputs: read together, one device sync a look.
         self._losses: list[Tensor] = []
         self._distances: list[Tensor] = []
-        self._called: list[tuple[str, GatedLayer, Tensor, Tensor]] = []  # in this step, with input and output
+        self._called: list[tuple[str, GatedLayer, Tensor, Tensor | None]] = []  # in this step, with input and output
         self._targets = torch.zeros(0)  # of the stream's samples in this step
         self._curvature, self._square = torch.zeros(()), torch.zeros(())
         self._learned: set[str] = set()  # layers whose input a trained layer makes
@@ -157,11 +157,11 @@ class StreamWatch:
         """Whether the coming forward pass, of so many samples of the stream, joins the second moments."""
         return -(self.steps + 1) % self.settings.stream_look * samples < self.settings.stream_samples
 
-    def note(self, name: str, layer: GatedLayer, x: Tensor, output: Tensor) -> None:
-        """Notes a layer's input and output in a forward pass."""
+    def note(self, name: str, layer: GatedLayer, x: Tensor, output: Tensor | None) -> None:
+        """Notes a layer's input and output in a forward pass; None for an output that is not the layer's alone."""
         if x.requires_grad:
             self._learned.add(name)
-        self._called.append((name, layer, x.detach(), output.detach()))
+        self._called.append((name, layer, x.detach(), None if output is None else output.detach()))
 
     @torch.no_grad()
     def observe(
@@ -193,9 +193,9 @@ class StreamWatch:
     def _wanted(self, outputs: Tensor, criterion: Criterion, stream: StreamRows) -> tuple[str | None, Tensor | None]:
         """The readout, and its outputs for the stream's samples at the minimum of the loss, if that is quadratic."""
         name, layer, _, made = self._called[-1]
-        made = stream.of(made)
-        self._curvature, readout, errors = output_derivatives(criterion, outputs, self._targets, (name, layer, made))
-        if readout is None:
+        last = None if made is None else (name, layer, made := stream.of(made))
+        self._curvature, readout, errors = output_derivatives(criterion, outputs, self._targets, last)
+        if readout is None or made is None:
             return None, None
         self.readout = readout
         wanted = (made - errors / self._curvature).float()
@@ -244,7 +244,7 @@ class StreamWatch:
             self.curvature = self.curvature + (self._curvature - self.curvature) / self.looks
             self.square = self.square + (self._square - self.square) / self.looks
         if self.changes is not None:
-            self._weights = {n: weights_and_bias(layer) for n, layer in layers.items()}
+            self._weights = {n: layer.weights_and_bias() for n, layer in layers.items()}
             self._norms = {n: [t.clone() for t in held] for n, held in _held_by_norms(model).items()}
             states = optimizer.state.values()
             self._optimizer = [(t, t.clone()) for s in states for t in s.values() if isinstance(t, Tensor)]
@@ -260,8 +260,8 @@ class StreamWatch:
         for name, layer in layers.items():
             if name in self._weights:
                 weights = self._weights[name]  # of fewer output units where a head has grown
-                changes[name] = weights_and_bias(layer)[: len(weights)] - weights
-                set_weights(layer, weights)
+                changes[name] = layer.weights_and_bias()[: len(weights)] - weights
+                layer.set_weights(weights)
         for name, held in _held_by_norms(model).items():
             for now, before in zip(held, self._norms.get(name, ())):
                 now.copy_(before)
@@ -285,7 +285,7 @@ class StreamWatch:
 
     def _readout_loss(self, name: str, layer: GatedLayer, moment: Moment, x: Tensor) -> ReadoutLoss:
         """The loss in the readout's weights, from its inputs' second moment, of factor ``x``, and its minimum."""
-        weights, second = weights_and_bias(layer), x.T @ x / len(x)
+        weights, second = layer.weights_and_bias(), x.T @ x / len(x)
         known = torch.linalg.qr(x.T).Q  # the sketch knows these directions, the targets all
         made, wanted = weights @ second, _grown(moment.targets, len(weights)) @ known @ known.T
         gradient = self.curvature * (made - wanted)

@@ -39,7 +39,7 @@ class ConsolidatedEligibility:
         self._kept = {name: state["consolidated"] for name, state in states.items() if "consolidated" in state}
 
 
-class ConsolidationPlugin(SupervisedPlugin):
+class ConsolidationPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Calls :meth:`~avalanche_sp.SelectivePlasticityOptimizer.consolidate` at the end of every experience.
 
     With it the optimizer's elementwise gate protects earlier experiences, without stored data and with one buffer of

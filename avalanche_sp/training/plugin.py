@@ -15,12 +15,12 @@ from avalanche_sp.gate.layers import gated_layers
 from avalanche_sp.gate.per_layer import PerLayer
 from avalanche_sp.optim import SelectivePlasticityOptimizer
 from avalanche_sp.training.consolidation import ConsolidatedEligibility
-from avalanche_sp.training.replay import memories_of, samples_of, stored_rows
+from avalanche_sp.training.replay import is_mixture, memories_of, samples_of, stored_rows
 
 __all__ = ["SelectivePlasticityPlugin"]
 
 
-class SelectivePlasticityPlugin(SupervisedPlugin):
+class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Keeps earlier experiences in any Avalanche strategy: :class:`~avalanche_sp.gate.PlasticityGate` as a plugin.
 
     At the end of every experience the gate remembers the input directions that each layer used. From then on updates
@@ -41,7 +41,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         rank: eigenvectors kept a layer, 1 or more, or a share of the energy below 1 (default 48, or 64 if the plugin
             finds the boundaries; at the last layer a tenth of its inputs, if that is more).
         consolidation_samples: samples of an experience, evenly spread over it, that are run through the network at its
-            end, 1 or more (default 5000).
+            end, 1 or more (default 2000).
         consolidate: ``"experience"`` (default): at the end of every experience. ``"surprise"``: at a change of the
             stream's loss or inputs. ``"continuous"``: every 4096 samples. The last two need no boundaries: experiences
             may be of any length, as Avalanche's online streams' are (``docs/boundaries.md``).
@@ -60,7 +60,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
             for a pattern that matches none of its layers.
         ImportError: at construction, for ``"surprise"`` without a detector if river is not installed.
         TypeError: at ``train`` for a model whose output is not one tensor, unless ``pull_back`` is 0 and
-            ``readout_step`` False.
+            ``readout_step`` False; and for mini-batches that are dictionaries.
         FloatingPointError: at ``train`` when the loss is not finite, before the optimizer's step, or a layer's inputs
             are not finite at a consolidation.
 
@@ -77,7 +77,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         openness: PerLayer[float] = 0.5,
         pull_back: PerLayer[float] = 1.0,
         rank: PerLayer[float] | None = None,
-        consolidation_samples: int = 5000,
+        consolidation_samples: int = 2000,
         consolidate: Literal["experience", "surprise", "continuous"] = "experience",
         detector: ChangeDetector | None = None,
         readout_step: bool = True,
@@ -102,6 +102,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
         """Training iterations after which the plugin consolidated; with "surprise" the boundaries that it found."""
         self._eligibility = ConsolidatedEligibility()
         self._steps = 0  # of the present experience
+        self._told_of_mixture = False
 
     @property
     def layers(self) -> Mapping[str, LayerMemory]:
@@ -133,11 +134,22 @@ class SelectivePlasticityPlugin(SupervisedPlugin):
     def before_training_epoch(self, strategy, **kwargs):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
         limit = self.gate.consolidation_samples
+        if is_mixture(strategy) and self.gate.memory.layers and not self._told_of_mixture:
+            self._told_of_mixture = True
+            warnings.warn(
+                f"selective plasticity: {type(strategy).__name__} mixes stored samples with those of the experience. "
+                "The plugin does not know which are new. It gates none of them.",
+                stacklevel=2,
+            )
         stored = [samples_of(memory, limit) for memory in memories_of(strategy)]
         epoch = strategy.clock.train_exp_epochs
         self.gate.begin(len(strategy.experience.dataset), stored, epoch)
         if not epoch:
             self.gate.prepare(samples_of(strategy.experience.dataset, limit), strategy._criterion)
+
+    def before_training_iteration(self, strategy, **kwargs):
+        if isinstance(strategy.mbatch, Mapping):
+            raise TypeError("Invalid mini-batch: a dictionary (allowed: inputs, targets and task labels in a sequence)")
 
     def before_forward(self, strategy, **kwargs):
         if not self.gate.is_attached:  # after an evaluation in the midst of training, or in a resumed run

@@ -14,7 +14,16 @@ from torch.utils.data import DataLoader
 
 from avalanche_sp.gate import Samples
 
-__all__ = ["SpreadBatches", "classes_of", "memories_of", "memory_size", "samples_of", "stored_rows", "stream_rows"]
+__all__ = [
+    "SpreadBatches",
+    "classes_of",
+    "is_mixture",
+    "memories_of",
+    "memory_size",
+    "samples_of",
+    "stored_rows",
+    "stream_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -48,14 +57,28 @@ def samples_of(dataset, limit: int) -> Samples:
 
 
 def memories_of(strategy) -> list:
-    """The datasets that the strategy's present data loader replays; none without replay."""
-    loader = strategy.dataloader
-    return [memory for memory in loader.datasets[1:] if len(memory)] if isinstance(loader, ReplayDataLoader) else []
+    """The datasets of stored samples that the strategy trains on, as far as they are known.
+
+    Those that the present data loader replays; none without replay. If a strategy mixes stored samples with the
+    experience's (:func:`is_mixture`), the whole mixture.
+    """
+    return [strategy.adapted_dataset] if is_mixture(strategy) else _replayed(strategy)
 
 
 def memory_size(strategy) -> int:
     """Number of stored samples that the strategy's present data loader replays; 0 without replay."""
-    return sum(len(memory) for memory in memories_of(strategy))
+    return sum(len(memory) for memory in _replayed(strategy))
+
+
+def is_mixture(strategy) -> bool:
+    """Whether stored samples are in any place among the experience's, as in Cumulative and iCaRL."""
+    is_apart = isinstance(strategy.dataloader, ReplayDataLoader)
+    return not is_apart and len(strategy.adapted_dataset) > len(strategy.experience.dataset)
+
+
+def _replayed(strategy) -> list:
+    loader = strategy.dataloader
+    return [memory for memory in loader.datasets[1:] if len(memory)] if isinstance(loader, ReplayDataLoader) else []
 
 
 def classes_of(dataset) -> int:
@@ -81,8 +104,11 @@ def stored_rows(strategy) -> Tensor:
     """True for each row of the present training mini-batch that is a stored sample, shape (batch,).
 
     A multi-task model computes the tasks of a mini-batch one after another, so its layers' rows are not known. If there
-    are several tasks, all rows count as stored samples: none is gated.
+    are several tasks, all rows count as stored samples: none is gated. So it is if stored samples are in any place
+    (:func:`is_mixture`). The samples that DER, ER_ACE, MIR, GenerativeReplay and A-GEM store or generate count as the
+    stream's: that is better than to tell them apart (``docs/guide.md``).
     """
-    if isinstance(strategy.model, MultiTaskModule) and len(strategy.mb_task_id.unique()) > 1:
+    several_tasks = isinstance(strategy.model, MultiTaskModule) and len(strategy.mb_task_id.unique()) > 1
+    if several_tasks or is_mixture(strategy):
         return torch.ones(len(strategy.mb_x), dtype=torch.bool)
     return torch.arange(len(strategy.mb_x)) >= stream_rows(strategy)

@@ -100,6 +100,19 @@ def _rank(value: float) -> int | float:
     return int(value) if value >= 1 else value
 
 
+def _dendrites(arguments: dict[str, float]):
+    from avalanche_sp.dendrites import DendritesPlugin  # needs perforatedai
+
+    patience = int(arguments["patience"])
+    return DendritesPlugin(
+        grow="plateau" if patience else "experience",
+        activation=torch.sigmoid if arguments["sigmoid"] else torch.tanh,
+        most=int(arguments["most"]),
+        patience=max(patience, 1),
+        readout=bool(arguments["readout"]),
+    )
+
+
 PLUGINS: dict[str, Callable] = {  # of the recipe's arguments and the run
     "replay": lambda a, run: rehearsal.replay(run),
     "gaussians": lambda a, run: rehearsal.gaussian_replay(run),
@@ -117,6 +130,7 @@ PLUGINS: dict[str, Callable] = {  # of the recipe's arguments and the run
     "gpm": lambda a, run: GradientProjectionMemory(a["epsilon"], a.get("epsilon_hidden")),
     "ridge": lambda a, run: StreamingRidge(a["ridge"]),
     "packnet": lambda a, run: PackNetPlugin(int(a["post_prune_epochs"]), a["prune_proportion"]),
+    "dendrites": lambda a, run: _dendrites(a),
     "consolidation": lambda a, run: ConsolidationPlugin(),
     "sp": lambda a, run: _gate(a),
     "sp-surprise": lambda a, run: _gate(a, consolidate="surprise"),

@@ -25,6 +25,8 @@ NETWORKS = {
     "400-400": "MLP {}-400-400-{}",
     "1000-1000": "MLP {}-1000-1000-{}",
     "1000": "MLP {}-1000-{}",
+    "436-436": "MLP {}-436-436-{}",
+    "827-827": "MLP {}-827-827-{}",
     "cnn": "CNN of two convolutions (16 and 32 channels) and a linear layer",
     "slim-resnet18": "ResNet-18 of 20 to 160 channels",
     "vit": "vision transformer of 4 blocks and 64 channels",

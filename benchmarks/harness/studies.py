@@ -234,6 +234,31 @@ OTHER_DATA = {
     for tasks in numbers
 }
 
+# Dendrites, and the same number of parameters without them: 436 or 827 units a layer instead of 256 with one or four
+# dendrites.
+_PUBLISHED_DENDRITES = (
+    *_rows("legacy-adam legacy-adam-replay legacy-dendrites legacy-dendrites-replay legacy-sp legacy-sp-dendrites"),
+    _set({"patience": 1.0}, "legacy-dendrites", "legacy-dendrites-added"),
+    _set({"patience": 1.0}, "legacy-dendrites-replay", "legacy-dendrites-replay-added"),
+)
+_WITH_DENDRITES = {"sp-dendrites": "sp", "dendrites": "naive-sgd"}
+_WITH_DENDRITES |= {"sp-dendrites-replay": "sp-replay-sgd", "dendrites-replay": "replay-joint"}
+
+
+def _dendrites(title: str, tasks: int, wider: str, **settings) -> Study:
+    rows = []
+    for name, alone in _WITH_DENDRITES.items():
+        rows += [Row(alone), Row(name), Row(alone, f"{alone}-wider", None, {"network": wider})]
+    rows.append(_set({"sigmoid": 1.0}, "sp-dendrites", "sp-dendrites-sigmoid"))
+    return Study(title, _split(tasks, **settings), rows)
+
+
+DENDRITES = {
+    "dendrites_published": Study("As published", _LEGACY, _PUBLISHED_DENDRITES, (2000,)),
+    "dendrites_split2": _dendrites(_TWO, 2, "436-436"),
+    "dendrites_split5": _dendrites(_FIVE, 5, "827-827"),
+}
+
 # Streams that do not say where a task ends, by the name that their table gives them. Each strategy is told the
 # boundaries, finds them by surprise, or consolidates in chunks of the stream.
 _SP, _BOTH, _OURS = (_rows(f"{name} {name}-surprise {name}-continuous") for name in ("sp", ALONE, OURS))
@@ -267,7 +292,7 @@ def _layers(network: str) -> Study:
 
 
 # All that the documents show, by the name that they and the command line give it.
-STUDIES = {**BY_BUFFER, **WITHOUT_REPLAY, **PARTS, **PUBLISHED, **OTHER_DATA}
+STUDIES = {**BY_BUFFER, **WITHOUT_REPLAY, **PARTS, **PUBLISHED, **DENDRITES, **OTHER_DATA}
 STUDIES |= {f"boundaries_{name}".replace(" ", "_"): study for name, study in BOUNDARIES.items()}
 STUDIES |= {f"layers_{network}": _layers(network) for network in LAYERS}
 

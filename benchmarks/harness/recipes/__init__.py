@@ -52,6 +52,13 @@ ABOUT = {
     "legacy-adam-replay": "first publication: Adam with its memory",
     "legacy-control": "first publication: its memory without its gate",
     "legacy-sp-replay": "first publication: its gate and its memory",
+    "dendrites": "`naive-sgd` with artificial dendrites, one more on each hidden layer for each later task",
+    "dendrites-replay": "`replay-joint` with the same dendrites",
+    "sp-dendrites": "`sp` with the same dendrites",
+    "sp-dendrites-replay": "`sp-replay-sgd` with the same dendrites",
+    "legacy-dendrites": "dendrites' first publication: Adam without memory",
+    "legacy-dendrites-replay": "dendrites' first publication: Adam with its memory",
+    "legacy-sp-dendrites": "dendrites' first publication: the gate on SGD",
     "packnet": "PackNet: each task prunes and freezes a part of the network (task labels)",
 }
 for _name, _what in (("sp", "our plugin with SGD"), ("sp-both", "`sp-both`"), ("sp-replay", "`sp-replay`")):

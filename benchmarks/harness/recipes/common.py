@@ -24,6 +24,17 @@ BOTH_GAUSSIANS = BOTH_REPLAY | {"plugins": ("gaussians", "sp", "consolidation"),
 NEITHER_REPLAY = REPLAY_JOINT | {"optimizer_arguments": UNGATED}
 NEITHER_GAUSSIANS = NEITHER_REPLAY | {"plugins": ("gaussians",), "stores": False}
 
+# A dendrite more on each hidden layer at the start of each experience (0 epochs of patience), without the package's own
+# sigmoid. And as published: the package's own rule and activation, on every layer.
+DENDRITES = {"most": 5.0, "patience": 0.0, "sigmoid": 0.0, "readout": 0.0}
+PUBLISHED_DENDRITES = {"most": 100.0, "patience": 10.0, "sigmoid": 1.0, "readout": 1.0}
+
+
+def with_dendrites(recipe: Recipe, arguments: Mapping[str, float] = DENDRITES) -> Recipe:
+    """The same recipe with dendrites."""
+    return replace(recipe, plugins=("dendrites", *recipe.plugins), arguments={**recipe.arguments, **arguments})
+
+
 SHARED = {
     "sp-replay-sgd": Recipe("SGD", 0.1, SE, ("replay", "sp"), SHRUNK, joint_weight=True, stores=True),
     "replay-distilled": Recipe(

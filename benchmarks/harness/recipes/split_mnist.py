@@ -53,6 +53,24 @@ RECIPES = common.with_boundaries_found({
     "legacy-control": Recipe("legacy", 3e-3, optimizer_arguments={"plasticity_k": 0.0}, **_LEGACY),
     "legacy-sp-replay": Recipe("legacy", 3e-3, optimizer_arguments={"plasticity_k": 5.0}, **_LEGACY),
 })
+# fmt: on
+RECIPES |= {
+    name: common.with_dendrites(RECIPES[without])
+    for name, without in (
+        ("dendrites", "naive-sgd"),
+        ("dendrites-replay", "replay-joint"),
+        ("sp-dendrites", "sp"),
+        ("sp-dendrites-replay", "sp-replay-sgd"),
+    )
+} | {
+    name: common.with_dendrites(RECIPES[without], common.PUBLISHED_DENDRITES)
+    for name, without in (
+        ("legacy-dendrites", "legacy-adam"),
+        ("legacy-dendrites-replay", "legacy-adam-replay"),
+        ("legacy-sp-dendrites", "legacy-sp"),
+    )
+}
+# fmt: off
 # With a head for each task. None: as above.
 TASK_INCREMENTAL = {
     "naive-sgd": Recipe("SGD", 0.03, SE),

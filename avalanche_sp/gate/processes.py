@@ -1,0 +1,17 @@
+"""What the processes of ``torch.distributed`` have to agree on, so that they keep equal weights."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["mean_over_processes"]
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Mean of a tensor over all processes, in each of them; the tensor itself if there is one process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    value = value.detach().clone()
+    dist.all_reduce(value)
+    return value / dist.get_world_size()
