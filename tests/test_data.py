@@ -46,7 +46,7 @@ def test_a_shipped_data_set_is_what_is_written_of_it(name):
 
 def small_cifar(root, folder, batches, meta, labels, classes):
     """Two images a class in each batch, in CIFAR's format: red, green and blue planes of 32 x 32, row by row."""
-    (root / folder).mkdir(parents=True)
+    (root / folder).mkdir(parents=True, exist_ok=True)
     rng, count = np.random.default_rng(0), 2 * classes
     for batch in batches:
         content = {"data": rng.integers(0, 256, (count, 3072), np.uint8), labels: [i % classes for i in range(count)]}
@@ -119,6 +119,17 @@ def test_a_downloaded_data_set_is_read_and_trained_on(name, tmp_path, monkeypatc
     (run,) = comparison(ClassIncremental, [*ARGUMENTS, "--data", name, "--dataset-root", str(tmp_path)], "").runs()
     row = execute(run, tmp_path, curve=False)
     assert row["settings"]["benchmark"] == f"split-{name}" and np.shape(row["figures"]["accuracy_matrix"]) == (2, 2)
+
+
+def test_download_fetches_what_is_not_there(tmp_path, monkeypatch):
+    unchecked(monkeypatch)
+    monkeypatch.setattr(CIFAR10, "download", lambda self: small_cifar10(self.root))
+    arguments = [*ARGUMENTS, "--data", "cifar10", "--dataset-root", str(tmp_path / "new")]
+    with pytest.raises(SystemExit):
+        comparison(ClassIncremental, arguments, "")
+    comparison(ClassIncremental, [*arguments, "--download"], "").fetch()
+    assert len(images_of("cifar10", tmp_path / "new")[0][0]) == 100
+    assert comparison(ClassIncremental, arguments, "").runs()
 
 
 def test_cifars_planes_are_channels(tmp_path, monkeypatch):

@@ -161,7 +161,7 @@ def _check_finite(strategy) -> None:
         raise FloatingPointError(f"the weights are not finite after training experience {number}. {cause}")
 
 
-def build_benchmark(run: Run, dataset_root: Path | None) -> CLScenario:
+def build_benchmark(run: Run, dataset_root: Path | None = None) -> CLScenario:
     """The run's streams; with ``validation`` the test stream is 1/6 of the training images, taken out of them."""
     if run.stream == "drifting":
         return benchmark_of(*drifting(run, dataset_root))

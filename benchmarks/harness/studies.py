@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from harness.protocols import PROTOCOLS, overrides_of
-from harness.settings import STRATEGIES, TASK_INCREMENTAL, USES_REPLAY
+from harness.settings import STRATEGIES, TASK_INCREMENTAL, USES_REPLAY, title_of
 from harness.store import USUAL_RUN, as_text
 
 # The settings that tell runs apart; the rest of a run's settings follows from them.
@@ -97,8 +97,8 @@ def _set(overrides: Mapping[str, float], strategy: str, label: str = "", *buffer
     return Row(strategy, label, buffers or None, {"overrides": overrides})
 
 
-def _split(tasks: int, **settings) -> dict:
-    return {"benchmark": "split-mnist", "n_tasks": tasks, **settings}
+def _split(tasks: int, data: str = "mnist", **settings) -> dict:
+    return {"benchmark": f"split-{data}", "n_tasks": tasks, **settings}
 
 
 def _permuted(tasks: int, **settings) -> dict:
@@ -226,6 +226,14 @@ PUBLISHED = {
     "protocol_van_de_ven_permuted": _protocol("permuted-mnist", "van-de-ven", "naive-adam joint sp-both"),
 }
 
+# Other data than MNIST, with the settings that were tuned on MNIST.
+_OTHERS = "naive-sgd ewc si mas gpm rf-ridge sp sp-both gaussian-replay sp-gaussian replay-joint sp-replay joint"
+OTHER_DATA = {
+    f"{data}_{tasks}": Study(f"{title_of(f'split-{data}')}, {tasks} tasks", _split(tasks, data), _rows(_OTHERS))
+    for data, numbers in {"fashion-mnist": (5, 2, 10), "glyphs": (19,)}.items()
+    for tasks in numbers
+}
+
 # Dendrites, and the same number of parameters without them: 436 or 827 units a layer instead of 256 with one or four
 # dendrites.
 _PUBLISHED_DENDRITES = (
@@ -284,7 +292,7 @@ def _layers(network: str) -> Study:
 
 
 # All that the documents show, by the name that they and the command line give it.
-STUDIES = {**BY_BUFFER, **WITHOUT_REPLAY, **PARTS, **PUBLISHED, **DENDRITES}
+STUDIES = {**BY_BUFFER, **WITHOUT_REPLAY, **PARTS, **PUBLISHED, **DENDRITES, **OTHER_DATA}
 STUDIES |= {f"boundaries_{name}".replace(" ", "_"): study for name, study in BOUNDARIES.items()}
 STUDIES |= {f"layers_{network}": _layers(network) for network in LAYERS}
 
