@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 
 from avalanche_sp import OneHotMSELoss, PlasticityGate, Settings
 from avalanche_sp.gate.detection import ChangeWatch, page_hinkley
+from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.stream import StreamWatch
 
@@ -107,10 +108,10 @@ def long_stream(settings):
     watch, optimizer = StreamWatch(None, lambda *_: 4, False, settings), torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(8):
         x, y = torch.randn(1000, 4) * (1 + step), torch.zeros(1000)
-        watch.note("0", model[0], x, model(x))
+        watch.note("0", GatedLayer(model[0]), x, model(x))
         watch.observe(x, model(x), y, torch.zeros(()), SQUARED, StreamRows(1000, 1000, slice(0, 1000)))
-        watch.look(model, {"0": model[0]}, optimizer)
-    seen = watch.observation({"0": model[0]}).layers["0"].inputs
+        watch.look(model, {"0": GatedLayer(model[0])}, optimizer)
+    seen = watch.observation({"0": GatedLayer(model[0])}).layers["0"].inputs
     return seen.T @ seen
 
 
