@@ -100,16 +100,16 @@ def test_it_is_the_step_that_its_docstring_says(trained, damping):
 @pytest.mark.parametrize("joint", [True, False], ids=["joint loss", "plain loss"])
 @pytest.mark.parametrize("first", [True, False], ids=["replay before", "replay after"])
 def test_beside_a_memory_the_step_is_on_the_stored_samples_also(split5, joint, first):
-    """Each class's 15 stand for 15 / 65 of the old loss, the quadratic for the rest."""
-    memory, criterion = ReplayPlugin(60), OneHotMSELoss()
+    """Each class's 100 stand for 2 / 3 of the old loss, the quadratic for the rest."""
+    memory, criterion = ReplayPlugin(400), OneHotMSELoss()
 
     class Check(SelectivePlasticityPlugin):
         def after_training_exp(self, strategy, **kwargs):
             layer, old = strategy.model[5], self.layers.get("5")
             if strategy.clock.train_exp_counter == 2:
                 (stream, stored), before = strategy.dataloader.datasets, GatedLayer(layer).weights_and_bias()
-                assert (len(stream), len(stored)) == (600, 60)
-                trust, moment = 15 / 65, reference.modelled_moment(old.eigenvalues, old.vectors, old.mean_eigenvalue)
+                assert (len(stream), len(stored)) == (600, 400)
+                trust, moment = 2 / 3, reference.modelled_moment(old.eigenvalues, old.vectors, old.mean_eigenvalue)
                 parts = [(*self.seen(strategy, stream), 600), (*self.seen(strategy, stored), trust * 1200)]
                 quadratic = old.anchor @ old.vectors.T, old.vectors, moment, old.residual
                 self.expected = reference.readout_step(before, parts, quadratic, 1200, trust)

@@ -326,7 +326,7 @@ class PlasticityGate:
 
         The readout is then frozen until :meth:`consolidate`. So the layers below learn only the part of the loss that
         the readout cannot remove, and the drift of old inputs is measured. Without a memory, without a new class, and
-        for a loss that is quadratic in the outputs beside stored samples it does nothing.
+        for a quadratic loss if stored samples stand for most of the old one, it does nothing.
 
         Args:
             data, criterion: as for :meth:`consolidate`, with the samples in the same order.
@@ -746,13 +746,14 @@ class PlasticityGate:
     def _solves(self, observation: Observation) -> bool:
         """Whether the readout is solved for an experience: it brings a new class.
 
-        Beside stored samples a loss that is quadratic in the outputs takes the Newton step instead.
+        A loss that is quadratic in the outputs takes the Newton step instead if stored samples stand for most of the
+        old loss.
         """
         samples = observation.classified
         old = self.memory.layers.get(samples.layer) if samples is not None else None
         if samples is None or not self.readout_step or old is None or old.class_counts is None:
             return False
-        if self._memory_size and observation.readout is not None:
+        if self.trust > 0.5 and observation.readout is not None:
             return False
         known = old.class_counts.nonzero().flatten()
         return bool((~torch.isin(samples.targets, known)).any())
