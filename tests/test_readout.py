@@ -54,7 +54,7 @@ def learned(layer, x, y, old, rank, damping=None, settings=Settings()):  # noqa:
     ones = with_ones(x.float())
     gradient = 2 * (layer(x.float()).detach() - y.float()).T @ ones / len(x)
     kappa = torch.tensor(2.0)
-    loss = ReadoutLoss("", gradient, ones.T @ ones / len(x), kappa, y.float().square().sum() / len(x), len(x))
+    loss = ReadoutLoss("", gradient, ones, kappa, y.float().square().sum() / len(x), len(x))
     residual = newton_readout(GatedLayer(layer), [loss], old, kappa, settings, damping=damping)
     new = (old or LayerMemory.empty(ones.shape[1], ones)).merged(ones, len(x), 1.0, rank)
     return replace(new, anchor=GatedLayer(layer).along(new.vectors), residual=residual)

@@ -29,8 +29,9 @@ __all__ = [
     "some_rows",
 ]
 
-_BATCH = 512  # samples a forward pass
-_SOME = 256  # samples, or a layer's input vectors, of a mean that need not be exact
+_BATCH = 256  # samples a forward pass
+_SENSITIVITY = 100  # samples of a sensitivity, which is a mean over samples
+_SOME = 256  # a layer's input vectors, of a mean that need not be exact
 _QUADRATIC = 1e-3  # a loss is quadratic if its gradient is linear in the outputs to this precision
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -64,7 +65,7 @@ class Observation:
         curvature: of the loss in the network's outputs, mean over samples, 0-dim; 0 without a loss.
         classified: the last layer's inputs and their classes; None if the last layer does not make the network's
             output, or if the targets are not class labels.
-        inputs: the network's, of at most 256 samples, on its device; None for a stream.
+        inputs: the network's, of at most 100 samples, on its device; None for a stream.
         readout: the loss in the last layer's weights; None if the last layer does not make the network's output, or if
             the loss is not quadratic and convex in it.
     """
@@ -125,7 +126,7 @@ def _spread(data: Iterable[tuple[Any, Tensor]], limit: int) -> tuple[int, list[t
 
 
 def _rebatched(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
-    """The same samples in batches of 512, if the inputs are tensors of one shape."""
+    """The same samples in batches of 256, if the inputs are tensors of one shape."""
     if not all(isinstance(x, Tensor) and x.shape[1:] == batches[0][0].shape[1:] for x, _ in batches):
         return batches
     x, y = (torch.cat(column) for column in zip(*batches))
@@ -172,7 +173,7 @@ def observe(
         with _after_each(layers, record):
             for x, y in samples.batches:
                 x, y = _on(device, x), y.to(device)
-                some = _first(x, _SOME) if not count else some
+                some = _first(x, _SENSITIVITY) if not count else some
                 count += len(y)
                 outputs = forward(model, x)
                 units.append(_masked_units(outputs, y, last))
@@ -233,7 +234,7 @@ def _readout_loss(
     """The mean loss in a layer's weights, from its inputs (n, d) and the loss's gradients in its outputs (n, out)."""
     wanted = layer.along(x.T).T - error / curvature
     square = wanted.square().sum() / len(x)
-    return ReadoutLoss(name, error.T @ x / len(x), x.T @ x / len(x), curvature, square, weight)
+    return ReadoutLoss(name, error.T @ x / len(x), x, curvature, square, weight)
 
 
 def some_rows(inputs: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class ReadoutLoss:
     Attributes:
         layer: the readout's name.
         gradient: of its mean over samples in the weights, and bias if there is one: shape (out, d).
-        moment: the mean second moment of the readout's input vectors, shape (d, d).
+        inputs: the readout's input vectors (n, d), or others of the same second moment.
         curvature: of the loss in the outputs, 0-dim.
         wanted: the mean squared norm of the outputs at its minimum, 0-dim.
         weight: number of samples that it stands for.
@@ -44,10 +44,15 @@ class ReadoutLoss:
 
     layer: str
     gradient: Tensor
-    moment: Tensor
+    inputs: Tensor
     curvature: Tensor
     wanted: Tensor
     weight: float
+
+    @property
+    def moment(self) -> Tensor:
+        """The mean second moment of the input vectors, shape (d, d); large, so it is made only where it is needed."""
+        return self.inputs.T @ self.inputs / len(self.inputs)
 
 
 @torch.no_grad()

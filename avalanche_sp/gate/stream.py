@@ -289,7 +289,7 @@ class StreamWatch:
         known = torch.linalg.qr(x.T).Q  # the sketch knows these directions, the targets all
         made, wanted = weights @ second, _grown(moment.targets, len(weights)) @ known @ known.T
         gradient = self.curvature * (made - wanted)
-        return ReadoutLoss(name, gradient, second, self.curvature, self.square, self.samples)
+        return ReadoutLoss(name, gradient, x, self.curvature, self.square, self.samples)
 
 
 def _held_by_norms(model: nn.Module) -> dict[str, list[Tensor]]:

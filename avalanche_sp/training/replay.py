@@ -43,7 +43,7 @@ class SpreadBatches:
         chosen = torch.linspace(0, len(self.dataset) - 1, min(len(self.dataset), self.limit)).long()
         loader = DataLoader(
             self.dataset.subset(chosen.tolist()),
-            batch_size=512,
+            batch_size=256,
             collate_fn=getattr(self.dataset, "collate_fn", None),
             generator=torch.Generator(),  # its own: a loader draws from the global one even without shuffling
         )
