@@ -26,7 +26,7 @@ __all__ = [
     "leading_eigenvalue",
 ]
 
-_FEW = 4  # subspace iteration, if there are more than so many times the wanted eigenpairs
+_FEW = 4  # subspace iteration, if all eigenpairs are more than this multiple of the wanted ones
 _OVERSAMPLED = 10  # random vectors beyond the wanted ones
 _ROUNDS = 2  # of the subspace iteration
 

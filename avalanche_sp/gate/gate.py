@@ -92,9 +92,10 @@ class PlasticityGate:
     :math:`C = 0.15\, a^{1.5} \rho\, (I - V V^\top)`, with a the likeness of the stream and the memory
     (:func:`~avalanche_sp.gate.functional.likeness`), at the layers that data feed.
 
-    **Readout.** At a consolidation the last linear layer takes one damped Newton step on the experience's loss and the
-    quadratic of the old loss, if the loss is quadratic in the outputs
-    (:func:`avalanche_sp.gate.readout.solve_readout`).
+    **Readout.** If an experience brings new classes, the last linear layer is solved before and after it
+    (:func:`avalanche_sp.gate.readout.solve_readout`). Otherwise, and for a quadratic loss if stored samples stand for
+    most of the old one, a loss that is quadratic in the outputs takes one damped Newton step at a consolidation
+    (:func:`avalanche_sp.gate.readout.newton_readout`).
 
     No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs, and four bits a weight.
     Gated are linear and bilinear layers, convolutions and transposed convolutions of one to three dimensions, recurrent
@@ -114,9 +115,9 @@ class PlasticityGate:
             faster and keep less of the old. ``math.inf`` switches the gate off: training is then bit for bit what it
             is without the gate. For a single layer it leaves the layer alone.
         pull_back: weight of the penalty, 0 or more (default 1).
-        rank: eigenvectors kept a layer, 1 or more (default 48, or 64 if the gate finds the boundaries; at the last
-            layer a tenth of its inputs, if that is more). A float below 1 keeps as many as have that share of the
-            energy, the second moment's trace; only if boundaries are told.
+        rank: eigenvectors kept a layer, 1 or more (default 48, and 256 at the last layer; 64 if the gate finds the
+            boundaries). A float below 1 is the share of the energy, the second moment's trace, that the kept ones have;
+            only if boundaries are told.
         consolidation_samples: samples of an experience that are run through the network at its end, evenly spread over
             it, 1 or more (default 2000).
         consolidate: ``"experience"`` (default): :meth:`consolidate` is called at the end of every experience.
@@ -321,6 +322,10 @@ class PlasticityGate:
         )
         self._hook()
 
+    def _begin_again(self) -> None:
+        """Begins the present epoch with the present memory."""
+        self.begin(self._samples, self._replays or self._memory_size, self._epoch)
+
     def prepare(self, data: Dataset | Iterable[tuple[Any, Tensor]] | Samples, criterion: Criterion) -> None:
         """Solves the readout for a coming experience with new classes, before it is trained. Optional, and worth it.
 
@@ -333,7 +338,7 @@ class PlasticityGate:
         """
         if self._prepared is not None:  # an experience that was not consolidated
             self._prepared = None
-            self.begin(self._samples, self._replays or self._memory_size, self._epoch)
+            self._begin_again()
         if not (self.active and self.readout_step and self.memory.layers) or self._stream:
             return
         model = self._attached()
@@ -358,7 +363,7 @@ class PlasticityGate:
                 scale[name] = float(reference / sharpness) if sharpness > reference else 1.0
         inputs, targets = classified.inputs, classified.targets
         self._prepared = Preparation(classified.layer, inputs, targets, merged.vectors, weights, sensitivity, scale)
-        self.begin(self._samples, self._replays or self._memory_size, self._epoch)
+        self._begin_again()
 
     def check_outputs(self, outputs: Any) -> None:
         """Raises TypeError if the loss is to be measured on a network's outputs and they are not one tensor."""
@@ -846,7 +851,7 @@ class PlasticityGate:
         changes = stream.rewind(model, layers)
         observation = stream.observation(layers)
         self._remember(observation, layers, self._criterion, self.settings.readout_stream_damping)
-        self.begin(self._samples, self._replays or self._memory_size, self._epoch)
+        self._begin_again()
         for name, g in self._gated.items():
             if name in changes:
                 change = changes[name]

@@ -36,9 +36,10 @@ class LayerGate:
 
     @classmethod
     def of(cls, memory: LayerMemory, openness: float, gated_vectors: int, scale: float = 1.0) -> LayerGate:
-        """The gate of an openness, in units of the mean eigenvalue, that gates so many vectors in every step.
+        """The gate of an openness, in units of the mean eigenvalue.
 
-        What it lets through is multiplied by ``scale``, 0 to 1.
+        It gates ``gated_vectors`` vectors in every step. The part of an update that passes is multiplied by ``scale``,
+        0 to 1.
         """
         closed, closed_rest = memory.closed(openness)
         if scale < 1:

@@ -294,8 +294,7 @@ class _Convolution(GatedLayer):
     def input_of(self, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Tensor:
         """With the padding that the ``forward`` of a subclass adds ("same" for strides, as TensorFlow has it)."""
         x, module = _argument("input", 0, args, kwargs), self.module
-        if x.dim() == self._dimensions + 1:
-            x = x.unsqueeze(0)
+        x = self._batched(x)
         if not _is_overridden(module):
             return x
         missing: list[int] = []
@@ -318,10 +317,18 @@ class _Convolution(GatedLayer):
 
     def _patches(self, x: Tensor) -> Tensor:
         """A view of the patches, (n * groups, channels / groups, *positions, *kernel)."""
-        module, patches = self.module, self._by_group(self._padded(x))
+        return self._windows(self._by_group(self._padded(x)))
+
+    def _windows(self, maps: Tensor) -> Tensor:
+        """A view of the kernel's windows on maps (n, c, ...): (n, c, *positions, *kernel)."""
+        module = self.module
         for dim, (kernel, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation), 2):
-            patches = patches.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-        return patches
+            maps = maps.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+        return maps
+
+    def _batched(self, maps: Tensor) -> Tensor:
+        """Maps with a dimension for samples, also of a single sample."""
+        return maps if maps.dim() == self._dimensions + 2 else maps.unsqueeze(0)
 
     def presynaptic(self, x: Tensor) -> Tensor:
         rows = self._patches(x).movedim(1, 1 + self._dimensions)
@@ -347,7 +354,7 @@ class _Convolution(GatedLayer):
         return self._rows(projection.reshape(len(x), -1, *projection.shape[2:]))
 
     def postsynaptic(self, delta: Tensor) -> Tensor:
-        return self._rows(delta if delta.dim() == self._dimensions + 2 else delta.unsqueeze(0))
+        return self._rows(self._batched(delta))
 
     def _rows(self, maps: Tensor) -> Tensor:
         """Maps (n, groups * c, ...) to rows (n * positions, c), a leading dimension for groups if there are any."""
@@ -375,8 +382,7 @@ class _TransposedConvolution(_Convolution):
         return weight.unflatten(0, (self.groups, -1)).movedim(1, -1)
 
     def input_of(self, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Tensor:
-        x = _argument("input", 0, args, kwargs)
-        return x.unsqueeze(0) if x.dim() == self._dimensions + 1 else x
+        return self._batched(_argument("input", 0, args, kwargs))
 
     def presynaptic(self, x: Tensor) -> Tensor:
         return self._by_group(x).flatten(2).mT.reshape(-1, self.inputs)
@@ -388,12 +394,9 @@ class _TransposedConvolution(_Convolution):
         return self._rows(x) @ vectors
 
     def postsynaptic(self, delta: Tensor) -> Tensor:
-        module, dims = self.module, self._dimensions
-        patches = delta if delta.dim() == dims + 2 else delta.unsqueeze(0)
-        patches = F.pad(patches, [p for size in reversed(module.padding) for p in (size, size)])
-        for dim, (kernel, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation), 2):
-            patches = patches.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-        patches = patches.unflatten(1, (self.groups, -1)).flatten(3, 2 + dims).flatten(4)
+        padding = [p for size in reversed(self.module.padding) for p in (size, size)]
+        patches = self._windows(F.pad(self._batched(delta), padding))
+        patches = patches.unflatten(1, (self.groups, -1)).flatten(3, 2 + self._dimensions).flatten(4)
         rows = patches.permute(1, 0, 3, 2, 4)  # groups, samples, positions, channels, kernel
         rows = rows.reshape(self.groups, -1, self.units // self.groups)
         return rows if self.groups > 1 else rows[0]

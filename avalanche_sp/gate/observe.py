@@ -22,6 +22,7 @@ __all__ = [
     "Preparation",
     "Samples",
     "check_outputs",
+    "evenly_spread",
     "observe",
     "output_derivatives",
     "output_sensitivity",
@@ -29,7 +30,7 @@ __all__ = [
     "some_rows",
 ]
 
-_BATCH = 256  # samples a forward pass
+BATCH = 256  # samples a forward pass
 _SENSITIVITY = 100  # samples of a sensitivity, which is a mean over samples
 _SOME = 256  # a layer's input vectors, of a mean that need not be exact
 _QUADRATIC = 1e-3  # a loss is quadratic if its gradient is linear in the outputs to this precision
@@ -103,14 +104,18 @@ class Samples:
         """
         if isinstance(data, Dataset) and hasattr(data, "__len__"):
             total = len(data)
-            chosen = torch.linspace(0, total - 1, min(total, limit)).long().tolist() if total else []
-            loader = DataLoader(Subset(data, chosen), _BATCH, generator=torch.Generator())
+            loader = DataLoader(Subset(data, evenly_spread(total, limit)), BATCH, generator=torch.Generator())
             batches = [(batch[0], batch[1]) for batch in loader]
         else:
             total, batches = _spread(data, limit)  # type: ignore[arg-type]  # an iterable dataset is one
         if not total:
             raise ValueError("Invalid data: no sample (allowed: one or more)")
         return cls(_rebatched(batches), total, len(torch.cat([y.flatten() for _, y in batches]).unique()))
+
+
+def evenly_spread(total: int, limit: int) -> list[int]:
+    """At most ``limit`` of the places 0 to ``total - 1``, from the first to the last."""
+    return torch.linspace(0, total - 1, min(total, limit)).long().tolist() if total else []
 
 
 def _spread(data: Iterable[tuple[Any, Tensor]], limit: int) -> tuple[int, list[tuple[Any, Tensor]]]:
@@ -130,7 +135,7 @@ def _rebatched(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
     if not all(isinstance(x, Tensor) and x.shape[1:] == batches[0][0].shape[1:] for x, _ in batches):
         return batches
     x, y = (torch.cat(column) for column in zip(*batches))
-    return list(zip(x.split(_BATCH), y.split(_BATCH)))
+    return list(zip(x.split(BATCH), y.split(BATCH)))
 
 
 def observe(
@@ -243,7 +248,7 @@ def some_rows(inputs: Tensor) -> Tensor:
 
 
 def some_inputs(layer: GatedLayer, x: Tensor, most: int) -> tuple[Tensor, int]:
-    """A layer's input vectors (n, d), evenly spread over all, at most so many a sample; and the number for a weight."""
+    """At most ``most`` input vectors a sample of a layer (n, d), evenly spread; and the number of all for a weight."""
     each = len(layer.presynaptic(x[:1].float()))  # of a sample, or of a row of a flattened sequence
     every, uses = each * len(x), each * len(x) // layer.groups
     if each <= most:

@@ -38,8 +38,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
         openness: alpha > 0, in units of the mean eigenvalue (default 0.5). Larger values learn the new faster and keep
             less of the old. ``math.inf`` switches the gate off, for all layers or for one.
         pull_back: weight of the penalty, 0 or more (default 1).
-        rank: eigenvectors kept a layer, 1 or more, or a share of the energy below 1 (default 48, or 64 if the plugin
-            finds the boundaries; at the last layer a tenth of its inputs, if that is more).
+        rank: eigenvectors kept a layer, 1 or more, or a share of the energy below 1 (default 48, and 256 at the
+            last layer; 64 if the plugin finds the boundaries).
         consolidation_samples: samples of an experience, evenly spread over it, that are run through the network at its
             end, 1 or more (default 2000).
         consolidate: ``"experience"`` (default): at the end of every experience. ``"surprise"``: at a change of the

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from avalanche_sp.gate import Samples
+from avalanche_sp.gate.observe import BATCH, evenly_spread
 
 __all__ = [
     "SpreadBatches",
@@ -40,10 +41,9 @@ class SpreadBatches:
 
     def __iter__(self) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
         """Pairs of (inputs, task labels) and targets."""
-        chosen = torch.linspace(0, len(self.dataset) - 1, min(len(self.dataset), self.limit)).long()
         loader = DataLoader(
-            self.dataset.subset(chosen.tolist()),
-            batch_size=256,
+            self.dataset.subset(evenly_spread(len(self.dataset), self.limit)),
+            batch_size=BATCH,
             collate_fn=getattr(self.dataset, "collate_fn", None),
             generator=torch.Generator(),  # its own: a loader draws from the global one even without shuffling
         )
