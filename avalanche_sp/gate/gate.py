@@ -31,6 +31,7 @@ from avalanche_sp.gate.observe import (
     Observation,
     Preparation,
     Samples,
+    Sensitivity,
     check_outputs,
     observe,
     output_sensitivity,
@@ -706,11 +707,11 @@ class PlasticityGate:
     def _sharpness(
         layer: GatedLayer,
         seen: LayerObservation,
-        sensitivity: Tensor,
+        sensitivity: Sensitivity,
         through: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Leading eigenvalue of the Gauss-Newton matrix in a layer's weights, with Kronecker factors, 0-dim."""
-        return layer.units * sensitivity * seen.rows * leading_eigenvalue(some_rows(seen.inputs), through)
+        return sensitivity.leading * seen.rows * leading_eigenvalue(some_rows(seen.inputs), through)
 
     def _remember(
         self,
@@ -796,7 +797,7 @@ class PlasticityGate:
             change = layers[name].weights_and_bias()[: len(before)] - before
             along, inputs = change @ memory.vectors, some_rows(seen.inputs)
             of_rest = (change.square().sum() - along.square().sum()).clamp_min(0) * memory.rest
-            scale = prepared.sensitivity[name] * seen.rows
+            scale = prepared.sensitivity[name].mean * seen.rows
             old = old + scale * ((along.square() * memory.eigenvalues).sum() + of_rest)
             new = new + scale * (inputs @ change.T).square().sum() / len(inputs)
         share = float((old / new.clamp_min(torch.finfo(new.dtype).tiny)).sqrt().clamp(0, 1))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from avalanche_sp.gate.functional import loss_curvature
+from avalanche_sp.gate.functional import leading_eigenvalue, loss_curvature
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples
 from avalanche_sp.gate.settings import Settings
@@ -21,6 +21,7 @@ __all__ = [
     "Observation",
     "Preparation",
     "Samples",
+    "Sensitivity",
     "check_outputs",
     "evenly_spread",
     "observe",
@@ -275,19 +276,33 @@ class Preparation:
     targets: Tensor
     vectors: Tensor
     weights: dict[str, Tensor]
-    sensitivity: dict[str, Tensor]
+    sensitivity: dict[str, Sensitivity]
     scale: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Of the network's outputs to a layer's: the second moment of J^T v over samples, the Gauss-Newton matrix's factor.
+
+    J is the Jacobian of the network's outputs in the layer's, and v are random signs (J. Martens, R. Grosse: Optimizing
+    neural networks with Kronecker-factored approximate curvature, ICML 2015).
+
+    Attributes:
+        mean: its mean eigenvalue, 0-dim; 0 if the layer is not called.
+        leading: its leading eigenvalue, 0-dim; its trace, if the gradient in the layer's own output is not known.
+    """
+
+    mean: Tensor
+    leading: Tensor
 
 
 def output_sensitivity(
     model: nn.Module, inputs: Any, layers: Mapping[str, GatedLayer], forward: Forward
-) -> dict[str, Tensor]:
-    """Mean square of J^T v over samples and a layer's output units, 0-dim, by layer; 0 if it is not called.
+) -> dict[str, Sensitivity]:
+    """Sensitivities of a network's outputs, by layer.
 
-    J is the Jacobian of the network's outputs in the layer's outputs, and v are random signs: the scale of the
-    Gauss-Newton matrix (J. Martens, R. Grosse: Optimizing neural networks with Kronecker-factored approximate
-    curvature, ICML 2015). If the error of the layer's own output is not known, the weight's gradient and the energy of
-    its input stand for it.
+    If the gradient in the layer's own output is not known, the weight's gradient and the energy of its input stand for
+    it.
 
     Args:
         inputs: the network's, of some samples, on its device.
@@ -311,11 +326,19 @@ def output_sensitivity(
         varied |= {name: layers[name].weight for name in energy}
         scalar = (outputs * signs).sum()
         found = torch.autograd.grad(scalar, list(varied.values()), allow_unused=True) if varied else ()
-    squares = {name: g.square().mean() for name, g in zip(varied, found) if g is not None}
-    for name in energy.keys() & squares.keys():  # (sum of delta x^T)^2 is about the sum of delta^2 x^2
+    zero = torch.zeros((), device=device)
+    sensitivity = dict.fromkeys(layers, Sensitivity(zero, zero))
+    for name, gradient in zip(varied, found):
         layer = layers[name]
-        squares[name] = squares[name] * layer.weight.numel() / (layer.units * energy[name])
-    return {name: squares.get(name, torch.zeros((), device=device)) for name in layers}
+        if gradient is None:
+            continue
+        if name in energy:  # (sum of delta x^T)^2 is about the sum of delta^2 x^2
+            trace = gradient.square().sum() / energy[name]
+            sensitivity[name] = Sensitivity(trace / layer.units, trace)
+        else:
+            rows = layer.postsynaptic(gradient).flatten(0, -2)
+            sensitivity[name] = Sensitivity(gradient.square().mean(), leading_eigenvalue(some_rows(rows)))
+    return sensitivity
 
 
 def check_outputs(outputs: Any) -> None:
