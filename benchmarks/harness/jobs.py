@@ -31,18 +31,15 @@ def run_all(
     scheduler: str | None = None,
     keeps_curve: Callable[[Run], bool] = lambda run: True,
 ) -> int:
-    """Finishes every run that ``store`` doesn't hold yet.
+    """Finishes every run that ``store`` doesn't hold yet; returns the number of runs that failed.
 
     Args:
-        runs: all that the store is to hold in the end.
-        store: the results. A failed run is stored with its error, and tried again by the next start.
+        runs: all that the store is to hold in the end. A failed one is stored with its error, and tried again by the
+            next start.
         dataset_root: folder of the data set, as the workers see it; None: its own.
         jobs: processes, without a scheduler.
         scheduler: address of a Dask scheduler, whose workers then train.
         keeps_curve: whether a run's accuracy is also measured during training, which takes longer than to train it.
-
-    Returns:
-        The number of runs that failed.
 
     Raises:
         OSError: results can't be written, or the scheduler can't be reached. Finished runs are kept.
@@ -73,7 +70,6 @@ def in_parallel(function: Callable, jobs: Sequence, workers: int, scheduler: str
 
     Args:
         function: a module's function of one job.
-        jobs: its arguments.
         workers: processes, without a scheduler.
         scheduler: address of a Dask scheduler.
 

@@ -137,8 +137,7 @@ _OTHERS = {"cnn": small_cnn, "slim-resnet18": SlimResNet18, "vit": VisionTransfo
 
 
 def network_bytes(model: nn.Module) -> int:
-    """Bytes of a network's parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
 def gate_bytes(model: nn.Module) -> int:

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from harness.protocols import PROTOCOLS
-from harness.settings import ABOUT, BOUNDS, USES_REPLAY, network_title, title_of
+from harness.recipes import ABOUT, USES_REPLAY
+from harness.settings import BOUNDS, network_title, title_of
 from harness.statistics import bootstrap, holm, rank_biserial, student, wilcoxon
 from harness.store import version_of
 from harness.studies import BEST_WITHOUT, BOUNDARIES, LAYERS, OVERVIEW, STUDIES, WITH_AND_WITHOUT, Study
@@ -22,8 +23,7 @@ def table(frame: pd.DataFrame, kind: str, *arguments: str) -> str:
 
     Args:
         frame: the newest run of each setting (``studies.newest``).
-        kind: a key of OF_ONE_STUDY or OF_SEVERAL.
-        arguments: for OF_ONE_STUDY the name of the study first, then the function's own.
+        kind: a key of OF_ONE_STUDY, with the name of the study as the first argument, or of OF_SEVERAL.
     """
     if kind in OF_SEVERAL:
         return OF_SEVERAL[kind](frame, *arguments)
@@ -70,19 +70,19 @@ def cells(runs: pd.DataFrame) -> Iterator[tuple[str, int, pd.DataFrame]]:
         yield label, buffer, cell
 
 
-def with_bootstrap(values: pd.Series) -> str:
+def with_bootstrap(values: pd.Series, form: str = ".1f") -> str:
     """Mean with its bootstrap interval; "-" if a run has no such figure."""
     if values.isna().any():
         return "-"
     low, high = bootstrap(tuple(values))
-    return f"{values.mean():.1f}" + (f" [{low:.1f}, {high:.1f}]" if len(values) > 1 else "")
+    return f"{values.mean():{form}}" + (f" [{low:{form}}, {high:{form}}]" if len(values) > 1 else "")
 
 
-def with_student(values: pd.Series, sign: str = "") -> str:
+def with_student(values: pd.Series, form: str = ".1f") -> str:
     """Mean with the half-width of its interval by Student's t; "-" if a run has no such figure."""
     if values.isna().any():
         return "-"
-    return f"{values.mean():{sign}.1f}" + (f" ± {student(values):.1f}" if len(values) > 1 else "")
+    return f"{values.mean():{form}}" + (f" ± {student(values):.1f}" if len(values) > 1 else "")
 
 
 def each_task(cell: pd.DataFrame) -> np.ndarray:
@@ -92,9 +92,8 @@ def each_task(cell: pd.DataFrame) -> np.ndarray:
 
 def _all_tasks(cell: pd.DataFrame) -> str:
     accuracies = each_task(cell)
-    if len(accuracies) > 5:
-        return f"{accuracies.min():.1f} to {accuracies.max():.1f}"
-    return " / ".join(f"{accuracy:.1f}" for accuracy in accuracies)
+    few = len(accuracies) <= 5
+    return " / ".join(map("{:.1f}".format, accuracies)) if few else f"{accuracies.min():.1f} to {accuracies.max():.1f}"
 
 
 def _trained_with(cell: pd.DataFrame) -> str:
@@ -111,16 +110,12 @@ def by_seed(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(ours: pd.Series, others: pd.DataFrame) -> pd.DataFrame:
-    """Ours minus every other row, as one family of comparisons.
-
-    Args:
-        ours: a row of ``by_seed``.
-        others: other rows of it. One with fewer than two of our seeds is left out.
+    """Ours minus every other row of ``by_seed``, as one family of comparisons. A row with one seed is left out.
 
     Returns:
         A row a cell: "gains" by seed, their "mean", "p" corrected for the number of cells, and "other", its ACC.
     """
-    gains = [row[~np.isnan(row)] for row in ours.to_numpy() - others.to_numpy()]
+    gains = [(ours - row).dropna() for _, row in others.iterrows()]
     found = pd.DataFrame({"gains": gains, "other": others.mean(axis=1)}, index=others.index)
     found = found.loc[[len(gain) > 1 for gain in gains]]
     return found.assign(mean=found["gains"].map(np.mean), p=holm(list(map(wilcoxon, found["gains"]))))
@@ -151,11 +146,6 @@ def verdict(difference: pd.Series) -> str:
     if difference["p"] >= ALPHA:
         return "level"
     return "above" if difference["mean"] > 0 else "below"
-
-
-def _interval(gains: np.ndarray, digits: int = 1) -> str:
-    low, high = bootstrap(tuple(gains))
-    return f"{gains.mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 # -- Tables of one study ----------------------------------------------------------------------------------------------
@@ -214,7 +204,7 @@ def minus(runs: pd.DataFrame, study: Study | None, reference: str) -> str:
     found = differences(accuracies.loc[ours[0]], accuracies.drop(index=ours))
     return markdown(
         {"strategy": label, "buffer": buffer or "-"}
-        | {f"ACC minus that of {reference}": with_student(pd.Series(-row["gains"]), "+"), "p (Holm)": f"{row['p']:.3f}"}
+        | {f"ACC minus that of {reference}": with_student(-row["gains"], "+.1f"), "p (Holm)": f"{row['p']:.3f}"}
         for (label, buffer), row in found.iterrows()
     )
 
@@ -225,21 +215,19 @@ def _column(buffer: int) -> str:
 
 def grid(runs: pd.DataFrame, study: Study) -> str:
     """ACC: a row a strategy, a column a number of stored samples."""
-    columns = [_column(buffer) for buffer in sorted(runs["replay_buffer"].unique())]
-    rows: dict[str, dict] = {label: {"strategy": label} | dict.fromkeys(columns, "") for label in runs["label"]}
-    for label, buffer, cell in cells(runs):
-        rows[label][_column(buffer)] = with_bootstrap(cell["acc"])
-    return caption(study.title, runs) + markdown(rows.values())
+    shown = runs.groupby(CELL, sort=False)["acc"].agg(with_bootstrap).unstack("replay_buffer", sort=False)
+    shown = shown.sort_index(axis=1).rename(columns=_column).fillna("").rename_axis(index="strategy")
+    return caption(study.title, runs) + markdown(shown.reset_index().to_dict("records"))
 
 
 def changes(runs: pd.DataFrame, study: Study) -> str:
     """A row a change of the settings, a column a strategy; in brackets the change of ACC."""
-    usual = runs[runs["label"] == runs["label"].iloc[0]].groupby("strategy", sort=False)["acc"].mean()
-    rows: dict[str, dict] = {label: {"": label} | dict.fromkeys(usual.index, "") for label in runs["label"]}
-    for (label, strategy), acc in runs.groupby(["label", "strategy"], sort=False)["acc"]:
-        change = f" ({acc.mean() - usual[strategy]:+.1f})" if label != runs["label"].iloc[0] else ""
-        rows[label][strategy] = with_bootstrap(acc) + change
-    return caption(study.title, runs) + markdown(rows.values())
+    acc = runs.groupby(["label", "strategy"], sort=False)["acc"]
+    means = acc.mean().unstack(sort=False)
+    brackets = (means - means.iloc[0]).map(" ({:+.1f})".format)
+    brackets.iloc[0] = ""
+    shown = (acc.agg(with_bootstrap).unstack(sort=False) + brackets).fillna("").rename_axis(index="")
+    return caption(study.title, runs) + markdown(shown.reset_index().to_dict("records"))
 
 
 def best(runs: pd.DataFrame, study: Study, ours: str) -> str:
@@ -247,7 +235,7 @@ def best(runs: pd.DataFrame, study: Study, ours: str) -> str:
     found = {buffer: rows.loc[rows["other"].idxmax()] for buffer, rows in against_others(runs, ours).items()}
     return markdown(
         {"buffer": buffer, "best other row": f"{row.name[0]} {row['other']:.1f}"}
-        | {f"{ours} minus it": _interval(row["gains"]), "p (Holm)": f"{row['p']:.3f}"}
+        | {f"{ours} minus it": with_bootstrap(row["gains"], "+.1f"), "p (Holm)": f"{row['p']:.3f}"}
         | {"effect": f"{rank_biserial(row['gains']):+.2f}", "verdict": verdict(row)}
         for buffer, row in found.items()
     )
@@ -265,7 +253,7 @@ def minus_others(runs: pd.DataFrame, study: Study, ours: str, *names: str) -> st
     found = against_others(runs, ours)
 
     def text(row: pd.Series) -> str:
-        shown = _interval(row["gains"]) if len(found) <= 4 else f"{row['mean']:+.1f}"
+        shown = with_bootstrap(row["gains"], "+.1f") if len(found) <= 4 else f"{row['mean']:+.1f}"
         return shown if verdict(row) == "level" else f"**{shown}**"
 
     rows: dict[str, dict] = {label: {f"`{ours}` minus": label} for label in runs["label"] if label != ours}
@@ -346,7 +334,7 @@ def layers(frame: pd.DataFrame, network: str) -> str:
     means = accuracies.mean(axis=1).map("{:.1f}".format)
 
     def minus(one: str, other: str) -> str:
-        return _interval((accuracies.loc[one] - accuracies.loc[other]).to_numpy(), digits=2)
+        return with_bootstrap(accuracies.loc[one] - accuracies.loc[other], "+.2f")
 
     rows = [
         {"layer": f"`{layer}`", "protected alone": means[f"only {layer}"], "minus none": minus(f"only {layer}", "none")}

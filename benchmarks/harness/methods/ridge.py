@@ -25,20 +25,14 @@ def build_random_features(budget: int, inputs: int = 784, outputs: int = 10) -> 
 
 
 class StreamingRidge(SupervisedPlugin):
-    r"""Ridge regression of one-hot targets y on the inputs h of a model's last layer, from two sums over the stream:
+    """Ridge regression of one-hot targets y on the inputs h of a model's last layer, from two sums over the stream:
 
-    .. math::
-        G = \sum h h^\top, \qquad B = \sum h y^\top, \qquad W^\top = (G + \rho I)^{-1} B
-
-    h has a 1 for the bias. This is the solution for all samples seen so far: no sample is stored and no boundary is
-    needed. The readout is solved for in evaluation and at the end of an experience. All earlier layers must be fixed
-    and the learning rate 0. Random features count as stored weights, although a seed could draw them again.
+    G = sum h h^T and B = sum h y^T, where h has a 1 for the bias. W^T = (G + ridge I)^-1 B is the solution for all
+    samples seen so far: no sample is stored and no boundary is needed. The readout is solved for in evaluation and at
+    the end of an experience. All earlier layers must be fixed and the learning rate 0.
 
     A. Hoerl, R. Kennard: Ridge regression, Technometrics 1970. A. Rahimi, B. Recht: Random features for large-scale
     kernel machines, NeurIPS 2007.
-
-    Args:
-        ridge: :math:`\rho`, greater than 0.
     """
 
     def __init__(self, ridge: float):
@@ -46,10 +40,8 @@ class StreamingRidge(SupervisedPlugin):
         if not 0 < ridge < float("inf"):
             raise ValueError(f"Invalid ridge value: {ridge} (allowed: greater than 0)")
         self.ridge = ridge
-        self.gram: Tensor | None = None
-        self.targets: Tensor | None = None
+        self.gram = self.targets = self._inputs = None
         self._solved = True
-        self._inputs: Tensor | None = None
 
     @property
     def state_bytes(self) -> int:
