@@ -18,7 +18,7 @@ from avalanche_sp import (
     SelectivePlasticityOptimizer,
     SelectivePlasticityPlugin,
 )
-from harness.methods import rehearsal
+from harness.methods import check, rehearsal
 from harness.methods.controls import UPGD, ConstantGate, RandomGate
 from harness.methods.legacy import LegacyReplay, LegacySelectivePlasticity
 from harness.methods.projections import GradientProjectionMemory, OrthogonalWeightsModification
@@ -69,9 +69,8 @@ class WorkingSynapticIntelligence(SynapticIntelligencePlugin):
 
 def learning_without_forgetting(alpha: float, temperature: float) -> LwFPlugin:
     """Avalanche's LwF (Z. Li, D. Hoiem, ECCV 2016), its arguments checked: a temperature of 0 ends in NaN."""
-    for name, value in (("alpha", alpha), ("temperature", temperature)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"Invalid {name} value: {value} (allowed: greater than 0)")
+    check("alpha", alpha)
+    check("temperature", temperature)
     return LwFPlugin(alpha, temperature)
 
 
@@ -92,14 +91,10 @@ def _by_layer(arguments: dict[str, float], name: str):
 def _dendrites(arguments: dict[str, float]):
     from avalanche_sp.dendrites import DendritesPlugin  # needs perforatedai
 
-    patience = int(arguments["patience"])
-    return DendritesPlugin(
-        grow="plateau" if patience else "experience",
-        activation=torch.sigmoid if arguments["sigmoid"] else torch.tanh,
-        most=int(arguments["most"]),
-        patience=max(patience, 1),
-        readout=bool(arguments["readout"]),
-    )
+    most, patience = int(arguments["most"]), int(arguments["patience"])
+    grow = {"grow": "plateau", "patience": patience} if patience else {"grow": "experience"}
+    activation = torch.sigmoid if arguments["sigmoid"] else torch.tanh
+    return DendritesPlugin(activation=activation, most=most, readout=bool(arguments["readout"]), **grow)
 
 
 PLUGINS: dict[str, Callable] = {  # of the recipe's arguments and the run

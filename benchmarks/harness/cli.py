@@ -235,12 +235,11 @@ def parsed(kind: type[T], argv: list[str] | None, description: str, default: T |
     return tyro.cli(kind, args=argv, description=description, default=default)
 
 
-def comparison(kind: type[Comparison], argv: list[str] | None, description: str) -> Comparison:
+def comparison(kind: type[Comparison], argv: list[str] | None, description: str, **defaults) -> Comparison:
     """The settings of a comparison. A protocol's are the defaults."""
     presets, _ = tyro.cli(_Presets, args=argv, return_unknown_args=True, add_help=False)
-    defaults: dict = {}
     if presets.task_incremental:  # PackNet needs a second epoch
-        defaults = {"tasks": 5, "epochs": 2, "strategies": TASK_INCREMENTAL, "task_incremental": True}
+        defaults |= {"tasks": 5, "epochs": 2, "strategies": TASK_INCREMENTAL, "task_incremental": True}
     if protocol := PROTOCOLS.get(f"{kind.kind}-{presets.data}", {}).get(presets.protocol):
         defaults |= protocol.arguments
     return parsed(kind, argv, f"{description}\n\n{about(kind.kind)}", kind(**defaults))
@@ -265,8 +264,9 @@ def status(work: Callable[[], int], go_on: str) -> int:
         return 1
 
 
-def compare(settings: Comparison) -> int:
-    """Trains what is missing, then writes and prints the report; the script's exit status."""
+def compare(kind: type[Comparison], description: str, argv: list[str] | None = None, **defaults) -> int:
+    """A script: trains what is missing, then writes and prints the report; its exit status."""
+    settings = comparison(kind, argv, description, **defaults)
     from harness.jobs import run_all  # here, as pandas is slow to load
     from harness.store import Store, key_of
 

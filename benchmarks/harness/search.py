@@ -217,8 +217,9 @@ def write_report(search: Search, study: optuna.Study) -> list[Path]:
         ValueError: no trial was completed.
     """
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    count = len(finished(study))
     if not complete:
-        raise ValueError(f"none of {len(finished(study))} trials was completed")
+        raise ValueError(f"none of {count} trials was completed")
     paths = [search.output / name for name in ("trials.csv", "best.json")]
     trials = study.trials_dataframe(("number", "state", "value", "duration", "params", "user_attrs"))
     trials.to_csv(paths[0], index=False)
@@ -232,14 +233,14 @@ def write_report(search: Search, study: optuna.Study) -> list[Path]:
         "seeds": search.seeds,
         "value": study.best_value,
         "settings": settings,
-        "trials": {"complete": len(complete), "pruned": len(finished(study)) - len(complete)},
+        "trials": {"complete": len(complete), "pruned": count - len(complete)},
         "importances": importances,
         "command": command_of(search, settings),
     }
     paths[1].write_text(json.dumps(best, indent=1) + "\n")
     shown = ", ".join(f"{name} {value:.4g}" for name, value in settings.items())
-    number = f"best of {len(finished(study))} trials"
-    print(f"\n{number}: {study.best_value:.2f} on validation images, with {shown}\n\n{best['command']}\n")
+    found = f"best of {count} trials: {study.best_value:.2f} on validation images, with {shown}"
+    print(f"\n{found}\n\n{best['command']}\n")
     return paths
 
 

@@ -68,8 +68,8 @@ class Study:
 
     def runs(self, seeds: int) -> list[dict]:
         """Settings of its runs, with the seed. Seeds outermost: a study cut short is a whole one with fewer seeds."""
-        cells = [{name: value for name, value in cell.items() if name != "label"} for cell in self.cells()]
-        return [{**cell, "seed": seed} for seed in range(seeds) for cell in cells]
+        runs = [cell | {"seed": seed} for seed in range(seeds) for cell in self.cells()]
+        return [{name: value for name, value in run.items() if name != "label"} for run in runs]
 
     def keeps_curve(self, run) -> bool:
         return run.replay_buffer in self.curves
@@ -107,7 +107,7 @@ def _protocol(benchmark: str, name: str, strategies: str, seeds: int = 3) -> Stu
     arguments = dict(PROTOCOLS[benchmark][name].arguments)
     buffers = tuple(arguments.pop("replay_buffer", ()))
     settings = {"benchmark": benchmark, "n_tasks": arguments.pop("tasks"), **arguments}
-    title = f"{'Split' if benchmark == 'split-mnist' else 'Permuted'} MNIST, `{name}`"
+    title = f"{title_of(benchmark)}, `{name}`"
     return Study(title, settings, _rows(strategies), buffers, seeds=seeds, protocol=name)
 
 

@@ -85,22 +85,6 @@ def with_student(values: pd.Series, form: str = ".1f") -> str:
     return f"{values.mean():{form}}" + (f" ± {student(values):.1f}" if len(values) > 1 else "")
 
 
-def each_task(cell: pd.DataFrame) -> np.ndarray:
-    """Accuracy on each task after the last one, mean over the runs."""
-    return np.mean([matrix[-1] for matrix in cell["accuracy_matrix"]], axis=0)
-
-
-def _all_tasks(cell: pd.DataFrame) -> str:
-    accuracies = each_task(cell)
-    few = len(accuracies) <= 5
-    return " / ".join(map("{:.1f}".format, accuracies)) if few else f"{accuracies.min():.1f} to {accuracies.max():.1f}"
-
-
-def _trained_with(cell: pd.DataFrame) -> str:
-    run = cell.iloc[0]
-    return f"{run.optimizer} {run.lr:g}, {run.loss}" + (f"; {run.arguments}" if run.arguments else "")
-
-
 # -- Comparisons, paired by seed --------------------------------------------------------------------------------------
 
 
@@ -123,13 +107,12 @@ def differences(ours: pd.Series, others: pd.DataFrame) -> pd.DataFrame:
 
 def against_others(runs: pd.DataFrame, name: str) -> dict[int, pd.DataFrame]:
     """By number of stored samples: ours minus each row with the same number, and minus the best ones without any."""
-    accuracies, found = by_seed(runs), {}
+    accuracies = by_seed(runs)
     labels, buffers = (accuracies.index.get_level_values(level) for level in CELL)
+    found = {}
     for buffer in buffers[labels == name]:
-        ours = (labels == name) & (buffers == buffer)
-        found[buffer] = differences(
-            accuracies[ours].iloc[0], accuracies[(labels.isin(BEST_WITHOUT) | (buffers == buffer)) & ~ours]
-        )
+        others = accuracies[labels.isin(BEST_WITHOUT) | (buffers == buffer)].drop(index=[(name, buffer)])
+        found[buffer] = differences(accuracies.loc[(name, buffer)], others)
     return {buffer: rows for buffer, rows in found.items() if len(rows)}
 
 
@@ -151,24 +134,41 @@ def verdict(difference: pd.Series) -> str:
 # -- Tables of one study ----------------------------------------------------------------------------------------------
 
 
-def _of(name: str, text: Callable[[pd.Series], str] = with_bootstrap) -> Callable[[pd.DataFrame], str]:
-    return lambda cell: text(cell[name])
+def each_task(cell: pd.DataFrame) -> str:
+    """Accuracy on each task after the last one, mean over the runs."""
+    accuracies = np.mean([matrix[-1] for matrix in cell["accuracy_matrix"]], axis=0)
+    few = len(accuracies) <= 5
+    return " / ".join(map("{:.1f}".format, accuracies)) if few else f"{accuracies.min():.1f} to {accuracies.max():.1f}"
 
 
-_ACC = {"ACC %": _of("acc")}
+def trained_with(cell: pd.DataFrame) -> str:
+    run = cell.iloc[0]
+    return f"{run.optimizer} {run.lr:g}, {run.loss}" + (f"; {run.arguments}" if run.arguments else "")
+
+
+# The columns of a listing: the text of a cell by the column's name.
+_ACC = {"ACC %": lambda cell: with_bootstrap(cell["acc"])}
 _SECONDS = {"seconds": lambda cell: f"{cell['seconds'].mean():.1f}"}
 _MEMORY = {"extra kB": lambda cell: f"{cell['extra_memory_bytes'].max() / 1000:.0f}"}
-_FULL = {"ACC %": _of("acc", with_student), "BWT %": _of("bwt", with_student), "each task %": _all_tasks}
+_WITH_STUDENT = {f"{name.upper()} %": lambda cell, name=name: with_student(cell[name]) for name in ("acc", "bwt")}
 LISTINGS: dict[str, dict[str, Callable[[pd.DataFrame], str]]] = {
-    "full": _FULL | _SECONDS | _MEMORY | {"trained with": _trained_with},
-    "worst": {"worst case %": _of("min_acc")} | _ACC,
-    "costs": _SECONDS | {"times replay-joint": lambda cell: f"{cell['times'].mean():.2f}"} | _MEMORY,
-    "task-labels": _ACC | {"BWT %": _of("bwt"), "right after learning %": _of("learning_acc")} | _MEMORY,
-    "two-tasks": _ACC
-    | {f"task {name} %": lambda cell, task=task: f"{each_task(cell)[task]:.1f}" for task, name in enumerate("AB")},
+    "full": {**_WITH_STUDENT, "each task %": each_task, **_SECONDS, **_MEMORY, "trained with": trained_with},
+    "worst": {"worst case %": lambda cell: with_bootstrap(cell["min_acc"]), **_ACC},
+    "costs": {**_SECONDS, "times replay-joint": lambda cell: f"{cell['times'].mean():.2f}", **_MEMORY},
+    "task-labels": {
+        **_ACC,
+        "BWT %": lambda cell: with_bootstrap(cell["bwt"]),
+        "right after learning %": lambda cell: with_bootstrap(cell["learning_acc"]),
+        **_MEMORY,
+    },
+    "two-tasks": {
+        **_ACC,
+        "task A %": lambda cell: each_task(cell).split(" / ")[0],
+        "task B %": lambda cell: each_task(cell).split(" / ")[1],
+    },
     "published": {
         "published %": lambda cell: f"{cell['published'].iloc[0]:.1f}".replace("nan", "-"),
-        "here %": _of("acc"),
+        "here %": _ACC["ACC %"],
         "difference": lambda cell: f"{(cell['acc'] - cell['published']).mean():+.1f}".replace("+nan", "-"),
     },
 }
@@ -287,14 +287,11 @@ def overview(frame: pd.DataFrame) -> str:
 
 def found_boundaries(task_ends: list[int], consolidated_at: list[int]) -> tuple[list[int], int, int]:
     """Delays of the boundaries that were found, in iterations; how many were missed; how many alarms were false."""
-    starts, delays, false = task_ends[:-1], {}, 0
+    starts, delays = task_ends[:-1], {}
     for at in consolidated_at:
-        before = [start for start in starts if start < at]
-        if before and before[-1] not in delays:
-            delays[before[-1]] = at - before[-1]
-        else:
-            false += 1
-    return list(delays.values()), len(starts) - len(delays), false
+        if before := [start for start in starts if start < at]:
+            delays.setdefault(before[-1], at - before[-1])
+    return list(delays.values()), len(starts) - len(delays), len(consolidated_at) - len(delays)
 
 
 def boundaries(frame: pd.DataFrame) -> str:

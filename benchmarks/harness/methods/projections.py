@@ -12,6 +12,8 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from harness.methods import check
+
 
 class GradientProjection(SupervisedPlugin):
     """Before each step, replaces the gradient of every linear layer in ``kept`` by its projection."""
@@ -54,8 +56,7 @@ class GradientProjectionMemory(GradientProjection):
         super().__init__()
         self.epsilons = epsilon, epsilon if epsilon_hidden is None else epsilon_hidden
         for name, value in zip(("epsilon", "epsilon_hidden"), self.epsilons):
-            if not 0 < value < 1:
-                raise ValueError(f"Invalid {name} value: {value} (allowed: between 0 and 1)")
+            check(name, value, 1, "between 0 and 1")
         self.samples = samples
 
     def project(self, gradient: Tensor, kept: Tensor) -> Tensor:
@@ -87,8 +88,7 @@ class OrthogonalWeightsModification(GradientProjection):
 
     def __init__(self, alpha: float):
         super().__init__()
-        if not 0 < alpha < float("inf"):
-            raise ValueError(f"Invalid alpha value: {alpha} (allowed: greater than 0)")
+        check("alpha", alpha)
         self.alpha = alpha
 
     def project(self, gradient: Tensor, kept: Tensor) -> Tensor:

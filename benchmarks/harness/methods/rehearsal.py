@@ -13,6 +13,7 @@ from torch import nn
 from avalanche_sp import GaussianBuffer
 from avalanche_sp.data import TensorClassificationDataset, TensorSource
 from avalanche_sp.training.replay import stream_rows
+from harness.methods import check
 from harness.settings import Run
 
 
@@ -95,8 +96,7 @@ class MemoryDistillation(SupervisedPlugin):
 
     def __init__(self, weight: float):
         super().__init__()
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"Invalid weight value: {weight} (allowed: greater than 0)")
+        check("weight", weight)
         self.weight = weight
         self.teacher: nn.Module | None = None
 

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from harness.methods import check
+
 
 def stored_bytes(width: int, inputs: int = 784, outputs: int = 10) -> int:
     """Bytes of ``width`` features in single precision: their weights, the readout's, and the two sums."""
@@ -37,8 +39,7 @@ class StreamingRidge(SupervisedPlugin):
 
     def __init__(self, ridge: float):
         super().__init__()
-        if not 0 < ridge < float("inf"):
-            raise ValueError(f"Invalid ridge value: {ridge} (allowed: greater than 0)")
+        check("ridge", ridge)
         self.ridge = ridge
         self.gram = self.targets = self._inputs = None
         self._solved = True
