@@ -77,14 +77,12 @@ def drifting(run: Run, dataset_root: Path | None) -> tuple[list, list]:
 
 def swaps(start: np.ndarray, end: np.ndarray) -> list[tuple[int, int]]:
     """Exchanges of two places each that turn one permutation into another."""
-    now, where, moves = start.copy(), np.argsort(start), []
-    for i in range(len(now)):
-        j = where[end[i]]
+    now, moves = start.tolist(), []
+    for i, value in enumerate(end.tolist()):
+        j = now.index(value, i)  # all before are in place
         if i != j:
             moves.append((i, j))
-            where[now[i]] = j
-            now[[i, j]] = now[[j, i]]
-            where[now[i]] = i
+            now[i], now[j] = now[j], now[i]
     return moves
 
 
