@@ -50,16 +50,17 @@ def run_all(
         print(f"{len(keys) - len(tasks)} of {len(keys)} runs are already in {store.path}")
     failed, patience = 0, 0.5 if sys.stdout.isatty() else 10  # seconds between updates: few lines in a log file
     bar = tqdm(total=len(tasks), unit="run", file=sys.stdout, mininterval=patience, disable=not tasks)
-    with bar as progress, closing(in_parallel(_train, tasks, jobs, scheduler)) as finished:
+    with bar, closing(in_parallel(_train, tasks, jobs, scheduler)) as finished:
         for (run, *_), row in finished:
+            name = f"{run.strategy}, seed {run.seed}"
             if isinstance(row, Exception):
                 row = {"settings": run.settings(), "error": f"{type(row).__name__}: {row}"}
             store.append(row)
             if "error" in row:
                 failed += 1
-                progress.write(f"FAILED {run.strategy}, seed {run.seed}: {row['error'].splitlines()[-1]}")
-            progress.set_postfix_str(f"{run.strategy}, seed {run.seed}", refresh=False)
-            progress.update()
+                bar.write(f"FAILED {name}: {row['error'].splitlines()[-1]}")
+            bar.set_postfix_str(name, refresh=False)
+            bar.update()
     return failed
 
 

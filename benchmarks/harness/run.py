@@ -121,7 +121,11 @@ def execute(
         for part in [experiences] if whole else parts(run, experiences):
             strategy.train(part, drop_last=True, shuffle=run.stream != "drifting")
         seconds += time.perf_counter() - start
-        _check_finite(strategy)
+        # Few methods check their loss: one that diverged would be reported as one that guesses.
+        if not all(p.isfinite().all() for p in strategy.model.parameters()):
+            number = strategy.clock.train_exp_counter - 1
+            cause = "The usual cause is too high a learning rate."
+            raise FloatingPointError(f"the weights are not finite after training experience {number}. {cause}")
         ends.append(strategy.clock.train_iterations)
         ranks.append(sum(gate.gate.claimed_rank.values()) if gate is not None else 0)
         strategy.eval(benchmark.test_stream)
@@ -130,31 +134,19 @@ def execute(
 
     accuracy = matrix.result()
     accuracy = accuracy[~np.isnan(accuracy).all(axis=1)]  # an online stream is evaluated when a task ends
-    figures = {
-        "acc": float(accuracy[-1].mean()),
-        "accuracy_matrix": accuracy.round(4).tolist(),
-        "task_ends": ends,
-        "seconds": seconds - watch.seconds,
-        "extra_memory_bytes": extra_memory_bytes(strategy, plugins, build_network(run.network, run.heads, run.data)),
-    }
+    network = build_network(run.network, run.heads, run.data)
+    figures = {"acc": float(accuracy[-1].mean()), "accuracy_matrix": accuracy.round(4).tolist(), "task_ends": ends}
+    figures["seconds"] = seconds - watch.seconds
+    figures["extra_memory_bytes"] = extra_memory_bytes(strategy, plugins, network)
     if watch.points:
         figures["curve"] = watch.points
     if accuracy.shape[0] == accuracy.shape[1]:
-        figures["bwt"] = backward_transfer(accuracy)
-        figures["forgetting"] = average_forgetting(accuracy)
+        figures |= {"bwt": backward_transfer(accuracy), "forgetting": average_forgetting(accuracy)}
         figures["learning_acc"] = learning_accuracy(accuracy)
         figures |= {"min_acc": worst_case(watch.points)} if watch.points and len(accuracy) > 1 else {}
     if gate is not None:
         figures |= {"consolidated_at": gate.consolidated_at, "claimed_rank": ranks}
     return {"settings": settings, "figures": figures, "versions": {"algorithm": version_of(run.strategy), **versions()}}
-
-
-def _check_finite(strategy) -> None:
-    """Few methods check their loss: one that diverged would be reported as one that guesses."""
-    if not all(p.isfinite().all() for p in strategy.model.parameters()):
-        number = strategy.clock.train_exp_counter - 1
-        cause = "The usual cause is too high a learning rate."
-        raise FloatingPointError(f"the weights are not finite after training experience {number}. {cause}")
 
 
 def build_benchmark(run: Run, dataset_root: Path | None = None) -> CLScenario:
