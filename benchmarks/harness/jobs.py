@@ -71,8 +71,7 @@ def in_parallel(function: Callable, jobs: Sequence, workers: int, scheduler: str
 
     Args:
         function: a module's function of one job.
-        workers: processes, without a scheduler.
-        scheduler: address of a Dask scheduler.
+        workers: processes, unless there is the address of a Dask scheduler.
 
     Raises:
         OSError: the scheduler can't be reached.

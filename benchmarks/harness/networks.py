@@ -16,10 +16,7 @@ CHANNELS = (16, 32)
 
 
 def build_network(name: str = "256-256", heads: int = 1, data: str = "mnist") -> nn.Module:
-    """One of ``settings.NETWORKS`` for a data set, such as a ReLU perceptron by the widths of its hidden layers.
-
-    With several heads, these share the outputs evenly.
-    """
+    """One of ``settings.NETWORKS`` for a data set. Several heads share the outputs evenly."""
     if name not in NETWORKS:
         raise ValueError(f"Invalid network: {name} (allowed: {', '.join(NETWORKS)})")
     shape, classes = DATA[data].shape, DATA[data].classes

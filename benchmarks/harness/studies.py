@@ -32,12 +32,9 @@ class Study:
     """Runs that are compared with each other.
 
     Attributes:
-        title: its name in captions.
         settings: of all its runs; by default one epoch, batches of 64 and the usual network.
-        rows: the compared strategies, in the order of the tables.
         buffers: numbers of stored samples of the strategies with replay.
-        curves: numbers of stored samples with which accuracy is measured during training, too. 0: without any.
-        seeds: number of runs of each row.
+        curves: numbers of stored samples with which accuracy is also measured during training. 0: without any.
         protocol: the published protocol whose settings it has.
     """
 

@@ -94,10 +94,9 @@ def by_seed(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(ours: pd.Series, others: pd.DataFrame) -> pd.DataFrame:
-    """Ours minus every other row of ``by_seed``, as one family of comparisons. A row with one seed is left out.
+    """Ours minus every other row of ``by_seed`` with two seeds or more, as one family of comparisons.
 
-    Returns:
-        A row a cell: "gains" by seed, their "mean", "p" corrected for the number of cells, and "other", its ACC.
+    A row a cell: "gains" by seed, their "mean", "p" corrected for the number of cells, and "other", its ACC.
     """
     gains = [(ours - row).dropna() for _, row in others.iterrows()]
     found = pd.DataFrame({"gains": gains, "other": others.mean(axis=1)}, index=others.index)
@@ -242,12 +241,9 @@ def best(runs: pd.DataFrame, study: Study, ours: str) -> str:
 
 
 def minus_others(runs: pd.DataFrame, study: Study, ours: str, *names: str) -> str:
-    """Ours minus every other row: a row a strategy, a column a number of stored samples. Bold if it is significant.
+    """Ours minus every other row, or those named: a column a number of stored samples. Bold if it is significant.
 
     With more than four columns there are no intervals, and one more row: ours minus ours with the next smaller memory.
-
-    Args:
-        names: the other strategies; all by default.
     """
     runs = runs[runs["label"].isin((ours, *names))] if names else runs
     found = against_others(runs, ours)

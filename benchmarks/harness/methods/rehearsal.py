@@ -18,10 +18,9 @@ from harness.settings import Run
 
 
 def memory_of(run: Run) -> dict[str, int]:
-    """Avalanche's arguments of a memory.
+    """Avalanche's arguments of a memory. A batch has the same number of stored samples and of stream samples.
 
-    A batch has the same number of stored samples and of stream samples, but at most the whole memory: Avalanche never
-    fills a larger batch, and as runs drop incomplete batches, the memory would not be seen.
+    It has at most the whole memory: Avalanche never fills a larger batch, and runs drop incomplete ones.
     """
     return {"mem_size": run.replay_buffer, "batch_size_mem": min(run.batch_size, run.replay_buffer)}
 
@@ -56,8 +55,7 @@ def averaged_gem(run: Run) -> AGEMPlugin:
 
 
 def gradient_episodic_memory(run: Run, memory_strength: float) -> GEMPlugin:
-    """D. Lopez-Paz, M. Ranzato: Gradient episodic memory for continual learning, NeurIPS 2017. Slow if many are stored.
-    """
+    """D. Lopez-Paz, M. Ranzato: Gradient episodic memory, NeurIPS 2017. It is slow if many samples are stored."""
     return GEMPlugin(_share(run), memory_strength)
 
 
