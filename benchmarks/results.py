@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tables
-from harness.cli import Names, Where, parsed, status
+from harness.cli import Names, Strategies, Where, parsed, status
 from harness.settings import Run
 from harness.studies import STUDIES
 
@@ -25,7 +25,7 @@ class Settings(Where):
     """
 
     studies: Names = tuple(STUDIES)
-    strategies: Names = ()
+    strategies: Strategies = ()
     seeds: int | None = None
     output: Path = tables.RESULTS
 

@@ -22,7 +22,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 
-from harness.cli import Training
+from harness.cli import Strategy, Training
 from harness.jobs import in_parallel, worker
 from harness.recipes import USES_REPLAY, recipe_of
 from harness.settings import BENCHMARKS, ROOT, Run
@@ -67,7 +67,7 @@ class Search(Training):
         storage: URL of a database for Optuna; None: a file in the output folder
     """
 
-    strategy: str = "sp"
+    strategy: Strategy = "sp"
     benchmark: Literal[BENCHMARKS] = "split-mnist"
     tasks: int | None = None
     train_per_task: int | None = None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from harness.protocols import PROTOCOLS, overrides_of
-from harness.recipes import TASK_INCREMENTAL, USES_REPLAY
+from harness.recipes import TASK_INCREMENTAL, USES_REPLAY, name_of
 from harness.settings import STRATEGIES, title_of
 from harness.store import USUAL_RUN, as_text
 
@@ -243,8 +243,8 @@ _WITH_DENDRITES |= {"sp-dendrites-replay": "sp-replay-sgd", "dendrites-replay": 
 def _dendrites(title: str, tasks: int, wider: str, **settings) -> Study:
     rows = []
     for name, alone in _WITH_DENDRITES.items():
-        rows += [Row(alone), Row(name), Row(alone, f"{alone}-wider", None, {"network": wider})]
-    rows.append(_set({"sigmoid": 1.0}, "sp-dendrites", "sp-dendrites-sigmoid"))
+        rows += [Row(alone), Row(name), Row(alone, f"{name_of(alone)}, wider", None, {"network": wider})]
+    rows.append(_set({"sigmoid": 1.0}, "sp-dendrites", f"{name_of('sp-dendrites')}, sigmoid"))
     return Study(title, _split(tasks, **settings), rows)
 
 
@@ -291,7 +291,21 @@ STUDIES = {**BY_BUFFER, **WITHOUT_REPLAY, **PARTS, **PUBLISHED, **DENDRITES, **O
 STUDIES |= {f"boundaries_{name}".replace(" ", "_"): study for name, study in BOUNDARIES.items()}
 STUDIES |= {f"layers_{network}": _layers(network) for network in LAYERS}
 
-# The table at the head of the README, by the heads of its columns.
+# The table of the README, by the heads of its columns: naive training, other methods that store no sample, the
+# controls, ours and the bound.
+OTHERS = ("ewc", "si", "mas", "lwf", "owm", "gpm")
+_FRONT = ("naive-sgd", *OTHERS, "rf-ridge", "gaussian-replay", "sp", ALONE, "joint")
+FRONT = {
+    name: Study(name, settings, tuple(map(Row, _FRONT)))
+    for name, settings in {
+        "Split MNIST, 5 tasks": _split(5),
+        "Split Fashion-MNIST, 5 tasks": _split(5, "fashion-mnist"),
+        "76 letters, 19 tasks": _split(19, "glyphs"),
+        "Permuted MNIST, 10 tasks": _TEN_THOUSAND,
+    }.items()
+}
+
+# The overview at the head of the page of results, by the heads of its columns.
 _METHODS = "naive-sgd ewc si mas gpm rf-ridge sp sp-both gaussian-replay sp-gaussian replay-joint der++ sp-replay"
 _COLUMNS = {"2 tasks": _split(2), "5 tasks": _split(5), "10 tasks, a class each": _split(10)}
 _COLUMNS["10 permutations"] = _TEN_THOUSAND
