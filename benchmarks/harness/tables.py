@@ -199,7 +199,8 @@ def listing(runs: pd.DataFrame, study: Study | None, columns: str = "full") -> s
         source = f"\nPublished: {protocol.source}. {protocol.note}".rstrip() + "\n"
         runs = runs.assign(published=figures)
     rows = (
-        {"strategy": name_of(label), "buffer": buffer or "-"} | {name: text(cell) for name, text in LISTINGS[columns].items()}
+        {"strategy": name_of(label), "buffer": buffer or "-"}
+        | {name: text(cell) for name, text in LISTINGS[columns].items()}
         for label, buffer, cell in cells(runs)
     )
     return caption(study.title if study else title(runs), runs) + markdown(rows) + source
@@ -214,7 +215,8 @@ def minus(runs: pd.DataFrame, study: Study | None, reference: str) -> str:
     found = differences(accuracies.loc[ours[0]], accuracies.drop(index=ours))
     return markdown(
         {"strategy": name_of(label), "buffer": buffer or "-"}
-        | {f"ACC minus that of {name_of(reference)}": with_student(-row["gains"], "+.1f"), "p (Holm)": f"{row['p']:.3f}"}
+        | {f"ACC minus that of {name_of(reference)}": with_student(-row["gains"], "+.1f")}
+        | {"p (Holm)": f"{row['p']:.3f}"}
         for (label, buffer), row in found.iterrows()
     )
 
