@@ -52,7 +52,7 @@ class SelectivePlasticityOptimizer(Optimizer):
 
     **For continual learning** use :meth:`for_continual_learning` and :meth:`consolidate`. The defaults of the class are
     Adam's. ``eps`` leads from Adam (1e-8) to SGD (1, with SGD's learning rates). Between them, without momentum, the
-    gate protects most (``docs/experiments.md``). If ``eps`` is not small compared with the gradient, the loss's scale
+    gate protects most (``docs/trials/optimizer.csv``). If ``eps`` is not small compared with the gradient, the loss's scale
     matters as it does to SGD.
 
     Args:

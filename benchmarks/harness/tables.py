@@ -333,12 +333,29 @@ _COSTS = {
 }
 
 
+def _measured() -> dict[str, dict]:
+    """What ``overhead.py`` measured, by part."""
+    found = json.loads((ROOT / "docs" / "results" / "overhead.json").read_text())
+    return {part: value for part, value in found.items() if isinstance(value, dict)}
+
+
+def overhead(frame: pd.DataFrame) -> str:
+    """Ratios of times that ``overhead.py`` measured."""
+    return markdown(
+        {"measured": part["what"], "batch": part["batch_size"], "": row["name"]}
+        | {"relative to": row["reference"], "ratio": f"{row['ratio']:.2f}"}
+        | {"rounds": f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}"}
+        for part in _measured().values()
+        for row in part["rows"]
+        if row["name"] != row["reference"]
+    )
+
+
 def costs(frame: pd.DataFrame) -> str:
     """The README's costs: ratios of times that ``overhead.py`` measured, and the memory of a run."""
-    measured = json.loads((ROOT / "docs" / "results" / "overhead.json").read_text())
     rows = []
     for text, (part, name) in _COSTS.items():
-        (ratio,) = (row["ratio"] for row in measured[part]["rows"] if row["name"] == name)
+        (ratio,) = (row["ratio"] for row in _measured()[part]["rows"] if row["name"] == name)
         rows.append({"": text, "time, relative to plain training": f"{ratio:.2f}"})
     runs = FRONT["Split MNIST, 5 tasks"].select(frame)
     kept = runs.loc[runs["strategy"] == "sp", "extra_memory_bytes"].max()
@@ -406,4 +423,4 @@ def layers(frame: pd.DataFrame, network: str) -> str:
 OF_ONE_STUDY: dict[str, Callable[..., str]] = {"listing": listing, "minus": minus, "grid": grid, "changes": changes}
 OF_ONE_STUDY |= {"best": best, "minus-others": minus_others}
 OF_SEVERAL: dict[str, Callable[..., str]] = {"overview": overview, "boundaries": boundaries, "layers": layers}
-OF_SEVERAL |= {"front": front, "costs": costs}
+OF_SEVERAL |= {"front": front, "costs": costs, "overhead": overhead}
