@@ -52,8 +52,8 @@ class SelectivePlasticityOptimizer(Optimizer):
 
     **For continual learning** use :meth:`for_continual_learning` and :meth:`consolidate`. The defaults of the class are
     Adam's. ``eps`` leads from Adam (1e-8) to SGD (1, with SGD's learning rates). Between them, without momentum, the
-    gate protects most (``docs/trials/optimizer.csv``). If ``eps`` is not small compared with the gradient, the loss's scale
-    matters as it does to SGD.
+    gate protects most (``docs/trials/optimizer.csv``). If ``eps`` is not small compared with the gradient, the scale
+    of the loss matters as it does to SGD.
 
     Args:
         params: parameters or parameter groups; every setting below can be given per group.

@@ -148,7 +148,7 @@ WITHOUT_REPLAY = {
     "permuted60k_100_20": Study("Permuted MNIST, 20 tasks", _permuted(20, **_NARROW), _rows("sp sp-both joint")),
 }
 
-# Learning rates by buffer: with five times as many steps the other methods need smaller ones (docs/trials/baselines.csv).
+# Learning rates by buffer: with five times the steps the other methods need smaller ones (docs/trials/baselines.csv).
 _FIVE_EPOCHS = {
     "replay-joint": {50: 0.001, 200: 0.005, 1000: 0.03, 2000: 0.1},
     "replay-adaptive": {50: 3e-6, 200: 3e-5, 1000: 1.5e-4, 2000: 5e-4},
