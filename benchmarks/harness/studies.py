@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from harness.protocols import PROTOCOLS, overrides_of
-from harness.recipes import TASK_INCREMENTAL, USES_REPLAY, name_of
+from harness.recipes import TASK_INCREMENTAL, USES_REPLAY
 from harness.settings import STRATEGIES, title_of
 from harness.store import USUAL_RUN, as_text
 
@@ -243,8 +243,8 @@ _WITH_DENDRITES |= {"sp-dendrites-replay": "sp-replay-sgd", "dendrites-replay": 
 def _dendrites(title: str, tasks: int, wider: str, **settings) -> Study:
     rows = []
     for name, alone in _WITH_DENDRITES.items():
-        rows += [Row(alone), Row(name), Row(alone, f"{name_of(alone)}, wider", None, {"network": wider})]
-    rows.append(_set({"sigmoid": 1.0}, "sp-dendrites", f"{name_of('sp-dendrites')}, sigmoid"))
+        rows += [Row(alone), Row(name), Row(alone, f"{alone}-wider", None, {"network": wider})]
+    rows.append(_set({"sigmoid": 1.0}, "sp-dendrites", "sp-dendrites-sigmoid"))
     return Study(title, _split(tasks, **settings), rows)
 
 

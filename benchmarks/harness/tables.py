@@ -373,7 +373,7 @@ def found_boundaries(task_ends: list[int], consolidated_at: list[int]) -> tuple[
 
 
 def boundaries(frame: pd.DataFrame) -> str:
-    """Streams that do not say where a task ends, each strategy compared with itself told the boundaries."""
+    """Streams that do not say where a task ends, each strategy compared with itself, task-aware."""
     rows = []
     for stream, study in BOUNDARIES.items():
         runs = study.select(frame)
@@ -384,7 +384,7 @@ def boundaries(frame: pd.DataFrame) -> str:
             told = told if (told, buffer) in accuracies.index else "naive-sgd"
             gains = (accuracies.loc[(label, buffer)] - accuracies.loc[(told, buffer)]).dropna()
             row = {"stream": stream, "strategy": name_of(label), "buffer": buffer or "-", "runs": len(cell)}
-            row |= {"ACC %": with_student(cell["acc"]), "minus told": "-" if told == label else with_student(gains)}
+            row |= {"ACC %": with_student(cell["acc"]), "minus task-aware": "-" if told == label else with_student(gains)}
             row["seconds"] = f"{cell['seconds'].median():.1f}"
             if stream == "drifting":  # it has no boundary that could be found
                 row["consolidated"] = f"{cell['consolidated_at'].map(len).median():g}"

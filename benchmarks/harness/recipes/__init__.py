@@ -95,9 +95,12 @@ for _name in ("sp", "sp-both", "sp-replay"):
 _KEYS = {name.replace(" ", "").lower(): key for key, name in NAMES.items()}
 
 
-def name_of(strategy: str) -> str:
-    """The strategy's name in tables and figures; other text as it is."""
-    return NAMES.get(strategy, strategy)
+def name_of(label: str) -> str:
+    """The name in tables and figures of a strategy or of its variant ("sp-wider"); other text as it is."""
+    strategy, _, variant = label.rpartition("-")
+    if variant in ("wider", "sigmoid"):
+        return f"{name_of(strategy)}, {variant}"
+    return NAMES.get(label, label)
 
 
 def strategy_called(name: str) -> str:
