@@ -15,7 +15,7 @@ from harness.studies import STUDIES
 
 @dataclass(frozen=True)
 class Settings(Where):
-    """What is trained.
+    """Settings of the training.
 
     Attributes:
         studies: names of harness/studies.py

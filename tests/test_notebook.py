@@ -1,4 +1,4 @@
-"""The demo notebook runs from an empty kernel, and what is committed is such a run."""
+"""The demo notebook runs from an empty kernel, and the committed notebook is such a run."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""Stored samples beside the gate: how far they replace it."""
+"""Stored samples with the gate: how far they replace it."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ class SelectivePlasticityOptimizer(Optimizer):
     def observe_surprise(self, value: float | Tensor) -> None:
         """Tells the gate how unexpected the present data is, from 0 (as usual) to 1.
 
-        It stays in force until told anew. :class:`~avalanche_sp.SelectivePlasticityPlugin` calls this every
+        It stays in force until the next call. :class:`~avalanche_sp.SelectivePlasticityPlugin` calls this every
         iteration with the surprise of the stream's loss.
 
         Args:
@@ -225,7 +225,7 @@ class SelectivePlasticityOptimizer(Optimizer):
     def reset_eligibility(self) -> None:
         """Forgets all eligibility, consolidated or running, so that every synapse is as plastic as a new one.
 
-        The running trace is Adam's second moment, which shares its step count with the first: all three start anew.
+        The running trace is Adam's second moment, which shares its step count with the first: all three start again.
         """
         for state in self.state.values():
             state.clear()

@@ -265,7 +265,7 @@ def about(*kinds: str) -> str:
 
 
 def status(work: Callable[[], int], go_on: str) -> int:
-    """The exit status of ``work``: its own, 130 after Ctrl-C, 1 after an error. ``go_on`` says what is kept."""
+    """The exit status of ``work``: its own, 130 after Ctrl-C, 1 after an error. ``go_on``: a message."""
     try:
         return work()
     except KeyboardInterrupt:
@@ -277,7 +277,7 @@ def status(work: Callable[[], int], go_on: str) -> int:
 
 
 def compare(kind: type[Comparison], description: str, argv: list[str] | None = None, **defaults) -> int:
-    """A script: trains what is missing, then writes and prints the report; its exit status."""
+    """A script: trains the missing runs, then writes and prints the report; its exit status."""
     settings = comparison(kind, argv, description, **defaults)
     from harness.jobs import run_all  # here, as pandas is slow to load
     from harness.store import Store, key_of

@@ -56,7 +56,7 @@ class Search(Training):
 
     Attributes:
         strategy: its name
-        benchmark: what is learned
+        benchmark: its name
         tasks: experiences; by default 2 groups of classes or 10 permutations
         train_per_task: training images a task of permutations; None: all
         replay_buffer: stored samples, of a strategy with replay

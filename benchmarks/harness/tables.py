@@ -384,7 +384,8 @@ def boundaries(frame: pd.DataFrame) -> str:
             told = told if (told, buffer) in accuracies.index else "naive-sgd"
             gains = (accuracies.loc[(label, buffer)] - accuracies.loc[(told, buffer)]).dropna()
             row = {"stream": stream, "strategy": name_of(label), "buffer": buffer or "-", "runs": len(cell)}
-            row |= {"ACC %": with_student(cell["acc"]), "minus task-aware": "-" if told == label else with_student(gains)}
+            row["ACC %"] = with_student(cell["acc"])
+            row["minus task-aware"] = "-" if told == label else with_student(gains)
             row["seconds"] = f"{cell['seconds'].median():.1f}"
             if stream == "drifting":  # it has no boundary that could be found
                 row["consolidated"] = f"{cell['consolidated_at'].map(len).median():g}"
