@@ -301,7 +301,7 @@ FRONT = {
         "Split MNIST, 5 tasks": _split(5),
         "Split Fashion-MNIST, 5 tasks": _split(5, "fashion-mnist"),
         "76 letters, 19 tasks": _split(19, "glyphs"),
-        "Permuted MNIST, 10 tasks": _TEN_THOUSAND,
+        "Permuted MNIST, 10 x 10,000 images": _TEN_THOUSAND,
     }.items()
 }
 
