@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 
 from avalanche_sp.gate.consolidate import consolidate, inherited
 from avalanche_sp.gate.detection import ChangeDetector, RunningSurprise, page_hinkley
-from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layer_gate import LayerGate, StreamStatistics
 from avalanche_sp.gate.layers import (
     NORMALISATION,
@@ -34,7 +33,6 @@ from avalanche_sp.gate.observe import (
     check_outputs,
     observe,
     output_sensitivity,
-    some_rows,
 )
 from avalanche_sp.gate.penalty import Drift, Gated
 from avalanche_sp.gate.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
@@ -99,10 +97,11 @@ class PlasticityGate:
 
     No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs, and four bits a weight.
     Gated are linear and bilinear layers, convolutions and transposed convolutions of one to three dimensions, recurrent
-    layers and cells, and attention (``docs/coverage.md``). A convolution's input vectors are its patches; the groups of
-    a grouped one share one eigenspace. All other weights learn with the first experience and are frozen afterwards,
-    unless stored samples are trained on; those of recurrent layers and attention also train ungated then, as the error
-    of each of their rows is not known.
+    layers and cells, attention, and embeddings (``docs/coverage.md``). A convolution's input vectors are its patches;
+    the groups of a grouped one share one eigenspace. An embedding's are one-hot, so C is diagonal and exact: a row is
+    held by how often it was used, and an unused one is free. All other weights learn with the first experience and are
+    frozen afterwards, unless stored samples are trained on; those of recurrent layers, attention and embeddings also
+    train ungated then, as the error of each of their rows is not known.
 
     **What hooks carry.** Gradient accumulation, ``torch.amp.GradScaler``, gradient clipping, closures, and loops of
     other libraries, as long as the optimizer is a ``torch.optim.Optimizer`` and its ``step`` is called. What they do
@@ -342,6 +341,7 @@ class PlasticityGate:
         if not (self.active and self.readout_step and self.memory.layers) or self._stream:
             return
         model = self._attached()
+        assert self._optimizer is not None
         layers = protected_layers(model, self.openness)
         samples = self._samples_of(data)
         observation = self._observed(samples, layers, criterion if self._memory_size else None)
@@ -353,11 +353,13 @@ class PlasticityGate:
             return
         below = {n: layers[n] for n in self._gated if n != classified.layer and n in observation.layers}
         weights = {name: layer.weights_and_bias() for name, layer in below.items()}
-        sensitivity = output_sensitivity(model, observation.inputs, below, self._forward)
+        sensitivity = output_sensitivity(model, observation, below, self._forward)
         scale = {}
+        eps = self._optimizer.defaults.get("eps")
+        is_adaptive = isinstance(eps, float) and eps <= self.settings.adaptive_eps
         for name in below:
             g, reference = self._gated[name], self.memory.layers[name].sharpness
-            if reference is not None:
+            if reference is not None and not is_adaptive:
                 through = partial(g.gate.through, memory=g.memory)
                 sharpness = self._sharpness(g.layer, observation.layers[name], sensitivity[name], through)
                 scale[name] = float(reference / sharpness) if sharpness > reference else 1.0
@@ -426,7 +428,7 @@ class PlasticityGate:
         first = not self.memory.consolidations
         self._remember(observation, layers, criterion)
         if first and self.readout_step:
-            sensitivity = output_sensitivity(model, observation.inputs, layers, self._forward)
+            sensitivity = output_sensitivity(model, observation, layers, self._forward)
             known = {}
             for name, memory in self.memory.layers.items():
                 sharpness = self._sharpness(layers[name], observation.layers[name], sensitivity[name])
@@ -623,7 +625,7 @@ class PlasticityGate:
 
     def _look_at(self, g: Gated, x: Tensor) -> None:
         x = x.to(g.memory.vectors.dtype)
-        g.statistics.add(g.gate, g.layer.energy(x), g.layer.project(x, g.memory.vectors))
+        g.statistics.add(g.gate, g.layer.energy(x), g.layer.power(x, g.memory.vectors))
 
     def _gate_backward(self, g: Gated, parameter: nn.Parameter, grad: Tensor) -> Tensor | None:
         """Hook on a parameter: gates the stream's part of the gradient of a backward pass, before it is accumulated."""
@@ -710,7 +712,7 @@ class PlasticityGate:
         through: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Leading eigenvalue of the Gauss-Newton matrix in a layer's weights, with Kronecker factors, 0-dim."""
-        return layer.units * sensitivity * seen.rows * leading_eigenvalue(some_rows(seen.inputs), through)
+        return layer.units * sensitivity * seen.rows * seen.leading_eigenvalue(through)
 
     def _remember(
         self,
@@ -794,11 +796,11 @@ class PlasticityGate:
         for name, before in prepared.weights.items():
             memory, seen = self.memory.layers[name], observation.layers[name]
             change = layers[name].weights_and_bias()[: len(before)] - before
-            along, inputs = change @ memory.vectors, some_rows(seen.inputs)
+            along = memory.along(change)
             of_rest = (change.square().sum() - along.square().sum()).clamp_min(0) * memory.rest
             scale = prepared.sensitivity[name] * seen.rows
             old = old + scale * ((along.square() * memory.eigenvalues).sum() + of_rest)
-            new = new + scale * (inputs @ change.T).square().sum() / len(inputs)
+            new = new + scale * seen.mean_square(change)
         share = float((old / new.clamp_min(torch.finfo(new.dtype).tiny)).sqrt().clamp(0, 1))
         memory, basis = self.memory.layers[now.layer], prepared.vectors
         moved = memory.moved(lambda rows: drifted(rows, prepared.inputs, now.inputs, basis, share, self.settings))

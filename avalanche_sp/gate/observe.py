@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from avalanche_sp.gate.functional import loss_curvature
+from avalanche_sp.gate.functional import leading_eigenvalue, loss_curvature
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples
 from avalanche_sp.gate.settings import Settings
@@ -44,16 +44,33 @@ class LayerObservation:
     """A layer's inputs.
 
     Attributes:
-        inputs: input vectors (n, d), or others of the same leading second moment.
+        inputs: input vectors (n, d), or others of the same leading second moment; of an embedding, whose input vectors
+            are one-hot, the frequency of each (d,).
         rows: number of input vectors that a sample gives a weight.
         mean_eigenvalue: of the second moment, over all directions; None for that of ``inputs``.
         fed_by_data: True if no trained layer makes this layer's input.
+        shared: True if a batch's samples share one input, as those of position embeddings do.
     """
 
     inputs: Tensor
     rows: float
     mean_eigenvalue: Tensor | None
     fed_by_data: bool
+    shared: bool = False
+
+    def mean_square(self, weights: Tensor) -> Tensor:
+        """Mean squared norm of the outputs that weights (out, d) make of the inputs, 0-dim."""
+        if self.inputs.dim() == 1:
+            return (weights.square() * self.inputs).sum()
+        x = some_rows(self.inputs)
+        return (x @ weights.T).square().sum() / len(x)
+
+    def leading_eigenvalue(self, through: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The largest eigenvalue of the second moment, behind a gate (:func:`leading_eigenvalue`)."""
+        if self.inputs.dim() == 1:
+            axes = torch.ones_like(self.inputs).unsqueeze(0)
+            return (self.inputs * (axes if through is None else through(axes))).max()
+        return leading_eigenvalue(some_rows(self.inputs), through)
 
 
 @dataclass(frozen=True)
@@ -166,6 +183,7 @@ def observe(
     units: list[tuple[str, Tensor] | None] = []
     last: tuple[str, GatedLayer, Tensor] | None = None
     count, some = 0, None
+    of_first: dict[str, int] = {}  # input vectors of the first batch
 
     def record(name, layer, x, output):
         nonlocal last
@@ -181,6 +199,7 @@ def observe(
                 some = _first(x, _SENSITIVITY) if not count else some
                 count += len(y)
                 outputs = forward(model, x)
+                of_first = of_first or dict(vectors_seen)
                 units.append(_masked_units(outputs, y, last))
                 targets.append(y)
                 if criterion is not None:
@@ -188,7 +207,7 @@ def observe(
                     curvature, name, error = output_derivatives(criterion, outputs, y, last)
                     curvatures.append(curvature)
                     errors.append((name, error))
-        given, explained = _fed_by_data(model, layers, _first(some, 2), forward)
+        given, explained, of_two = _fed_by_data(model, layers, _first(some, 2), forward)
     inputs = {name: parts for name, parts in inputs.items() if name in explained}
     for name, parts in inputs.items():
         if not torch.stack([part.square().sum() for part in parts]).sum().isfinite():
@@ -196,10 +215,12 @@ def observe(
                 f"the input of layer {name} is not finite, or its square is not, at the end of an experience: nothing "
                 "was consolidated. The usual cause is too high a learning rate."
             )
-    observed = {
-        name: LayerObservation(torch.cat(parts), vectors_seen[name] / count, None, name in given)
-        for name, parts in inputs.items()
-    }
+    observed = {}
+    for name, parts in inputs.items():
+        shared = len(targets[0]) > 2 and of_first.get(name) == of_two[name]
+        rows = vectors_seen[name] / (len(targets) if shared else count)
+        x = torch.stack(parts).sum(0) / max(vectors_seen[name], 1) if layers[name].of_rows else torch.cat(parts)
+        observed[name] = LayerObservation(x, rows, None, name in given, shared)
     curvature = torch.stack(curvatures).mean() if curvatures else torch.zeros(())
     readout, names = None, {name for name, _ in errors}
     if len(names) == 1 and (name := names.pop()) is not None:
@@ -248,7 +269,13 @@ def some_rows(inputs: Tensor) -> Tensor:
 
 
 def some_inputs(layer: GatedLayer, x: Tensor, most: int) -> tuple[Tensor, int]:
-    """At most ``most`` input vectors a sample of a layer (n, d), evenly spread; and the number of all for a weight."""
+    """At most ``most`` input vectors a sample of a layer (n, d), evenly spread; and the number of all for a weight.
+
+    Of an embedding the uses of each row (d,).
+    """
+    if layer.of_rows:
+        rows = layer.uses(x)
+        return rows, int(rows.sum())
     each = len(layer.presynaptic(x[:1].float()))  # of a sample, or of a row of a flattened sequence
     every, uses = each * len(x), each * len(x) // layer.groups
     if each <= most:
@@ -280,7 +307,7 @@ class Preparation:
 
 
 def output_sensitivity(
-    model: nn.Module, inputs: Any, layers: Mapping[str, GatedLayer], forward: Forward
+    model: nn.Module, observation: Observation, layers: Mapping[str, GatedLayer], forward: Forward
 ) -> dict[str, Tensor]:
     """Mean square of J^T v over samples and a layer's output units, 0-dim, by layer; 0 if it is not called.
 
@@ -290,7 +317,7 @@ def output_sensitivity(
     its input stand for it.
 
     Args:
-        inputs: the network's, of some samples, on its device.
+        observation: has inputs of the network.
     """
     made: dict[str, Tensor] = {}
     energy: dict[str, Tensor] = {}
@@ -299,13 +326,14 @@ def output_sensitivity(
         if layer.per_row and isinstance(output, Tensor):
             made[name] = output
         else:
-            energy[name] = energy.get(name, 0) + x.detach().float().square().sum()
+            squares_of_x = layer.energy(x) if layer.of_rows else x.detach().float().square().sum()
+            energy[name] = energy.get(name, 0) + squares_of_x
 
     # cuDNN's recurrent layers have no backward pass in evaluation mode.
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with torch.enable_grad(), _evaluation(model) as device:
         with _after_each(layers, note), torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
-            outputs = forward(model, inputs)
+            outputs = forward(model, observation.inputs)
         signs = torch.randint(0, 2, outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs) * 2 - 1
         varied = {name: output for name, output in made.items() if output.requires_grad}
         varied |= {name: layers[name].weight for name in energy}
@@ -315,6 +343,9 @@ def output_sensitivity(
     for name in energy.keys() & squares.keys():  # (sum of delta x^T)^2 is about the sum of delta^2 x^2
         layer = layers[name]
         squares[name] = squares[name] * layer.weight.numel() / (layer.units * energy[name])
+    for name, seen in observation.layers.items():
+        if seen.shared and name in squares:  # the sum over samples was squared
+            squares[name] = squares[name] / len(outputs)
     return {name: squares.get(name, torch.zeros((), device=device)) for name in layers}
 
 
@@ -367,21 +398,23 @@ def _gradient(criterion: Criterion, outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _fed_by_data(
     model: nn.Module, layers: Mapping[str, GatedLayer], inputs: Any, forward: Forward
-) -> tuple[set[str], set[str]]:
+) -> tuple[set[str], set[str], dict[str, int]]:
     """Names of layers whose input no trained layer makes, and of those whose gradient the input explains.
 
-    Both are measured on a few samples.
+    Both are measured on a few samples, and so are the layers' numbers of input vectors.
     """
+    vectors: dict[str, int] = {}
     given: dict[str, bool] = {}
     explained: dict[str, bool] = {}
 
     def note(name, layer, x, output):
         given[name] = given.get(name, True) and not x.requires_grad
         explained[name] = explained.get(name, True) and layer.explains(x, output)
+        vectors[name] = vectors.get(name, 0) + some_inputs(layer, x.detach(), 1)[1]
 
     with torch.enable_grad(), _after_each(layers, note):
         forward(model, inputs)
-    return {name for name in given if given[name]}, {name for name in explained if explained[name]}
+    return {name for name in given if given[name]}, {name for name in explained if explained[name]}, vectors
 
 
 def _is_readout(layer: GatedLayer, made: Tensor, outputs: Tensor) -> bool:
