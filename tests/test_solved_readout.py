@@ -1,23 +1,24 @@
 """The readout, solved for an experience with new classes: against plain linear algebra, and on real MNIST."""
 
 import itertools
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
 import torch
-from avalanche.models import IncrementalClassifier
+from avalanche.models import IncrementalClassifier, as_multitask
 from avalanche.training.plugins import ReplayPlugin
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from avalanche_sp import OneHotMSELoss, PlasticityGate, SelectivePlasticityPlugin, Settings, reference
+from avalanche_sp import OneHotMSELoss, PlasticityGate, SelectivePlasticityPlugin, Settings, reference, split_mnist
 from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layer_gate import LayerGate
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.readout import ReadoutSamples, class_sums, drifted, pseudo_samples
 
-from conftest import accuracy, mlp, sliced, strategy_of
+from conftest import MNIST, accuracy, mlp, sliced, strategy_of
 
 SETTINGS = Settings()
 
@@ -211,6 +212,55 @@ def test_an_experience_is_no_sharper_than_the_first(adaptive):
         assert scales[1:] == [{}, {}]
     else:
         assert all(0 < s["0"] <= 1 for s in scales[1:]) and min(s["0"] for s in scales[1:]) < 1
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    """Split MNIST with a head for each task; 200 images each."""
+    return sliced(split_mnist(5, return_task_id=True, dataset_root=MNIST), train=200)
+
+
+def trained_heads(tasks, plugins, kind, criterion):
+    """The network after these tasks, and its mean accuracy on them."""
+    torch.manual_seed(0)
+    if kind == "mlp":
+        model = nn.Sequential(OrderedDict(features=mlp(64)[:-1], head=nn.Linear(64, 10)))
+    else:
+        features = nn.Sequential(nn.Conv2d(1, 8, 5, 3), nn.ReLU(), nn.Flatten())
+        model = nn.Sequential(OrderedDict(features=features, head=nn.Linear(512, 10)))
+    model = as_multitask(model, "head")
+    strategy, right = strategy_of(model, plugins, criterion=criterion), []
+    for experience in tasks.train_stream:
+        strategy.train(experience)
+    for experience in tasks.test_stream:
+        x, y, t = experience.dataset.read_batch(list(range(200)))
+        with torch.no_grad():
+            right.append(float((model.eval()(x, t).argmax(1) == y).float().mean()))
+    return model, sum(right) / len(right)
+
+
+@pytest.mark.parametrize("replays", [False, True])
+@pytest.mark.parametrize("kind, criterion", [("mlp", OneHotMSELoss()), ("cnn", nn.CrossEntropyLoss())])
+def test_heads_of_tasks_end_no_worse_than_without_the_plugin(tasks, kind, criterion, replays):
+    ends = []
+    for plugins in ([], [SelectivePlasticityPlugin()]):
+        plugins += [ReplayPlugin(100)] if replays else []
+        ends.append(trained_heads(tasks, plugins, kind, criterion)[1])
+    assert ends[1] > 0.93 and ends[1] >= ends[0] - 0.01
+
+
+def test_a_new_task_s_head_is_the_ridge_regression_of_its_samples(tasks):
+    settings = Settings(readout_rank=65)
+    model, _ = trained_heads(tasks, [SelectivePlasticityPlugin(settings=settings)], "mlp", OneHotMSELoss())
+    x, y, t = tasks.train_stream[4].dataset.read_batch(list(range(200)))
+    with torch.no_grad():
+        features = model.eval().model.features(x)
+    features = torch.cat([features, torch.ones(200, 1)], 1).double()
+    wanted = nn.functional.one_hot(y, 10).double()
+    ridge = settings.solve_ridge * features.square().sum() / 65
+    rows = torch.linalg.solve(features.T @ features + ridge * torch.eye(65), features.T @ wanted).T[8:]
+    found = GatedLayer(model.head.classifiers["4"].classifier).weights_and_bias()[8:]
+    assert float((found - rows).norm() / rows.norm()) < 0.05
 
 
 def test_an_experience_that_was_interrupted_leaves_no_frozen_readout():

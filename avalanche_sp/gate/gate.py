@@ -329,8 +329,8 @@ class PlasticityGate:
         """Solves the readout for a coming experience with new classes, before it is trained. Optional, and worth it.
 
         The readout is then frozen until :meth:`consolidate`. So the layers below learn only the part of the loss that
-        the readout cannot remove, and the drift of old inputs is measured. Without a memory, without a new class, and
-        for a quadratic loss if stored samples stand for most of the old one, it does nothing.
+        the readout cannot remove, and the drift of old inputs is measured. Without a memory, without a new class or a
+        new task's head, and for a quadratic loss if stored samples stand for most of the old one, it does nothing.
 
         Args:
             data, criterion: as for :meth:`consolidate`, with the samples in the same order.
@@ -348,6 +348,8 @@ class PlasticityGate:
         classified = observation.classified
         if classified is None or not self._solves(observation):
             return
+        if self._memory_size and classified.layer not in self.memory.layers:
+            return  # batches are of several tasks: no row is gated, and nothing bounds the sharpness of a solved head
         merged = self._merged(classified)
         if not self._solve(classified, layers, merged, criterion):
             return
@@ -616,6 +618,8 @@ class PlasticityGate:
         if not self.gating:
             return
         x, delta = ((t if stream is None else stream.of(t)).to(g.memory.vectors.dtype) for t in (x, delta))
+        if not len(x):
+            return
         if self._drift.is_looking:
             self._look_at(g, x)
         if self._memory_size:
@@ -751,14 +755,18 @@ class PlasticityGate:
             self._warn_of_ungated(layers)
 
     def _solves(self, observation: Observation) -> bool:
-        """Whether the readout is solved for an experience: it brings a new class.
+        """Whether the readout is solved for an experience: it brings a new class, or a new task's head.
 
         A loss that is quadratic in the outputs takes the Newton step instead if stored samples stand for most of the
         old loss.
         """
         samples = observation.classified
-        old = self.memory.layers.get(samples.layer) if samples is not None else None
-        if samples is None or not self.readout_step or old is None or old.class_counts is None:
+        if samples is None or not (self.readout_step and self.memory.layers):
+            return False
+        old = self.memory.layers.get(samples.layer)
+        if old is None:
+            return True
+        if old.class_counts is None:
             return False
         if self.trust > 0.5 and observation.readout is not None:
             return False
@@ -767,15 +775,16 @@ class PlasticityGate:
 
     def _merged(self, samples: ReadoutSamples) -> LayerMemory:
         """The readout's memory with that of an experience."""
-        rank = self.rank_of(samples.layer, samples.inputs.shape[1], True)
-        return self.memory.layers[samples.layer].merged(samples.inputs, int(samples.weight), 1.0, rank)
+        inputs = samples.inputs.shape[1]
+        old = self.memory.layers.get(samples.layer) or LayerMemory.empty(inputs, samples.inputs)
+        return old.merged(samples.inputs, int(samples.weight), 1.0, self.rank_of(samples.layer, inputs, True))
 
     def _solve(
         self, samples: ReadoutSamples, layers: Mapping[str, GatedLayer], merged: LayerMemory, criterion: Criterion
     ) -> bool:
         """Solves the readout, on stored samples also; False if these do not all reach the same one."""
-        layer, old, stored = layers[samples.layer], self.memory.layers[samples.layer], []
-        for replayed in self._replays:
+        layer, old, stored = layers[samples.layer], self.memory.layers.get(samples.layer), []
+        for replayed in self._replays if old is not None else ():
             seen = self._observed(replayed, {samples.layer: layer}, None).classified
             if seen is None:  # several heads, for instance
                 return False
@@ -791,6 +800,8 @@ class PlasticityGate:
         """
         prepared, now = self._prepared, observation.classified
         if prepared is None or now is None or not torch.equal(prepared.targets, now.targets):
+            return
+        if now.layer not in self.memory.layers:
             return
         old = new = now.inputs.new_zeros(())
         for name, before in prepared.weights.items():
