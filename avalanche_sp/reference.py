@@ -60,10 +60,10 @@ def penalty_gradient(weights: Tensor, anchor: Tensor, moment: Tensor, strength: 
 
 
 def likeness(x: Tensor, moment: Tensor) -> float:
-    """(<C - m I, X> / tr X) / (<C - m I, C> / tr C), clipped to [0, 1], with X the second moment of new inputs."""
+    """(<C - m I, X> / tr X) / (<C, C> / tr C), clipped to [0, 1], with X the second moment of new inputs."""
     new = x.double().T @ x.double()
     above = moment - moment.trace() / len(moment) * torch.eye(len(moment)).double()
-    like = (above * new).sum() / new.trace() * moment.trace() / (above * moment).sum()
+    like = (above * new).sum() / new.trace() * moment.trace() / moment.square().sum()
     return float(like.clamp(0, 1))
 
 

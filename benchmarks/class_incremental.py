@@ -4,13 +4,11 @@ python benchmarks/class_incremental.py --data fashion-mnist --tasks 5 --strategi
 """
 
 import sys
+from functools import partial
 
-from harness.cli import ClassIncremental, compare, comparison
+from harness.cli import ClassIncremental, compare
 
-
-def main(argv: list[str] | None = None) -> int:
-    return compare(comparison(ClassIncremental, argv, __doc__))
-
+main = partial(compare, ClassIncremental, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

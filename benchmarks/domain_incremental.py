@@ -4,13 +4,11 @@ python benchmarks/domain_incremental.py --data fashion-mnist --train-per-task 10
 """
 
 import sys
+from functools import partial
 
-from harness.cli import DomainIncremental, compare, comparison
+from harness.cli import DomainIncremental, compare
 
-
-def main(argv: list[str] | None = None) -> int:
-    return compare(comparison(DomainIncremental, argv, __doc__))
-
+main = partial(compare, DomainIncremental, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -72,10 +72,10 @@ class StepClock(SupervisedPlugin):
     seconds = 0.0
 
     def before_training_iteration(self, strategy, **kwargs):
-        self._start = time.perf_counter()
+        self.seconds -= time.perf_counter()
 
     def after_training_iteration(self, strategy, **kwargs):
-        self.seconds += time.perf_counter() - self._start
+        self.seconds += time.perf_counter()
 
 
 def naive(
@@ -136,13 +136,11 @@ def steps(width: int) -> tuple[Timers, dict[str, int]]:
 def gated(root: str, steps_alone: bool) -> Timers:
     """Split MNIST's second experience of two: its iterations, or all of it with consolidation."""
     first, second = split_mnist(2, dataset_root=root).train_stream
-    optimizers = {"SGD": partial(SGD, lr=0.1), **({"Adam": Adam} if steps_alone else {})}
-    plugins = {"": None, f", {PLUGIN}": SelectivePlasticityPlugin}
-    return {
-        name + suffix: partial(naive, [first], [second], make, plugin, steps_alone=steps_alone)
-        for name, make in optimizers.items()
-        for suffix, plugin in plugins.items()
-    }
+    timers: Timers = {}
+    for name, make in {"SGD": partial(SGD, lr=0.1), **({"Adam": Adam} if steps_alone else {})}.items():
+        timers[name] = partial(naive, [first], [second], make, steps_alone=steps_alone)
+        timers[f"{name}, {PLUGIN}"] = partial(timers[name], plugin=SelectivePlasticityPlugin)
+    return timers
 
 
 def online(root: str) -> Timers:
@@ -164,7 +162,8 @@ def measure(timers: Timers, rounds: int) -> list[dict]:
     """
     for timer in timers.values():
         timer()  # warm-up
-    times, rows = pd.DataFrame([{name: timer() for name, timer in timers.items()} for _ in range(rounds)]), []
+    times = pd.DataFrame([{name: timer() for name, timer in timers.items()} for _ in range(rounds)])
+    rows = []
     for name in timers:
         other = "Adam" if name.startswith("Adam") else next(iter(timers))
         reference = "torch.optim.Adam(fused=True)" if "fused" in name else other

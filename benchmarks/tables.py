@@ -18,11 +18,7 @@ PLACE = re.compile(r"<!-- table: (.+?) -->\n.*?<!-- end of table -->", re.DOTALL
 
 
 def updated(document: str, frame) -> str:
-    """The document with the present tables.
-
-    Args:
-        frame: the newest run of each setting.
-    """
+    """The document with the present tables, of the newest run of each setting."""
     from harness.tables import table  # here, as pandas and scipy are slow to load
 
     def made(place: re.Match) -> str:

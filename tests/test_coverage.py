@@ -15,7 +15,7 @@ from avalanche_sp.gate import PlasticityGate, Settings
 from avalanche_sp.gate.functional import claim
 from avalanche_sp.gate.layers import gated_layers
 
-from conftest import ROOT, strategy_of
+from conftest import ROOT, sliced, strategy_of
 
 TABLE = Path(ROOT, "docs", "coverage.md").read_text()
 GATED, FROZEN, NORM = "gated", "frozen and named", "learns with the first experience, then frozen"
@@ -188,22 +188,27 @@ def test_the_table_is_that_of_the_documents():
     assert {kind.removeprefix("| "): what for kind, what in rows} == {kind: case[1] for kind, case in TYPES.items()}
 
 
+@pytest.fixture(scope="module")
+def small(split2):
+    return sliced(split2, 300, 100)
+
+
 @pytest.mark.parametrize("kind", TYPES)
-def test_each_type_is_gated_frozen_or_named(split2, kind):
+def test_each_type_is_gated_frozen_or_named(small, kind):
     make, what, *named = TYPES[kind]
     moved, start = [], None
     for plugins in ([], [SelectivePlasticityPlugin(openness=0.05)]):
         torch.manual_seed(0)
         model = make()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
-        strategy = strategy_of(model, plugins, optimizer=optimizer, criterion=nn.CrossEntropyLoss(), batch=100)
+        strategy = strategy_of(model, plugins, optimizer=optimizer, criterion=nn.CrossEntropyLoss(), batch=50)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            strategy.train(split2.train_stream[0])
-        old = split2.test_stream[0].dataset.read_batch(list(range(100)))[0]
+            strategy.train(small.train_stream[0])
+        old = small.test_stream[0].dataset.read_batch(list(range(100)))[0]
         features = model.eval().features(old).detach()
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
-        strategy.train(split2.train_stream[1])
+        strategy.train(small.train_stream[1])
         moved.append(float((model.eval().features(old) - features).norm()))
     plugin, said = plugins[0], " ".join(str(w.message) for w in said if "Not gated" in str(w.message))
     own = {n: p for n, p in model.named_parameters() if n.startswith("layer.") and p.requires_grad}

@@ -112,7 +112,7 @@ def test_merge_eigenspace_keeps_as_many_as_have_a_share_of_the_energy(n, d, shar
     assert silent.tolist() == [0.0]  # no energy at all
 
 
-def test_likeness_is_one_for_the_same_input_and_zero_for_a_random_one():
+def test_likeness_is_high_for_the_same_input_and_zero_for_a_random_one():
     torch.manual_seed(0)
     d, r = 60, 8
     x = torch.randn(4000, d, dtype=torch.float64) * 0.8 ** torch.arange(d)
@@ -129,7 +129,11 @@ def test_likeness_is_one_for_the_same_input_and_zero_for_a_random_one():
     slow = reference.likeness(new, reference.modelled_moment(values, vectors, mean))
     assert float(like(new)) == pytest.approx(slow)
     assert 0.2 < slow < 0.8
-    torch.testing.assert_close(like(x), torch.ones((), dtype=torch.float64), atol=0.02, rtol=0)
+    moment = reference.modelled_moment(values, vectors, mean)
+    used = moment.trace() ** 2 / moment.square().sum()
+    torch.testing.assert_close(like(x), 1 - used / d, atol=0.02, rtol=0)
+    one = values.new_ones(())  # a memory that prefers no direction is like nothing
+    assert gates.likeness((x @ vectors).square().sum(0), x.square().sum(), one.expand(r), one, d) == 0
     torch.testing.assert_close(like(3 * x), like(x))  # free of scale
     assert like(torch.randn(500, d, dtype=torch.float64)) < 0.05
     assert like(x[:, torch.randperm(d)]) < 0.3

@@ -146,12 +146,14 @@ def test_ten_classes_take_190_kilobytes_and_further_ones_as_much_each(split5, pe
 
 @pytest.mark.parametrize("max_bytes", [60_000, 100_000, 500_000])
 def test_memory_is_bounded_however_many_experiences_come(permuted3, max_bytes):
-    three = [remembering(permuted3, n, max_bytes=max_bytes) for n in (1, 2, 3)]
-    for n, buffer in enumerate(three, 1):
+    buffer, numbers = GaussianBuffer(max_bytes=max_bytes), []
+    for n, experience in enumerate(permuted3.train_stream, 1):
+        buffer.post_adapt(None, experience)
+        numbers.append(len(buffer.classes[0]))
         assert len(buffer.classes) == 10 * n
         assert buffer.state_bytes <= max_bytes
         assert max_bytes == 500_000 or 0.8 * max_bytes < buffer.state_bytes  # 60 samples have not so many components
-    assert [len(b.classes[0]) for b in three] == {60_000: [1, 1, 1], 100_000: [2, 1, 1], 500_000: [4, 4, 3]}[max_bytes]
+    assert numbers == {60_000: [1, 1, 1], 100_000: [2, 1, 1], 500_000: [4, 4, 3]}[max_bytes]
 
 
 def test_a_bound_that_the_means_alone_exceed_is_named(permuted3):
@@ -165,15 +167,17 @@ def test_a_bound_that_the_means_alone_exceed_is_named(permuted3):
 
 
 def test_gaussians_are_merged_as_classes_come(split5):
-    numbers = [len(remembering(split5, n, max_bytes=60_000).classes[0]) for n in range(1, 6)]
+    buffer, numbers = GaussianBuffer(max_bytes=60_000), []
+    for experience in split5.train_stream:
+        buffer.post_adapt(None, experience)
+        numbers.append(len(buffer.classes[0]))
     assert numbers == [4, 3, 2, 1, 1]
-    buffer = remembering(split5, max_bytes=60_000)
     assert [g.label for known in buffer.classes for g in known] == list(range(10))
     assert sum(g.samples for known in buffer.classes for g in known) == 5 * 600
 
 
 @pytest.mark.parametrize(
-    "max_size, stored", [(1, 0), (7, 0), (10, 0), (11, 0), (40, 0), (500, 0), (7, 5), (15, 5), (40, 39), (500, 100)]
+    "max_size, stored", [(1, 0), (7, 0), (11, 0), (500, 0), (15, 5), (40, 39)]
 )
 def test_it_never_has_more_rows_than_its_size(split5, max_size, stored):
     buffer = remembering(split5, max_size=max_size, stored=stored)
@@ -222,7 +226,7 @@ def test_samples_need_no_task_label(stored):
     assert (torch.cat(seen.replayed).argmax(1) == labels).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_draws_are_new_in_each_epoch_with_any_number_of_workers(split2, workers):
     buffer = remembering(split2, 1, max_size=60).buffer
     epochs = []

@@ -16,12 +16,12 @@ from torch import nn
 from harness.build import OPTIMIZERS, PLUGINS, TEMPLATES, WorkingSynapticIntelligence, build_strategy
 from harness.methods.legacy import LegacyReplay
 from harness.networks import build_network
-from harness.recipes import ABOUT, recipe_of, strategies_of
+from harness.recipes import ABOUT, TASK_INCREMENTAL, USES_REPLAY, recipe_of, strategies_of
 from harness.recipes.permuted_mnist import RECIPES as PERMUTED
 from harness.recipes.recipe import OPTIMIZER_NUMBERS
 from harness.recipes.split_mnist import RECIPES as SPLIT
 from harness.run import build_benchmark, execute
-from harness.settings import STRATEGIES, TASK_INCREMENTAL, USES_REPLAY, Run
+from harness.settings import STRATEGIES, Run
 from harness.store import key_of
 from harness.studies import LAYERS
 

@@ -10,7 +10,7 @@ from torch import nn
 from avalanche_sp import JointReplayLoss, OneHotMSELoss, SelectivePlasticityPlugin, Settings
 from avalanche_sp.training.replay import memory_size, stream_rows
 
-from conftest import mlp, strategy_of
+from conftest import mlp, sliced, strategy_of
 
 
 def test_one_hot_squared_error_by_hand():
@@ -69,8 +69,9 @@ def test_joint_replay_weighs_the_memory_by_what_it_stands_for(split5, trust, gat
         evaluator=None,
         eval_every=1,
     )
-    for experience in split5.train_stream:
-        strategy.train(experience, eval_streams=[split5.test_stream])
+    few = sliced(split5, 200, 50)
+    for experience in few.train_stream:
+        strategy.train(experience, eval_streams=[few.test_stream])
     assert sorted(set(seen)) == weights
 
 

@@ -11,14 +11,16 @@ from conftest import ROOT
 
 NOTEBOOK = ROOT / "notebooks" / "demo_selective_plasticity.ipynb"
 SIZE = "IMAGES_A_TASK = None"
+TESTS = "[experience.dataset for experience in benchmark.test_stream]"  # with fewer training images than all
 
 
 def executed(images_a_task):
     """The notebook after a run in a kernel of its own, and the final accuracies of its runs."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    assert first.source.count(SIZE) == 1
+    first, second, *_ = (cell for cell in notebook.cells if cell.cell_type == "code")
+    assert first.source.count(SIZE) == second.source.count(TESTS) == 1
     first.source = first.source.replace(SIZE, f"IMAGES_A_TASK = {images_a_task}")
+    second.source = second.source.replace(TESTS, TESTS.replace(".dataset", ".dataset[:500]"))
     runs = ("naive", "gated", "replay_same", "replay_best", "replay_gated")
     pairs = ", ".join(f"{name}={name}['acc']" for name in runs)
     notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps(dict({pairs})))"))

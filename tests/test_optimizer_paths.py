@@ -112,11 +112,14 @@ def test_a_bad_gradient_anywhere_raises_and_leaves_everything_untouched(path, da
         assert all(torch.equal(value, before[1][i][name]) for name, value in state.items())
 
 
-@pytest.mark.parametrize("consolidate_at", [None, 2])
+OTHERS = {"alignment_threshold": -1.0, "maximize": True, "weight_decay": 0.1, "beta1": 0.5}
+
+
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"alignment_threshold": -1.0, "maximize": True, "weight_decay": 0.1, "beta1": 0.5}], ids=str
+    "dtype, kwargs, consolidate_at",
+    [(torch.float32, {}, None), (torch.float32, OTHERS, 2), (torch.float64, {}, 2), (torch.float64, OTHERS, None)],
+    ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_compiled_path_equals_the_loop(dtype, kwargs, consolidate_at):
     layouts = [("usual", "usual"), ("channels_last", "usual"), ("usual", "transposed"), ("usual", "usual")]
     arguments = {

@@ -44,8 +44,9 @@ def trained(benchmark, plugin, optimizer=None, replay=(), model=None):
     return strategy
 
 
-@pytest.mark.parametrize("consolidate", ["experience", "surprise", "continuous"])
-@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize(
+    "consolidate, replay", [("experience", False), ("experience", True), ("surprise", True), ("continuous", False)]
+)
 def test_a_mapping_to_equal_values_is_the_value_bit_for_bit(split2, consolidate, replay):
     results = []
     for settings in (
@@ -79,8 +80,17 @@ def test_the_first_pattern_that_matches_counts_and_others_take_the_default():
     assert {name: value_of(getattr(empty.gate, name), "any") for name in DEFAULTS} == DEFAULTS
 
 
-@pytest.mark.parametrize("rank, kept", [(None, {}), ({"1": 8}, {"1": 8}), (5, {"1": 5, "3": 5, "5": 5})], ids=str)
-@pytest.mark.parametrize("consolidate, default", [("experience", 48), ("surprise", 64), ("continuous", 64)])
+@pytest.mark.parametrize(
+    "consolidate, default, rank, kept",
+    [
+        ("experience", 48, None, {}),
+        ("surprise", 64, {"1": 8}, {"1": 8}),
+        ("continuous", 64, None, {}),
+        ("experience", 48, {"1": 8}, {"1": 8}),
+        ("experience", 48, 5, {"1": 5, "3": 5, "5": 5}),
+    ],
+    ids=str,
+)
 def test_the_default_rank_depends_on_how_often_something_is_merged(split2, consolidate, default, rank, kept):
     """A readout keeps 256 directions if boundaries are told; all others keep the default."""
     torch.manual_seed(0)

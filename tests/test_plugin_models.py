@@ -51,8 +51,7 @@ def test_layers_without_bias_shared_frozen_unused_and_with_sequences(split2):
     assert all(moved[0][name] < 0.01 * moved[1][name] for name in ("first", "shared", "last"))
 
 
-@pytest.mark.parametrize("replay", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype, replay", [(torch.float64, False), (torch.bfloat16, True)])
 def test_models_of_other_precision_remember(split2, dtype, replay):
     class Cast(nn.Module):
         def forward(self, x):

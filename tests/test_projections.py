@@ -205,7 +205,7 @@ def test_ridge_readout_is_up_to_date_in_evaluation(split2):
 
 
 @pytest.mark.parametrize("network", ["256-256", "1000", "cnn"])
-def test_random_features_take_no_more_memory_than_the_plugin_and_its_network(network):
+def test_random_features_take_no_more_memory_than_the_plugin_and_its_network(network, tiny):
     extra = {}
     for strategy, overrides in (("sp", {"lr": 0.01}), ("rf-ridge", {})):  # the wide one diverges at 0.1
         run = Run("permuted-mnist", strategy, 2, train_per_task=900, network=network, overrides=overrides)

@@ -3,6 +3,7 @@
 
 import pytest
 
+import compare
 from harness.cli import ClassIncremental, DomainIncremental, comparison
 from harness.networks import build_network
 from harness.protocols import PROTOCOLS
@@ -46,6 +47,14 @@ def test_the_command_line_goes_first():
     few = runs("split-mnist", *arguments, "--epochs", 1, "--replay-buffer", "50,200", "--set", "lr=0.3")
     lr = (("lr", 0.3),)
     assert [(r.epochs, r.replay_buffer, r.overrides) for r in few] == [(1, 50, lr), (1, 200, lr)]
+
+
+def test_a_scripts_own_defaults_yield_to_a_protocols():
+    of_script = comparison(ClassIncremental, [], "", **compare.main.keywords)
+    of_protocol = comparison(ClassIncremental, ["--protocol", "mammoth"], "", **compare.main.keywords)
+    assert (of_script.tasks, of_script.replay_buffer) == (2, (200, 2000))
+    assert (of_protocol.tasks, of_protocol.replay_buffer) == (5, (200, 500, 5120))
+    assert of_script.output == of_protocol.output
 
 
 @pytest.mark.parametrize("network", [name for name in NETWORKS if name[0].isdigit()])

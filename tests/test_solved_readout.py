@@ -11,11 +11,13 @@ from avalanche.training.plugins import ReplayPlugin
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from avalanche_sp import OneHotMSELoss, PlasticityGate, SelectivePlasticityPlugin, Settings, reference, split_mnist
+from avalanche_sp import OneHotMSELoss, PlasticityGate, SelectivePlasticityPlugin, Settings, reference
+from avalanche_sp.data import split_mnist
 from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layer_gate import LayerGate
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
+from avalanche_sp.gate.observe import output_sensitivity
 from avalanche_sp.gate.readout import ReadoutSamples, class_sums, drifted, pseudo_samples
 
 from conftest import MNIST, accuracy, mlp, sliced, strategy_of
@@ -261,6 +263,35 @@ def test_a_new_task_s_head_is_the_ridge_regression_of_its_samples(tasks):
     rows = torch.linalg.solve(features.T @ features + ridge * torch.eye(65), features.T @ wanted).T[8:]
     found = GatedLayer(model.head.classifiers["4"].classifier).weights_and_bias()[8:]
     assert float((found - rows).norm() / rows.norm()) < 0.05
+
+
+def test_the_leading_sensitivity_is_that_of_the_jacobian():
+    first, readout = nn.Linear(4, 30), nn.Linear(30, 6)
+    with torch.no_grad():  # nearly one direction: its leading eigenvalue is nearly its trace
+        readout.weight.add_(torch.ones(6, 1) @ torch.randn(1, 30))
+    model, x = nn.Sequential(first, readout), torch.randn(4000, 4)
+    found = output_sensitivity(model, x, {"0": GatedLayer(first)}, lambda model, x: model(x))["0"]
+    moment = readout.weight.T @ readout.weight
+    torch.testing.assert_close(found.mean, moment.trace() / 30, rtol=0.1, atol=0)
+    torch.testing.assert_close(found.leading, torch.linalg.eigvalsh(moment)[-1], rtol=0.1, atol=0)
+
+
+def test_a_class_a_task_does_not_spike_at_a_rate_that_the_first_task_bears():
+    """The solved readout has large weights along one direction, the new class against the old ones."""
+    model, criterion = mlp(256), OneHotMSELoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.07)
+    gate = PlasticityGate(model, optimizer)
+    for task in sliced(split_mnist(10, dataset_root=MNIST), 1000).train_stream[:2]:
+        x, y = (torch.stack(part) for part in zip(*[(x, torch.tensor(y)) for x, y, _ in task.dataset]))
+        gate.prepare(TensorDataset(x, y), criterion)
+        losses = []
+        for rows in torch.arange(len(x)).split(50):
+            optimizer.zero_grad()
+            losses.append(criterion(model(x[rows]), y[rows]))
+            losses[-1].backward()
+            optimizer.step()
+        gate.consolidate(TensorDataset(x, y), criterion)
+    assert max(losses) < losses[0] + 0.3
 
 
 def test_an_experience_that_was_interrupted_leaves_no_frozen_readout():

@@ -70,9 +70,9 @@ def killed(output, seeds, kill, finished):
 
 
 def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path, capsys):
-    kept = killed(tmp_path, 6, os.kill, 2)
-    assert 2 <= len(kept) < 6
-    assert permuted_mnist.main([*TINY, "--seeds", "6", "--output", str(tmp_path)]) == 0
+    kept = killed(tmp_path, 6, os.kill, 1)
+    assert 1 <= len(kept) < 6
+    assert run_all([tiny(seed) for seed in range(6)], Store(tmp_path), MNIST, jobs=2) == 0
     assert rows(tmp_path)[: len(kept)] == kept and f"{len(kept)} of 6 runs are already" in capsys.readouterr().out
     check(tmp_path, 6)
 

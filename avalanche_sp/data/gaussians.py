@@ -86,7 +86,7 @@ class Gaussian:
 
     @property
     def state_bytes(self) -> int:
-        return self.components.state_bytes + self.mean.numel() * self.mean.element_size()
+        return self.components.state_bytes + self.mean.nbytes
 
 
 class GaussianBuffer(ExemplarsBuffer):

@@ -80,11 +80,13 @@ def likeness(
 ) -> Tensor:
     """How alike new input and consolidated activity are, beyond chance.
 
-        a = (<C - m I, C_new> / tr C_new) / (<C - m I, C> / tr C),   clipped to [0, 1]
+        a = (<C - m I, C_new> / tr C_new) / (<C, C> / tr C),   clipped to [0, 1]
 
-    with C = V diag(lambda) V^T + rho (I - V V^T) and m its mean eigenvalue: 1 for input with the same second moment,
-    0 for input that prefers no direction which C prefers, such as permuted pixels. It is the alignment of two kernels
-    (Cristianini et al., On kernel-target alignment, NeurIPS 2001) less what any two of their trace have.
+    with C = V diag(lambda) V^T + rho (I - V V^T) and m its mean eigenvalue. It is 0 for input that prefers no direction
+    which C prefers, such as permuted pixels. For input with the same second moment it is 1 - d_C / d, where
+    d_C = (tr C)^2 / <C, C> is the number of directions that C uses: a memory of many unlike experiences is like
+    nothing. It is the alignment of two kernels (Cristianini et al., On kernel-target alignment, NeurIPS 2001) less what
+    any two of their trace have.
 
     Args:
         power: new input's energy along each eigenvector, shape (r,).
@@ -96,12 +98,12 @@ def likeness(
     Returns:
         0-dim tensor; 0 where C prefers no direction.
     """
-    above = eigenvalues - mean_eigenvalue
-    beyond = remainder(eigenvalues, mean_eigenvalue, inputs) - mean_eigenvalue
+    rest = remainder(eigenvalues, mean_eigenvalue, inputs)
+    above, beyond = eigenvalues - mean_eigenvalue, rest - mean_eigenvalue
     new = (above * power).sum() + beyond * (energy - power.sum())
-    trace = inputs * mean_eigenvalue
-    old = (above * eigenvalues).sum() + beyond * (trace - eigenvalues.sum())
-    return torch.nan_to_num(new / energy * trace / old, nan=0.0, posinf=0.0, neginf=0.0).clamp(0, 1)
+    own = eigenvalues.square().sum() + rest.square() * (inputs - len(eigenvalues))
+    alike = new / energy * (inputs * mean_eigenvalue) / own
+    return torch.nan_to_num(alike, nan=0.0, posinf=0.0, neginf=0.0).clamp(0, 1)
 
 
 def merge_eigenspace(

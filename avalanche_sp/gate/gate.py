@@ -30,6 +30,7 @@ from avalanche_sp.gate.observe import (
     Observation,
     Preparation,
     Samples,
+    Sensitivity,
     check_outputs,
     observe,
     output_sensitivity,
@@ -355,7 +356,7 @@ class PlasticityGate:
             return
         below = {n: layers[n] for n in self._gated if n != classified.layer and n in observation.layers}
         weights = {name: layer.weights_and_bias() for name, layer in below.items()}
-        sensitivity = output_sensitivity(model, observation, below, self._forward)
+        sensitivity = output_sensitivity(model, observation.inputs, below, self._forward, observation.shared)
         scale = {}
         eps = self._optimizer.defaults.get("eps")
         is_adaptive = isinstance(eps, float) and eps <= self.settings.adaptive_eps
@@ -430,7 +431,7 @@ class PlasticityGate:
         first = not self.memory.consolidations
         self._remember(observation, layers, criterion)
         if first and self.readout_step:
-            sensitivity = output_sensitivity(model, observation, layers, self._forward)
+            sensitivity = output_sensitivity(model, observation.inputs, layers, self._forward, observation.shared)
             known = {}
             for name, memory in self.memory.layers.items():
                 sharpness = self._sharpness(layers[name], observation.layers[name], sensitivity[name])
@@ -536,7 +537,7 @@ class PlasticityGate:
             "epoch": [self._samples, self._memory_size, self._epoch],
             "drift": self._drift.state_dict(),
             "trained": sorted(self._trained),
-            "prepared": vars(self._prepared) if self._prepared is not None else None,
+            "prepared": self._prepared.state_dict() if self._prepared is not None else None,
             "statistics": {name: s.state_dict() for name, s in self.statistics.items()},
         }
 
@@ -549,7 +550,7 @@ class PlasticityGate:
         self.memory = Memory.from_state_dict(state["memory"])
         self._drift.forget()
         self._trained = set(state["trained"])
-        self._prepared = Preparation(**state["prepared"]) if state["prepared"] is not None else None
+        self._prepared = Preparation.from_state_dict(state["prepared"]) if state["prepared"] is not None else None
         self.begin(*state["epoch"])
         self._drift.load_state_dict(state["drift"])
         for name, statistics in state["statistics"].items():
@@ -712,11 +713,11 @@ class PlasticityGate:
     def _sharpness(
         layer: GatedLayer,
         seen: LayerObservation,
-        sensitivity: Tensor,
+        sensitivity: Sensitivity,
         through: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Leading eigenvalue of the Gauss-Newton matrix in a layer's weights, with Kronecker factors, 0-dim."""
-        return layer.units * sensitivity * seen.rows * seen.leading_eigenvalue(through)
+        return sensitivity.leading * seen.rows * seen.leading_eigenvalue(through)
 
     def _remember(
         self,
@@ -809,7 +810,7 @@ class PlasticityGate:
             change = layers[name].weights_and_bias()[: len(before)] - before
             along = memory.along(change)
             of_rest = (change.square().sum() - along.square().sum()).clamp_min(0) * memory.rest
-            scale = prepared.sensitivity[name] * seen.rows
+            scale = prepared.sensitivity[name].mean * seen.rows
             old = old + scale * ((along.square() * memory.eigenvalues).sum() + of_rest)
             new = new + scale * seen.mean_square(change)
         share = float((old / new.clamp_min(torch.finfo(new.dtype).tiny)).sqrt().clamp(0, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ __all__ = [
     "Observation",
     "Preparation",
     "Samples",
+    "Sensitivity",
     "check_outputs",
     "evenly_spread",
     "observe",
@@ -95,6 +96,12 @@ class Observation:
     readout: ReadoutLoss | None
     classified: ReadoutSamples | None = None
     inputs: Any = None
+
+
+    @property
+    def shared(self) -> set[str]:
+        """Names of the layers of which a batch's samples share one input."""
+        return {name for name, seen in self.layers.items() if seen.shared}
 
 
 @dataclass(frozen=True)
@@ -302,22 +309,46 @@ class Preparation:
     targets: Tensor
     vectors: Tensor
     weights: dict[str, Tensor]
-    sensitivity: dict[str, Tensor]
+    sensitivity: dict[str, Sensitivity]
     scale: dict[str, float]
+
+    def state_dict(self) -> dict:
+        """Tensors and numbers by field."""
+        return {**vars(self), "sensitivity": {name: vars(s) for name, s in self.sensitivity.items()}}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping) -> Preparation:
+        sensitivity = {name: Sensitivity(**s) for name, s in state["sensitivity"].items()}
+        return cls(**{**state, "sensitivity": sensitivity})
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Of the network's outputs to a layer's: the second moment of J^T v over samples, the Gauss-Newton matrix's factor.
+
+    J is the Jacobian of the network's outputs in the layer's, and v are random signs (J. Martens, R. Grosse: Optimizing
+    neural networks with Kronecker-factored approximate curvature, ICML 2015).
+
+    Attributes:
+        mean: its mean eigenvalue, 0-dim; 0 if the layer is not called.
+        leading: its leading eigenvalue, 0-dim; its trace, if the gradient in the layer's own output is not known.
+    """
+
+    mean: Tensor
+    leading: Tensor
 
 
 def output_sensitivity(
-    model: nn.Module, observation: Observation, layers: Mapping[str, GatedLayer], forward: Forward
-) -> dict[str, Tensor]:
-    """Mean square of J^T v over samples and a layer's output units, 0-dim, by layer; 0 if it is not called.
+    model: nn.Module, inputs: Any, layers: Mapping[str, GatedLayer], forward: Forward, shared: Collection[str] = ()
+) -> dict[str, Sensitivity]:
+    """Sensitivities of a network's outputs, by layer.
 
-    J is the Jacobian of the network's outputs in the layer's outputs, and v are random signs: the scale of the
-    Gauss-Newton matrix (J. Martens, R. Grosse: Optimizing neural networks with Kronecker-factored approximate
-    curvature, ICML 2015). If the error of the layer's own output is not known, the weight's gradient and the energy of
-    its input stand for it.
+    If the gradient in the layer's own output is not known, the weight's gradient and the energy of its input stand for
+    it.
 
     Args:
-        observation: has inputs of the network.
+        inputs: the network's, of some samples, on its device.
+        shared: names of the layers of which all samples share one input.
     """
     made: dict[str, Tensor] = {}
     energy: dict[str, Tensor] = {}
@@ -333,20 +364,27 @@ def output_sensitivity(
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with torch.enable_grad(), _evaluation(model) as device:
         with _after_each(layers, note), torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
-            outputs = forward(model, observation.inputs)
+            outputs = forward(model, inputs)
         signs = torch.randint(0, 2, outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs) * 2 - 1
         varied = {name: output for name, output in made.items() if output.requires_grad}
         varied |= {name: layers[name].weight for name in energy}
         scalar = (outputs * signs).sum()
         found = torch.autograd.grad(scalar, list(varied.values()), allow_unused=True) if varied else ()
-    squares = {name: g.square().mean() for name, g in zip(varied, found) if g is not None}
-    for name in energy.keys() & squares.keys():  # (sum of delta x^T)^2 is about the sum of delta^2 x^2
+    zero = torch.zeros((), device=device)
+    sensitivity = dict.fromkeys(layers, Sensitivity(zero, zero))
+    for name, gradient in zip(varied, found):
         layer = layers[name]
-        squares[name] = squares[name] * layer.weight.numel() / (layer.units * energy[name])
-    for name, seen in observation.layers.items():
-        if seen.shared and name in squares:  # the sum over samples was squared
-            squares[name] = squares[name] / len(outputs)
-    return {name: squares.get(name, torch.zeros((), device=device)) for name in layers}
+        if gradient is None:
+            continue
+        each = len(outputs) if name in shared else 1  # the gradient is a sum over samples
+        if name in energy:  # (sum of delta x^T)^2 is about the sum of delta^2 x^2
+            trace = gradient.square().sum() / (energy[name] * each)
+            sensitivity[name] = Sensitivity(trace / layer.units, trace)
+        else:
+            rows = layer.postsynaptic(gradient).flatten(0, -2)
+            leading = leading_eigenvalue(some_rows(rows))
+            sensitivity[name] = Sensitivity(gradient.square().mean() / each, leading / each)
+    return sensitivity
 
 
 def check_outputs(outputs: Any) -> None:

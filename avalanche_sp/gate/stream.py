@@ -174,7 +174,7 @@ class StreamWatch:
         tensors = [t for m in self.moments.values() for t in m.tensors]
         tensors += [*self._weights.values(), *(t for held in self._norms.values() for t in held)]
         tensors += [copy for _, copy in self._optimizer] + [*self._inputs.tensors]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.nbytes for t in tensors)
 
     def listens(self, samples: int) -> bool:
         """Whether the coming forward pass, of so many samples of the stream, joins the second moments."""

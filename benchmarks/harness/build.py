@@ -18,7 +18,7 @@ from avalanche_sp import (
     SelectivePlasticityOptimizer,
     SelectivePlasticityPlugin,
 )
-from harness.methods import rehearsal
+from harness.methods import check, rehearsal
 from harness.methods.controls import UPGD, ConstantGate, RandomGate
 from harness.methods.legacy import LegacyReplay, LegacySelectivePlasticity
 from harness.methods.projections import GradientProjectionMemory, OrthogonalWeightsModification
@@ -26,7 +26,7 @@ from harness.methods.ridge import StreamingRidge, build_random_features
 from harness.networks import PackNetMultiHead, build_network, gate_bytes, network_bytes
 from harness.recipes import recipe_of
 from harness.recipes.recipe import PER_LAYER
-from harness.settings import DATA, Run, in_mini_batches
+from harness.settings import DATA, Run
 
 LOSSES = {"cross-entropy": nn.CrossEntropyLoss, "squared error": OneHotMSELoss}
 OPTIMIZERS = {
@@ -43,9 +43,8 @@ OPTIMIZERS = {
 class WorkingSynapticIntelligence(SynapticIntelligencePlugin):
     """Avalanche 0.6's Synaptic Intelligence, repaired for CPUs and for several heads.
 
-    Upstream keeps views of the live weights instead of copies. On a CPU every displacement is then zero, so every
-    importance and the penalty are (``tests/test_harness.py`` shows it). And it stops at a parameter without a
-    gradient, such as another task's head.
+    Upstream keeps views of the live weights instead of copies, so on a CPU every displacement, and with it every
+    importance, is zero. And it stops at a parameter without a gradient, such as another task's head.
     """
 
     def before_training_exp(self, strategy, **kwargs):
@@ -69,15 +68,9 @@ class WorkingSynapticIntelligence(SynapticIntelligencePlugin):
 
 
 def learning_without_forgetting(alpha: float, temperature: float) -> LwFPlugin:
-    """Avalanche's LwF, its arguments checked: upstream a temperature of 0 ends in NaN.
-
-    Adds alpha times the Kullback-Leibler divergence from the softmax, at the temperature, of the last experience's
-    network to that of the present one, over the classes seen before it (Z. Li, D. Hoiem: Learning without forgetting,
-    ECCV 2016).
-    """
-    for name, value in (("alpha", alpha), ("temperature", temperature)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"Invalid {name} value: {value} (allowed: greater than 0)")
+    """Avalanche's LwF (Z. Li, D. Hoiem, ECCV 2016), its arguments checked: a temperature of 0 ends in NaN."""
+    check("alpha", alpha)
+    check("temperature", temperature)
     return LwFPlugin(alpha, temperature)
 
 
@@ -88,29 +81,20 @@ def _gate(arguments: dict[str, float], **kwargs) -> SelectivePlasticityPlugin:
 
 
 def _by_layer(arguments: dict[str, float], name: str):
-    """The argument's value; if a layer has its own ("openness:1"), the values by layer, the others' as "*"."""
-    kind = _rank if name == "rank" else float
-    own = {key.partition(":")[2]: kind(value) for key, value in arguments.items() if key.startswith(f"{name}:")}
-    if name not in arguments:
-        return own
-    return {**own, "*": kind(arguments[name])} if own else kind(arguments[name])
-
-
-def _rank(value: float) -> int | float:
-    return int(value) if value >= 1 else value
+    """The argument's value; if a layer has its own ("openness:1"), the values by layer, with the others' as "*"."""
+    own = {key.partition(":")[2] or "*": value for key, value in arguments.items() if key.partition(":")[0] == name}
+    if name == "rank":
+        own = {layer: int(value) if value >= 1 else value for layer, value in own.items()}
+    return own["*"] if list(own) == ["*"] else dict(sorted(own.items(), key=lambda item: item[0] == "*"))
 
 
 def _dendrites(arguments: dict[str, float]):
     from avalanche_sp.dendrites import DendritesPlugin  # needs perforatedai
 
-    patience = int(arguments["patience"])
-    return DendritesPlugin(
-        grow="plateau" if patience else "experience",
-        activation=torch.sigmoid if arguments["sigmoid"] else torch.tanh,
-        most=int(arguments["most"]),
-        patience=max(patience, 1),
-        readout=bool(arguments["readout"]),
-    )
+    most, patience = int(arguments["most"]), int(arguments["patience"])
+    grow = {"grow": "plateau", "patience": patience} if patience else {"grow": "experience"}
+    activation = torch.sigmoid if arguments["sigmoid"] else torch.tanh
+    return DendritesPlugin(activation=activation, most=most, readout=bool(arguments["readout"]), **grow)
 
 
 PLUGINS: dict[str, Callable] = {  # of the recipe's arguments and the run
@@ -165,7 +149,7 @@ def build_strategy(run: Run, model: nn.Module, extra_plugins: list, evaluator):
     plugins = [PLUGINS[name](recipe.arguments, run) for name in recipe.plugins]
     finds = any(isinstance(p, SelectivePlasticityPlugin) and p.gate.boundaries != "experience" for p in plugins)
     # If boundaries are neither told nor found, no experience is the present one, and none an earlier one.
-    if recipe.joint_weight and (finds or not in_mini_batches(run)):
+    if recipe.joint_weight and (finds or not run.in_mini_batches):
         # A plugin is asked for the weight of the stored samples, unless they are to have their full weight.
         criterion = JointReplayLoss(criterion, trust=None if recipe.arguments.get("shrinkage") else 1.0)
     optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), lr=recipe.lr, **recipe.optimizer_arguments)

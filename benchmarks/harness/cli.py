@@ -48,7 +48,6 @@ _Assignments = Annotated[dict[str, float], _list(dict, "NAME=VALUE,...", _assign
 
 
 def processors() -> int:
-    """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -72,7 +71,7 @@ class Where:
         self.at_least(1, "jobs")
 
     def finds(self, data: str) -> None:
-        """Checks that the data set is where it should be."""
+        """The data set is where it should be."""
         folder = folder_of(data, self.dataset_root)
         if not (folder / DATA[data].file).exists():
             or_else = "" if DATA[data].shipped else ", or --download"
@@ -119,8 +118,8 @@ class Training(Where):
 
     def fetch(self) -> None:
         """Downloads the data set if that is asked for and it is not there."""
-        data = self.benchmark.partition("-")[2]
         if self.download:
+            data = self.benchmark.partition("-")[2]
             folder = folder_of(data, self.dataset_root)
             folder.mkdir(parents=True, exist_ok=True)
             for train in (True, False):
@@ -182,13 +181,10 @@ class Comparison(Training):
     def benchmark(self) -> str:
         return f"{self.kind}-{self.data}"
 
-    def of_benchmark(self) -> dict:
-        """Settings of a run that the benchmark alone has."""
-        raise NotImplementedError
-
     def runs(self) -> list[Run]:
         """Seeds outermost, so that a comparison cut short is a whole one with fewer seeds."""
-        shared = {"n_tasks": self.tasks, "validation": self.validation, **self.of_benchmark()}
+        names = {"train_per_task", "task_incremental"}.intersection(vars(self))  # of one kind of benchmark alone
+        shared = {"n_tasks": self.tasks, "validation": self.validation} | {name: getattr(self, name) for name in names}
         return [
             self.run(self.benchmark, strategy, self.protocol, replay_buffer=buffer, seed=seed, **shared)
             for seed in range(self.first_seed, self.first_seed + self.seeds)
@@ -209,9 +205,6 @@ class ClassIncremental(Comparison):
     kind: ClassVar[str] = "split"
     task_incremental: bool = False
 
-    def of_benchmark(self) -> dict:
-        return {"task_incremental": self.task_incremental}
-
 
 @dataclass(frozen=True)
 class DomainIncremental(Comparison):
@@ -229,9 +222,6 @@ class DomainIncremental(Comparison):
         self.at_least(1, "train_per_task")
         super().__post_init__()
 
-    def of_benchmark(self) -> dict:
-        return {"train_per_task": self.train_per_task}
-
 
 @dataclass(frozen=True)
 class _Presets:
@@ -245,15 +235,13 @@ def parsed(kind: type[T], argv: list[str] | None, description: str, default: T |
     return tyro.cli(kind, args=argv, description=description, default=default)
 
 
-def comparison(kind: type[Comparison], argv: list[str] | None, description: str) -> Comparison:
+def comparison(kind: type[Comparison], argv: list[str] | None, description: str, **defaults) -> Comparison:
     """The settings of a comparison. A protocol's are the defaults."""
     presets, _ = tyro.cli(_Presets, args=argv, return_unknown_args=True, add_help=False)
-    defaults: dict = {}
     if presets.task_incremental:  # PackNet needs a second epoch
-        defaults = {"tasks": 5, "epochs": 2, "strategies": TASK_INCREMENTAL, "task_incremental": True}
-    protocols = PROTOCOLS.get(f"{kind.kind}-{presets.data}", {})
-    if presets.protocol in protocols:
-        defaults |= protocols[presets.protocol].arguments
+        defaults |= {"tasks": 5, "epochs": 2, "strategies": TASK_INCREMENTAL, "task_incremental": True}
+    if protocol := PROTOCOLS.get(f"{kind.kind}-{presets.data}", {}).get(presets.protocol):
+        defaults |= protocol.arguments
     return parsed(kind, argv, f"{description}\n\n{about(kind.kind)}", kind(**defaults))
 
 
@@ -265,11 +253,7 @@ def about(*kinds: str) -> str:
 
 
 def status(work: Callable[[], int], go_on: str) -> int:
-    """The exit status of ``work``: its own, 130 after Ctrl-C, 1 after an error.
-
-    Args:
-        go_on: place of the results so far, for the message.
-    """
+    """The exit status of ``work``: its own, 130 after Ctrl-C, 1 after an error. ``go_on`` says what is kept."""
     try:
         return work()
     except KeyboardInterrupt:
@@ -280,8 +264,9 @@ def status(work: Callable[[], int], go_on: str) -> int:
         return 1
 
 
-def compare(settings: Comparison) -> int:
-    """Trains what is missing, then writes and prints the report; the script's exit status."""
+def compare(kind: type[Comparison], description: str, argv: list[str] | None = None, **defaults) -> int:
+    """A script: trains what is missing, then writes and prints the report; its exit status."""
+    settings = comparison(kind, argv, description, **defaults)
     from harness.jobs import run_all  # here, as pandas is slow to load
     from harness.store import Store, key_of
 
@@ -294,7 +279,7 @@ def compare(settings: Comparison) -> int:
         if failed:
             print(f"{failed} of {len(runs)} runs failed: their errors are in {settings.output}", file=sys.stderr)
         frame = store.frame()
-        if keys := [key for key in map(key_of, (run.settings() for run in runs)) if key in frame.index]:
+        if keys := [key for key in (key_of(run.settings()) for run in runs) if key in frame.index]:
             from harness.report import report
 
             print(*report(frame.loc[keys], settings.output, settings.against), sep="\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -16,8 +17,6 @@ class Data:
     """A data set of images.
 
     Attributes:
-        title: its name in reports.
-        classes: number of classes.
         shape: of an image: channels, height, width.
         mean, std: of the training pixels, between 0 and 1, by channel.
         file: one that its folder holds.
@@ -37,8 +36,7 @@ class Data:
 
     @property
     def inputs(self) -> int:
-        channels, height, width = self.shape
-        return channels * height * width
+        return math.prod(self.shape)
 
 
 def _torchvision(name: str, root: Path, train: bool, download: bool) -> tuple:

@@ -34,11 +34,7 @@ _BEGINS_AS = {**WITH_AND_WITHOUT, "replay-gaussian": "gaussian-replay"}
 
 
 def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draws the figures of the documents; returns their paths.
-
-    Args:
-        frame: the newest run of each setting.
-    """
+    """Draws the figures of the documents from the newest run of each setting; returns their paths."""
     training = {"compare": "training_split2.png", "buffers_split5": "training_split5.png"}
     return [
         acc_by_buffer(frame, folder / "buffers.png"),

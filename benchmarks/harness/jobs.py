@@ -31,18 +31,15 @@ def run_all(
     scheduler: str | None = None,
     keeps_curve: Callable[[Run], bool] = lambda run: True,
 ) -> int:
-    """Finishes every run that ``store`` doesn't hold yet.
+    """Finishes every run that ``store`` doesn't hold yet; returns the number of runs that failed.
 
     Args:
-        runs: all that the store is to hold in the end.
-        store: the results. A failed run is stored with its error, and tried again by the next start.
+        runs: all that the store is to hold in the end. A failed one is stored with its error, and tried again by the
+            next start.
         dataset_root: folder of the data set, as the workers see it; None: its own.
         jobs: processes, without a scheduler.
         scheduler: address of a Dask scheduler, whose workers then train.
         keeps_curve: whether a run's accuracy is also measured during training, which takes longer than to train it.
-
-    Returns:
-        The number of runs that failed.
 
     Raises:
         OSError: results can't be written, or the scheduler can't be reached. Finished runs are kept.
@@ -53,16 +50,17 @@ def run_all(
         print(f"{len(keys) - len(tasks)} of {len(keys)} runs are already in {store.path}")
     failed, patience = 0, 0.5 if sys.stdout.isatty() else 10  # seconds between updates: few lines in a log file
     bar = tqdm(total=len(tasks), unit="run", file=sys.stdout, mininterval=patience, disable=not tasks)
-    with bar as progress, closing(in_parallel(_train, tasks, jobs, scheduler)) as finished:
+    with bar, closing(in_parallel(_train, tasks, jobs, scheduler)) as finished:
         for (run, *_), row in finished:
+            name = f"{run.strategy}, seed {run.seed}"
             if isinstance(row, Exception):
                 row = {"settings": run.settings(), "error": f"{type(row).__name__}: {row}"}
             store.append(row)
             if "error" in row:
                 failed += 1
-                progress.write(f"FAILED {run.strategy}, seed {run.seed}: {row['error'].splitlines()[-1]}")
-            progress.set_postfix_str(f"{run.strategy}, seed {run.seed}", refresh=False)
-            progress.update()
+                bar.write(f"FAILED {name}: {row['error'].splitlines()[-1]}")
+            bar.set_postfix_str(name, refresh=False)
+            bar.update()
     return failed
 
 
@@ -73,9 +71,7 @@ def in_parallel(function: Callable, jobs: Sequence, workers: int, scheduler: str
 
     Args:
         function: a module's function of one job.
-        jobs: its arguments.
-        workers: processes, without a scheduler.
-        scheduler: address of a Dask scheduler.
+        workers: processes, unless there is the address of a Dask scheduler.
 
     Raises:
         OSError: the scheduler can't be reached.

@@ -24,17 +24,16 @@ def extra_memory_bytes(strategy, plugins: Iterable[SupervisedPlugin], network: n
 def plugin_bytes(plugin: SupervisedPlugin) -> int:
     if hasattr(plugin, "state_bytes"):
         return plugin.state_bytes
-    if isinstance(plugin, ConsolidationPlugin):
-        return 0  # it holds the optimizer's own tensors
-    gradients = isinstance(plugin, (AGEMPlugin, GEMPlugin))  # new at each step
-    tensors = {t.data_ptr(): _bytes(t) for t in ([] if gradients else _tensors(vars(plugin)))}
+    # These hold the optimizer's own tensors, or gradients, which are new at each step.
+    others = isinstance(plugin, (ConsolidationPlugin, AGEMPlugin, GEMPlugin))
+    tensors = {t.data_ptr(): t.nbytes for t in ([] if others else _tensors(vars(plugin)))}
     return sum(tensors.values()) + stored_bytes(plugin)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     own = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
     states = optimizer.state.values()
-    return sum(_bytes(t) for s in states for name, t in s.items() if isinstance(t, Tensor) and name not in own)
+    return sum(t.nbytes for s in states for name, t in s.items() if isinstance(t, Tensor) and name not in own)
 
 
 def stored_bytes(method) -> int:
@@ -44,7 +43,7 @@ def stored_bytes(method) -> int:
     """
     if isinstance(method, GEMPlugin):
         tasks = sorted(method.memory_x)[:-1]
-        return sum(_bytes(memory[task]) for memory in (method.memory_x, method.memory_y) for task in tasks)
+        return sum(memory[task].nbytes for memory in (method.memory_x, method.memory_y) for task in tasks)
     if isinstance(method, AGEMPlugin):
         return sum(map(_dataset_bytes, method.buffers[:-1]))
     if isinstance(method, Cumulative):
@@ -55,15 +54,11 @@ def stored_bytes(method) -> int:
     return 0 if policy is None else _dataset_bytes(policy.buffer)
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _dataset_bytes(dataset: AvalancheDataset) -> int:
     if not len(dataset):
         return 0
     x, _, _, *more = dataset[0]
-    return len(dataset) * (8 + sum(_bytes(t) for t in (x, *more) if isinstance(t, Tensor)))
+    return len(dataset) * (8 + sum(t.nbytes for t in (x, *more) if isinstance(t, Tensor)))
 
 
 def _tensors(value) -> Iterator[Tensor]:

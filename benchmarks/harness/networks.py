@@ -16,10 +16,7 @@ CHANNELS = (16, 32)
 
 
 def build_network(name: str = "256-256", heads: int = 1, data: str = "mnist") -> nn.Module:
-    """One of ``settings.NETWORKS`` for a data set, such as a ReLU perceptron by the widths of its hidden layers.
-
-    With several heads, these share the outputs evenly.
-    """
+    """One of ``settings.NETWORKS`` for a data set. Several heads share the outputs evenly."""
     if name not in NETWORKS:
         raise ValueError(f"Invalid network: {name} (allowed: {', '.join(NETWORKS)})")
     shape, classes = DATA[data].shape, DATA[data].classes
@@ -137,8 +134,7 @@ _OTHERS = {"cnn": small_cnn, "slim-resnet18": SlimResNet18, "vit": VisionTransfo
 
 
 def network_bytes(model: nn.Module) -> int:
-    """Bytes of a network's parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
 def gate_bytes(model: nn.Module) -> int:

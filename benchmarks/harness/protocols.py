@@ -12,9 +12,8 @@ class Protocol:
 
     Attributes:
         arguments: defaults of the scripts' arguments.
-        settings: of strategies with published settings, or with a recipe that doesn't suit the protocol, each a number,
-            or a number by buffer. The others train with their recipes, which were tuned with one epoch and batches of
-            64.
+        settings: of the strategies that do not train with their recipes (tuned with one epoch and batches of 64); each
+            a number, or a number by buffer.
         published: accuracy in percent by strategy and buffer (0: none).
         source: of both.
         note: how the conditions differ.
@@ -102,5 +101,5 @@ def overrides_of(
 ) -> dict[str, float]:
     """A run's overrides: the protocol's published settings, if there are any, then one's own."""
     settings = PROTOCOLS[benchmark][protocol].settings.get(strategy, {}) if protocol else {}
-    by_buffer = {name: value if isinstance(value, dict) else {buffer: value} for name, value in settings.items()}
-    return {name: values[buffer] for name, values in by_buffer.items() if buffer in values} | dict(own)
+    found = {name: value.get(buffer) if isinstance(value, dict) else value for name, value in settings.items()}
+    return {name: value for name, value in found.items() if value is not None} | dict(own)

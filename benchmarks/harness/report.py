@@ -15,7 +15,6 @@ def report(runs: pd.DataFrame, output: Path, against: str | None = None) -> list
 
     Args:
         runs: rows of ``Store.frame`` of one benchmark.
-        output: folder of table.md, acc.png and training.png.
         against: strategy whose ACC is subtracted from the others', paired by seed.
     """
     runs = runs.assign(label=runs["strategy"])

@@ -24,14 +24,14 @@ from avalanche_sp import (
     backward_transfer,
     learning_accuracy,
 )
+from avalanche_sp.data import benchmark_of, permute_pixels
 from harness.build import build_model, build_strategy
 from harness.data import parts_of
-from harness.internals import benchmark_of, permute_pixels
 from harness.memory import extra_memory_bytes
 from harness.networks import build_network
 from harness.settings import Run
 from harness.store import version_of
-from harness.streams import drifting, groups_of_classes, parts, rearranged
+from harness.streams import blurred, drifting, groups_of_classes, parts
 
 CURVE_POINTS = 10  # measurements of the accuracy curve in an experience
 FIRST_STEPS = (1, 2, 5, 10, 20)  # measured iterations of every later experience: old tasks fall deepest then
@@ -49,10 +49,9 @@ class AccuracyCurve(SupervisedPlugin):
 
     def before_training_exp(self, strategy, **kwargs):
         iterations = len(strategy.dataloader) * strategy.train_epochs
-        self._at = {max(1, round(iterations * (i + 1) / CURVE_POINTS)) for i in range(CURVE_POINTS)}
         self._experience = strategy.clock.train_exp_counter
-        if self._experience:
-            self._at |= set(FIRST_STEPS)
+        self._at = {max(1, round(iterations * (i + 1) / CURVE_POINTS)) for i in range(CURVE_POINTS)}
+        self._at.update(FIRST_STEPS if self._experience else ())
 
     @torch.no_grad()
     def after_training_iteration(self, strategy, **kwargs):
@@ -73,10 +72,7 @@ class AccuracyCurve(SupervisedPlugin):
 def worst_case(points: list[dict]) -> float | None:
     """Mean over the old tasks of their lowest accuracy after their own experience; None if no task is old.
 
-    M. De Lange et al.: Continual evaluation for lifelong learning, ICLR 2023, min-ACC.
-
-    Args:
-        points: of an accuracy curve.
+    min-ACC of M. De Lange et al.: Continual evaluation for lifelong learning, ICLR 2023.
     """
     old = range(points[-1]["experience"])
     lowest = [min(p["task_acc"][task] for p in points if p["experience"] > task) for task in old]
@@ -93,7 +89,6 @@ def execute(
     """Trains the run and returns its row: "settings", "figures" and "versions".
 
     Args:
-        run: its settings.
         dataset_root: folder of the data set; None: its own.
         after_experience: called after each experience with the accuracy matrix so far. Its exceptions end the run.
         curve: whether to measure accuracies during an experience, which takes longer than to train it.
@@ -107,7 +102,8 @@ def execute(
     smallest = min(len(e.dataset) for e in benchmark.train_stream)
     if run.batch_size > smallest:  # no whole batch: nothing would be trained
         raise ValueError(f"Invalid batch_size: {run.batch_size} (allowed: at most {smallest}, the smallest experience)")
-    test_sets = [_first_images(e.dataset, CURVE_IMAGES) for e in benchmark.test_stream]
+    test_sets = [e.dataset[:CURVE_IMAGES] for e in benchmark.test_stream]
+    test_sets = [dataset.read_batch(list(range(len(dataset)))) for dataset in test_sets]
     torch.manual_seed(run.seed)
     random.seed(run.seed)  # Avalanche's A-GEM draws its memory with it
     model = build_model(run)
@@ -125,7 +121,11 @@ def execute(
         for part in [experiences] if whole else parts(run, experiences):
             strategy.train(part, drop_last=True, shuffle=run.stream != "drifting")
         seconds += time.perf_counter() - start
-        _check_finite(strategy)
+        # Few methods check their loss: one that diverged would be reported as one that guesses.
+        if not all(p.isfinite().all() for p in strategy.model.parameters()):
+            number = strategy.clock.train_exp_counter - 1
+            cause = "The usual cause is too high a learning rate."
+            raise FloatingPointError(f"the weights are not finite after training experience {number}. {cause}")
         ends.append(strategy.clock.train_iterations)
         ranks.append(sum(gate.gate.claimed_rank.values()) if gate is not None else 0)
         strategy.eval(benchmark.test_stream)
@@ -134,31 +134,19 @@ def execute(
 
     accuracy = matrix.result()
     accuracy = accuracy[~np.isnan(accuracy).all(axis=1)]  # an online stream is evaluated when a task ends
-    figures = {
-        "acc": float(accuracy[-1].mean()),
-        "accuracy_matrix": accuracy.round(4).tolist(),
-        "task_ends": ends,
-        "seconds": seconds - watch.seconds,
-        "extra_memory_bytes": extra_memory_bytes(strategy, plugins, build_network(run.network, run.heads, run.data)),
-    }
+    network = build_network(run.network, run.heads, run.data)
+    figures = {"acc": float(accuracy[-1].mean()), "accuracy_matrix": accuracy.round(4).tolist(), "task_ends": ends}
+    figures["seconds"] = seconds - watch.seconds
+    figures["extra_memory_bytes"] = extra_memory_bytes(strategy, plugins, network)
     if watch.points:
         figures["curve"] = watch.points
     if accuracy.shape[0] == accuracy.shape[1]:
-        figures["bwt"] = backward_transfer(accuracy)
-        figures["forgetting"] = average_forgetting(accuracy)
+        figures |= {"bwt": backward_transfer(accuracy), "forgetting": average_forgetting(accuracy)}
         figures["learning_acc"] = learning_accuracy(accuracy)
         figures |= {"min_acc": worst_case(watch.points)} if watch.points and len(accuracy) > 1 else {}
     if gate is not None:
         figures |= {"consolidated_at": gate.consolidated_at, "claimed_rank": ranks}
     return {"settings": settings, "figures": figures, "versions": {"algorithm": version_of(run.strategy), **versions()}}
-
-
-def _check_finite(strategy) -> None:
-    """Few methods check their loss: one that diverged would be reported as one that guesses."""
-    if not all(p.isfinite().all() for p in strategy.model.parameters()):
-        number = strategy.clock.train_exp_counter - 1
-        cause = "The usual cause is too high a learning rate."
-        raise FloatingPointError(f"the weights are not finite after training experience {number}. {cause}")
 
 
 def build_benchmark(run: Run, dataset_root: Path | None = None) -> CLScenario:
@@ -181,12 +169,8 @@ def build_benchmark(run: Run, dataset_root: Path | None = None) -> CLScenario:
     if run.validation:
         held_out = [len(d) // 6 for d in train]
         train, test = [d[n:] for d, n in zip(train, held_out)], [d[:n] for d, n in zip(train, held_out)]
-    return benchmark_of(*rearranged(run, train, test))
-
-
-def _first_images(dataset, n: int) -> list[torch.Tensor]:
-    """Images, their labels and task labels."""
-    return dataset.read_batch(list(range(min(n, len(dataset)))))
+    train = blurred(train) if run.stream == "blurred" else train
+    return benchmark_of([*train, train[0]] if run.stream == "returning" else train, test)
 
 
 def versions() -> dict[str, str]:

@@ -25,7 +25,6 @@ from optuna.trial import TrialState
 from harness.cli import Training
 from harness.jobs import in_parallel, worker
 from harness.recipes import USES_REPLAY, recipe_of
-from harness.recipes.recipe import OPTIMIZER_NUMBERS
 from harness.settings import BENCHMARKS, ROOT, Run
 from harness.store import Store, key_of
 
@@ -92,20 +91,15 @@ class Search(Training):
     @property
     def first_run(self) -> Run:
         """A trial's first run, without the settings that are searched."""
-        return self.run(
-            self.benchmark,
-            self.strategy,
-            n_tasks=self.tasks or (2 if self.benchmark.startswith("split") else 10),
-            train_per_task=self.train_per_task,
-            replay_buffer=self.replay_buffer if self.strategy in USES_REPLAY else 0,
-            seed=self.first_seed,
-            validation=True,
-        )
+        tasks = self.tasks or (2 if self.benchmark.startswith("split") else 10)
+        buffer = self.replay_buffer if self.strategy in USES_REPLAY else 0
+        shared = {"train_per_task": self.train_per_task, "seed": self.first_seed, "validation": True}
+        return self.run(self.benchmark, self.strategy, n_tasks=tasks, replay_buffer=buffer, **shared)
 
     def space(self) -> dict[str, BaseDistribution]:
         """Ranges of the learning rate and of the strategy's settings that have one and are not held fixed."""
         recipe = recipe_of(self.first_run)
-        names = {*recipe.arguments, *recipe.optional, *recipe.optimizer_arguments, *OPTIMIZER_NUMBERS[recipe.optimizer]}
+        names = {name for names in recipe.settable for name in names}
         if recipe.optimizer_arguments.get("plasticity_k") == 0:  # without its gate, or it would be another strategy
             names -= {"plasticity_k", "warmup_steps"}
         large = recipe.optimizer in _AS_LARGE_AS_THE_GRADIENT
@@ -115,11 +109,10 @@ class Search(Training):
         return {name: values for name, values in ranges.items() if name not in fixed}
 
     def study(self, seed: int | None = None, *, new: bool = False) -> optuna.Study:
-        """The study, made if it does not exist.
+        """The study, made if it does not exist. With ``new`` it must not exist yet.
 
         Args:
             seed: of the sampler; None: a fresh one.
-            new: whether the study must not exist yet.
 
         Raises:
             DuplicatedStudyError: with ``new``, if it exists.
@@ -161,10 +154,7 @@ def search(settings: Search) -> list[Path]:
 
 
 def work(task: tuple[Search, int | None]) -> None:
-    """Runs trials until the study has all of its; a worker's job.
-
-    Args:
-        task: the search, and the sampler's seed.
+    """Runs trials until the study has all of its; a worker's job, of a search and the sampler's seed.
 
     Raises:
         OSError: the study or the results can't be written.
@@ -227,30 +217,30 @@ def write_report(search: Search, study: optuna.Study) -> list[Path]:
         ValueError: no trial was completed.
     """
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    count = len(finished(study))
     if not complete:
-        raise ValueError(f"none of {len(finished(study))} trials was completed")
-    paths = [search.output / "trials.csv", search.output / "best.json"]
-    study.trials_dataframe(("number", "state", "value", "duration", "params", "user_attrs")).to_csv(
-        paths[0], index=False
-    )
+        raise ValueError(f"none of {count} trials was completed")
+    paths = [search.output / name for name in ("trials.csv", "best.json")]
+    trials = study.trials_dataframe(("number", "state", "value", "duration", "params", "user_attrs"))
+    trials.to_csv(paths[0], index=False)
     importances = {}
     if len({trial.value for trial in complete}) > 1:
-        importances = _importances(study, search.output / "importances.png")
         paths.append(search.output / "importances.png")
+        importances = _importances(study, paths[-1])
     settings = {**dict(search.first_run.overrides), **study.best_params}
     best = {
         "run": search.first_run.settings(),
         "seeds": search.seeds,
         "value": study.best_value,
         "settings": settings,
-        "trials": {"complete": len(complete), "pruned": len(finished(study)) - len(complete)},
+        "trials": {"complete": len(complete), "pruned": count - len(complete)},
         "importances": importances,
         "command": command_of(search, settings),
     }
     paths[1].write_text(json.dumps(best, indent=1) + "\n")
     shown = ", ".join(f"{name} {value:.4g}" for name, value in settings.items())
-    number = f"best of {len(finished(study))} trials"
-    print(f"\n{number}: {study.best_value:.2f} on validation images, with {shown}\n\n{best['command']}\n")
+    found = f"best of {count} trials: {study.best_value:.2f} on validation images, with {shown}"
+    print(f"\n{found}\n\n{best['command']}\n")
     return paths
 
 

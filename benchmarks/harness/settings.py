@@ -7,35 +7,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from harness.data import DATA
-from harness.recipes import ABOUT, TASK_INCREMENTAL, USES_REPLAY, recipe_of, strategies_of
-
-__all__ = [
-    "ABOUT", "BENCHMARKS", "BOUNDS", "DATA", "NETWORKS", "ROOT", "Run", "STRATEGIES", "STREAMS", "TASK_INCREMENTAL",
-    "USES_REPLAY", "in_mini_batches", "network_title", "strategies_of", "title_of",
-]  # fmt: skip
+from harness.recipes import ABOUT, recipe_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # Class-incremental ("split") and domain-incremental benchmarks of every data set.
 BENCHMARKS = tuple(f"{kind}-{data}" for kind in ("split", "permuted") for data in DATA)
-# Networks, and their names in reports; a perceptron's has the numbers of inputs and classes.
-NETWORKS = {
-    "256-256": "MLP {}-256-256-{}",
-    "100-100": "MLP {}-100-100-{}",
-    "400-400": "MLP {}-400-400-{}",
-    "1000-1000": "MLP {}-1000-1000-{}",
-    "1000": "MLP {}-1000-{}",
-    "436-436": "MLP {}-436-436-{}",
-    "827-827": "MLP {}-827-827-{}",
+# Networks, and their names in reports. A perceptron has the widths of its hidden layers as name, and more in reports:
+# its numbers of inputs and classes.
+PERCEPTRONS = ("256-256", "100-100", "400-400", "1000-1000", "1000", "436-436", "827-827")
+NETWORKS = {name: f"MLP {{}}-{name}-{{}}" for name in PERCEPTRONS} | {
     "cnn": "CNN of two convolutions (16 and 32 channels) and a linear layer",
     "slim-resnet18": "ResNet-18 of 20 to 160 channels",
     "vit": "vision transformer of 4 blocks and 64 channels",
 }
 STRATEGIES = tuple(ABOUT)[: list(ABOUT).index("joint") + 1]  # a comparison's, unless others are asked for
 BOUNDS = ("cumulative", "joint")
-# The order of the tasks: one after another; one after another, each experience one mini-batch, for strategies that are
-# not told the boundaries; mixed with their neighbours; each turning slowly into the next; the first task again at the
-# end; or of classes in random order (otherwise 0 to 9).
+# The order of the tasks: one after another; the same, each experience one mini-batch, for strategies that are not told
+# the boundaries; mixed with their neighbours; each turning slowly into the next; the first task again at the end; or
+# of classes in random order (otherwise 0 to 9).
 STREAMS = ("tasks", "online", "blurred", "drifting", "returning", "random classes")
 
 
@@ -56,14 +46,11 @@ class Run:
     """One training of one strategy on one benchmark with one seed.
 
     Attributes:
-        benchmark: one of BENCHMARKS.
-        strategy: one of ``strategies_of(benchmark, task_incremental)``.
-        n_tasks, epochs, batch_size: experiences, epochs an experience, samples of the stream in a mini-batch.
+        batch_size: samples of the stream in a mini-batch.
         replay_buffer: stored samples; 0 for strategies without replay.
         seed: decides the data's order, initial weights and permutations. Runs with equal seeds are paired.
         train_per_task: training images a task (permutations); None: all.
         validation: score on 1/6 of the training images, held out, instead of the test set, for tuning.
-        network: one of NETWORKS.
         overrides: settings of the strategy that replace its recipe's, as a mapping or as pairs.
         stream: one of STREAMS.
         task_incremental: a head for each task, and task labels in training and in tests (classes).
@@ -100,6 +87,12 @@ class Run:
     def heads(self) -> int:
         return self.n_tasks if self.task_incremental else 1
 
+    @property
+    def in_mini_batches(self) -> bool:
+        """Whether each experience that the strategy trains on is one mini-batch."""
+        untold = self.strategy.endswith(("-surprise", "-continuous"))
+        return self.stream == "online" and (untold or self.strategy in ("naive-sgd", "replay-adaptive"))
+
     def settings(self) -> dict:
         """All that decides its result, as the store keeps it: its own settings and its recipe's.
 
@@ -115,9 +108,3 @@ class Run:
                 allowed = ", ".join(map(str, numbers))
                 raise ValueError(f"Invalid tasks: {self.n_tasks} (allowed on {where}: {allowed})")
         return {**asdict(self), "overrides": dict(self.overrides), **recipe_of(self).to_json()}
-
-
-def in_mini_batches(run: Run) -> bool:
-    """Whether each experience that the strategy trains on is one mini-batch."""
-    untold = run.strategy.endswith(("-surprise", "-continuous"))
-    return run.stream == "online" and (untold or run.strategy in ("naive-sgd", "replay-adaptive"))

@@ -37,7 +37,7 @@ USUAL = USUAL_RUN | USUAL_TRAINING
 # Raise a number by hand if a change of the code gives other results for the same settings and seed: other equations,
 # other random numbers, another order of the data. Never for a docstring, a comment, a new name or a faster way to the
 # same numbers. A change of the training loop, the networks or the benchmarks raises both.
-ALGORITHM_VERSION = {"ours": 4, "others": 1}
+ALGORITHM_VERSION = {"ours": 5, "others": 1}
 
 
 def version_of(strategy: str) -> int:
@@ -47,11 +47,10 @@ def version_of(strategy: str) -> int:
 
 def key_of(settings: Mapping, version: int | None = None) -> str:
     """Identifies a run: its settings with the seed, and the version of its algorithm, by default the present one."""
-    if version is None:
-        version = version_of(settings["strategy"])
     # Equal settings are equal text: 1 and 1.0, lists and tuples.
     plain = json.loads(json.dumps(without_usual(settings)), parse_int=float)
-    return f"{hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]}-{version}"
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{digest}-{version_of(settings['strategy']) if version is None else version}"
 
 
 def without_usual(settings: Mapping) -> dict:
@@ -78,19 +77,15 @@ class Store:
             raise OSError(error.errno, f"the results cannot be written: {error.strerror}", str(self.path)) from error
 
     def append(self, row: Mapping) -> None:
-        """Writes one row, on disk before this returns.
-
-        Args:
-            row: "settings", "figures" (or "error") and whatever else is to be kept. "versions" and "finished" are
-                completed here.
+        """Writes one row, which is on disk before this returns. "versions" and "finished" are completed.
 
         Raises:
             OSError: the row could not be written (a full disk, for example). The rows before it are as they were.
         """
         settings = without_usual(row["settings"])
         versions = {"algorithm": version_of(settings["strategy"]), **row.get("versions", {})}
-        finished = row.get("finished", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-        whole = {**row, "settings": settings, "versions": versions, "finished": finished}
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        whole = {"finished": now, **row, "settings": settings, "versions": versions}
         line = json.dumps(whole, separators=(",", ":")) + "\n"
         path = self.path / f"{settings['benchmark']}.jsonl"
         try:
@@ -123,24 +118,23 @@ class Store:
         return {key_of(row["settings"], row["versions"]["algorithm"]): row for row in found}
 
     def keys(self) -> set[str]:
-        """Keys of the runs that did not fail."""
         return set(self.finished())
 
     def frame(self) -> pd.DataFrame:
         """One row a run that did not fail, its key as the index.
 
         Columns are the settings, the figures, "version" (of the algorithm), "torch" and "finished". Among the settings
-        a mapping or a list is shown as text ("lr=0.1 openness=0.5"), so that runs can be grouped by it. Lists among the
-        figures stay Python objects.
+        a mapping or a list is shown as text ("lr=0.1 openness=0.5"), so that runs can be grouped by it.
         """
-        rows = {
-            key: {name: as_text(value) for name, value in {**USUAL, **row["settings"]}.items()}
+        finished = self.finished()
+        rows = [
+            {name: as_text(value) for name, value in {**USUAL, **row["settings"]}.items()}
             | row["figures"]
             | {"version": row["versions"]["algorithm"], "torch": row["versions"].get("torch")}
             | {"finished": row.get("finished")}
-            for key, row in self.finished().items()
-        }
-        return pd.DataFrame(list(rows.values()), index=list(rows))
+            for row in finished.values()
+        ]
+        return pd.DataFrame(rows, index=list(finished))
 
 
 def as_text(value):

@@ -13,9 +13,9 @@ from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
 from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.benchmarks.utils import AvalancheDataset
 
+from avalanche_sp.data import TensorClassificationDataset, TensorSource, split_classes
 from harness.data import parts_of
-from harness.internals import TensorClassificationDataset, TensorSource, split_classes
-from harness.settings import DATA, Run, in_mini_batches
+from harness.settings import DATA, Run
 
 BLURRED = 20  # a task exchanges one of this number of samples with each neighbour
 BLOCK = 100  # images of a drifting stream that share their permutation
@@ -30,18 +30,9 @@ def groups_of_classes(run: Run, n_tasks: int, dataset_root: Path | None) -> CLSc
     return split_classes(*parts_of(run.data, dataset_root), classes.chunk(n_tasks), seed=run.seed, **heads)
 
 
-def rearranged(run: Run, train: list, test: list) -> tuple[list, list]:
-    """The run's experiences, for training and for tests, from those of its tasks."""
-    if run.stream == "blurred":
-        return blurred(train), test
-    if run.stream == "returning":
-        return [*train, train[0]], test
-    return train, test
-
-
 def parts(run: Run, experience: CLExperience) -> Iterable[CLExperience]:
     """The arguments of ``train``, one after another."""
-    if not in_mini_batches(run):
+    if not run.in_mini_batches:
         return [experience]
     return split_online_stream([experience], run.batch_size, seed=run.seed, drop_last=True)
 
@@ -86,14 +77,12 @@ def drifting(run: Run, dataset_root: Path | None) -> tuple[list, list]:
 
 def swaps(start: np.ndarray, end: np.ndarray) -> list[tuple[int, int]]:
     """Exchanges of two places each that turn one permutation into another."""
-    now, where, moves = start.copy(), np.argsort(start), []
-    for i in range(len(now)):
-        j = where[end[i]]
+    now, moves = start.tolist(), []
+    for i, value in enumerate(end.tolist()):
+        j = now.index(value, i)  # all before are in place
         if i != j:
             moves.append((i, j))
-            where[now[i]] = j
-            now[[i, j]] = now[[j, i]]
-            where[now[i]] = i
+            now[i], now[j] = now[j], now[i]
     return moves
 
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import pandas as pd
 
 from harness.protocols import PROTOCOLS, overrides_of
-from harness.settings import STRATEGIES, TASK_INCREMENTAL, USES_REPLAY, title_of
+from harness.recipes import TASK_INCREMENTAL, USES_REPLAY
+from harness.settings import STRATEGIES, title_of
 from harness.store import USUAL_RUN, as_text
 
 # The settings that tell runs apart; the rest of a run's settings follows from them.
@@ -32,12 +32,9 @@ class Study:
     """Runs that are compared with each other.
 
     Attributes:
-        title: its name in captions.
         settings: of all its runs; by default one epoch, batches of 64 and the usual network.
-        rows: the compared strategies, in the order of the tables.
         buffers: numbers of stored samples of the strategies with replay.
-        curves: numbers of stored samples with which accuracy is measured during training, too. 0: without any.
-        seeds: number of runs of each row.
+        curves: numbers of stored samples with which accuracy is also measured during training. 0: without any.
         protocol: the published protocol whose settings it has.
     """
 
@@ -62,16 +59,14 @@ class Study:
     def select(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Its runs among the newest ones, in the order of its rows, with their "label"."""
         cells = self.cells()
-        places = {tuple(as_text(cell[name]) for name in IDENTITY): place for place, cell in enumerate(cells)}
-        place = np.array([places.get(identity, -1) for identity in frame["identity"]])
-        order = np.argsort(place, kind="stable")
-        order = order[place[order] >= 0]
-        return frame.iloc[order].assign(label=[cells[i]["label"] for i in place[order]])
+        places = {hash(tuple(as_text(cell[name]) for name in IDENTITY)): place for place, cell in enumerate(cells)}
+        place = frame["identity"].map(places).dropna().sort_values(kind="stable")
+        return frame.loc[place.index].assign(label=[cells[int(i)]["label"] for i in place])
 
     def runs(self, seeds: int) -> list[dict]:
         """Settings of its runs, with the seed. Seeds outermost: a study cut short is a whole one with fewer seeds."""
-        cells = [{name: value for name, value in cell.items() if name != "label"} for cell in self.cells()]
-        return [{**cell, "seed": seed} for seed in range(seeds) for cell in cells]
+        runs = [cell | {"seed": seed} for seed in range(seeds) for cell in self.cells()]
+        return [{name: value for name, value in run.items() if name != "label"} for run in runs]
 
     def keeps_curve(self, run) -> bool:
         return run.replay_buffer in self.curves
@@ -84,7 +79,7 @@ class Study:
 def newest(frame: pd.DataFrame) -> pd.DataFrame:
     """Of a store's runs with equal settings and seed the one of the newest version, by seed."""
     settings = frame[IDENTITY].astype(object).where(frame[IDENTITY].notna(), None)
-    frame = frame.assign(identity=list(settings.itertuples(index=False, name=None)))
+    frame = frame.assign(identity=[hash(row) for row in settings.itertuples(index=False, name=None)])
     frame = frame.sort_values(["version", "finished"]).drop_duplicates(["identity", "seed"], keep="last")
     return frame.sort_values("seed", kind="stable")
 
@@ -109,7 +104,7 @@ def _protocol(benchmark: str, name: str, strategies: str, seeds: int = 3) -> Stu
     arguments = dict(PROTOCOLS[benchmark][name].arguments)
     buffers = tuple(arguments.pop("replay_buffer", ()))
     settings = {"benchmark": benchmark, "n_tasks": arguments.pop("tasks"), **arguments}
-    title = f"{'Split' if benchmark == 'split-mnist' else 'Permuted'} MNIST, `{name}`"
+    title = f"{title_of(benchmark)}, `{name}`"
     return Study(title, settings, _rows(strategies), buffers, seeds=seeds, protocol=name)
 
 

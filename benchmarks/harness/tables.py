@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from harness.protocols import PROTOCOLS
-from harness.settings import ABOUT, BOUNDS, USES_REPLAY, network_title, title_of
+from harness.recipes import ABOUT, USES_REPLAY
+from harness.settings import BOUNDS, network_title, title_of
 from harness.statistics import bootstrap, holm, rank_biserial, student, wilcoxon
 from harness.store import version_of
 from harness.studies import BEST_WITHOUT, BOUNDARIES, LAYERS, OVERVIEW, STUDIES, WITH_AND_WITHOUT, Study
@@ -22,8 +23,7 @@ def table(frame: pd.DataFrame, kind: str, *arguments: str) -> str:
 
     Args:
         frame: the newest run of each setting (``studies.newest``).
-        kind: a key of OF_ONE_STUDY or OF_SEVERAL.
-        arguments: for OF_ONE_STUDY the name of the study first, then the function's own.
+        kind: a key of OF_ONE_STUDY, with the name of the study as the first argument, or of OF_SEVERAL.
     """
     if kind in OF_SEVERAL:
         return OF_SEVERAL[kind](frame, *arguments)
@@ -70,36 +70,19 @@ def cells(runs: pd.DataFrame) -> Iterator[tuple[str, int, pd.DataFrame]]:
         yield label, buffer, cell
 
 
-def with_bootstrap(values: pd.Series) -> str:
+def with_bootstrap(values: pd.Series, form: str = ".1f") -> str:
     """Mean with its bootstrap interval; "-" if a run has no such figure."""
     if values.isna().any():
         return "-"
     low, high = bootstrap(tuple(values))
-    return f"{values.mean():.1f}" + (f" [{low:.1f}, {high:.1f}]" if len(values) > 1 else "")
+    return f"{values.mean():{form}}" + (f" [{low:{form}}, {high:{form}}]" if len(values) > 1 else "")
 
 
-def with_student(values: pd.Series, sign: str = "") -> str:
+def with_student(values: pd.Series, form: str = ".1f") -> str:
     """Mean with the half-width of its interval by Student's t; "-" if a run has no such figure."""
     if values.isna().any():
         return "-"
-    return f"{values.mean():{sign}.1f}" + (f" ± {student(values):.1f}" if len(values) > 1 else "")
-
-
-def each_task(cell: pd.DataFrame) -> np.ndarray:
-    """Accuracy on each task after the last one, mean over the runs."""
-    return np.mean([matrix[-1] for matrix in cell["accuracy_matrix"]], axis=0)
-
-
-def _all_tasks(cell: pd.DataFrame) -> str:
-    accuracies = each_task(cell)
-    if len(accuracies) > 5:
-        return f"{accuracies.min():.1f} to {accuracies.max():.1f}"
-    return " / ".join(f"{accuracy:.1f}" for accuracy in accuracies)
-
-
-def _trained_with(cell: pd.DataFrame) -> str:
-    run = cell.iloc[0]
-    return f"{run.optimizer} {run.lr:g}, {run.loss}" + (f"; {run.arguments}" if run.arguments else "")
+    return f"{values.mean():{form}}" + (f" ± {student(values):.1f}" if len(values) > 1 else "")
 
 
 # -- Comparisons, paired by seed --------------------------------------------------------------------------------------
@@ -111,16 +94,11 @@ def by_seed(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(ours: pd.Series, others: pd.DataFrame) -> pd.DataFrame:
-    """Ours minus every other row, as one family of comparisons.
+    """Ours minus every other row of ``by_seed`` with two seeds or more, as one family of comparisons.
 
-    Args:
-        ours: a row of ``by_seed``.
-        others: other rows of it. One with fewer than two of our seeds is left out.
-
-    Returns:
-        A row a cell: "gains" by seed, their "mean", "p" corrected for the number of cells, and "other", its ACC.
+    A row a cell: "gains" by seed, their "mean", "p" corrected for the number of cells, and "other", its ACC.
     """
-    gains = [row[~np.isnan(row)] for row in ours.to_numpy() - others.to_numpy()]
+    gains = [(ours - row).dropna() for _, row in others.iterrows()]
     found = pd.DataFrame({"gains": gains, "other": others.mean(axis=1)}, index=others.index)
     found = found.loc[[len(gain) > 1 for gain in gains]]
     return found.assign(mean=found["gains"].map(np.mean), p=holm(list(map(wilcoxon, found["gains"]))))
@@ -128,13 +106,12 @@ def differences(ours: pd.Series, others: pd.DataFrame) -> pd.DataFrame:
 
 def against_others(runs: pd.DataFrame, name: str) -> dict[int, pd.DataFrame]:
     """By number of stored samples: ours minus each row with the same number, and minus the best ones without any."""
-    accuracies, found = by_seed(runs), {}
+    accuracies = by_seed(runs)
     labels, buffers = (accuracies.index.get_level_values(level) for level in CELL)
+    found = {}
     for buffer in buffers[labels == name]:
-        ours = (labels == name) & (buffers == buffer)
-        found[buffer] = differences(
-            accuracies[ours].iloc[0], accuracies[(labels.isin(BEST_WITHOUT) | (buffers == buffer)) & ~ours]
-        )
+        others = accuracies[labels.isin(BEST_WITHOUT) | (buffers == buffer)].drop(index=[(name, buffer)])
+        found[buffer] = differences(accuracies.loc[(name, buffer)], others)
     return {buffer: rows for buffer, rows in found.items() if len(rows)}
 
 
@@ -153,32 +130,44 @@ def verdict(difference: pd.Series) -> str:
     return "above" if difference["mean"] > 0 else "below"
 
 
-def _interval(gains: np.ndarray, digits: int = 1) -> str:
-    low, high = bootstrap(tuple(gains))
-    return f"{gains.mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-
-
 # -- Tables of one study ----------------------------------------------------------------------------------------------
 
 
-def _of(name: str, text: Callable[[pd.Series], str] = with_bootstrap) -> Callable[[pd.DataFrame], str]:
-    return lambda cell: text(cell[name])
+def each_task(cell: pd.DataFrame) -> str:
+    """Accuracy on each task after the last one, mean over the runs."""
+    accuracies = np.mean([matrix[-1] for matrix in cell["accuracy_matrix"]], axis=0)
+    few = len(accuracies) <= 5
+    return " / ".join(map("{:.1f}".format, accuracies)) if few else f"{accuracies.min():.1f} to {accuracies.max():.1f}"
 
 
-_ACC = {"ACC %": _of("acc")}
+def trained_with(cell: pd.DataFrame) -> str:
+    run = cell.iloc[0]
+    return f"{run.optimizer} {run.lr:g}, {run.loss}" + (f"; {run.arguments}" if run.arguments else "")
+
+
+# The columns of a listing: the text of a cell by the column's name.
+_ACC = {"ACC %": lambda cell: with_bootstrap(cell["acc"])}
 _SECONDS = {"seconds": lambda cell: f"{cell['seconds'].mean():.1f}"}
 _MEMORY = {"extra kB": lambda cell: f"{cell['extra_memory_bytes'].max() / 1000:.0f}"}
-_FULL = {"ACC %": _of("acc", with_student), "BWT %": _of("bwt", with_student), "each task %": _all_tasks}
+_WITH_STUDENT = {f"{name.upper()} %": lambda cell, name=name: with_student(cell[name]) for name in ("acc", "bwt")}
 LISTINGS: dict[str, dict[str, Callable[[pd.DataFrame], str]]] = {
-    "full": _FULL | _SECONDS | _MEMORY | {"trained with": _trained_with},
-    "worst": {"worst case %": _of("min_acc")} | _ACC,
-    "costs": _SECONDS | {"times replay-joint": lambda cell: f"{cell['times'].mean():.2f}"} | _MEMORY,
-    "task-labels": _ACC | {"BWT %": _of("bwt"), "right after learning %": _of("learning_acc")} | _MEMORY,
-    "two-tasks": _ACC
-    | {f"task {name} %": lambda cell, task=task: f"{each_task(cell)[task]:.1f}" for task, name in enumerate("AB")},
+    "full": {**_WITH_STUDENT, "each task %": each_task, **_SECONDS, **_MEMORY, "trained with": trained_with},
+    "worst": {"worst case %": lambda cell: with_bootstrap(cell["min_acc"]), **_ACC},
+    "costs": {**_SECONDS, "times replay-joint": lambda cell: f"{cell['times'].mean():.2f}", **_MEMORY},
+    "task-labels": {
+        **_ACC,
+        "BWT %": lambda cell: with_bootstrap(cell["bwt"]),
+        "right after learning %": lambda cell: with_bootstrap(cell["learning_acc"]),
+        **_MEMORY,
+    },
+    "two-tasks": {
+        **_ACC,
+        "task A %": lambda cell: each_task(cell).split(" / ")[0],
+        "task B %": lambda cell: each_task(cell).split(" / ")[1],
+    },
     "published": {
         "published %": lambda cell: f"{cell['published'].iloc[0]:.1f}".replace("nan", "-"),
-        "here %": _of("acc"),
+        "here %": _ACC["ACC %"],
         "difference": lambda cell: f"{(cell['acc'] - cell['published']).mean():+.1f}".replace("+nan", "-"),
     },
 }
@@ -214,7 +203,7 @@ def minus(runs: pd.DataFrame, study: Study | None, reference: str) -> str:
     found = differences(accuracies.loc[ours[0]], accuracies.drop(index=ours))
     return markdown(
         {"strategy": label, "buffer": buffer or "-"}
-        | {f"ACC minus that of {reference}": with_student(pd.Series(-row["gains"]), "+"), "p (Holm)": f"{row['p']:.3f}"}
+        | {f"ACC minus that of {reference}": with_student(-row["gains"], "+.1f"), "p (Holm)": f"{row['p']:.3f}"}
         for (label, buffer), row in found.iterrows()
     )
 
@@ -225,21 +214,19 @@ def _column(buffer: int) -> str:
 
 def grid(runs: pd.DataFrame, study: Study) -> str:
     """ACC: a row a strategy, a column a number of stored samples."""
-    columns = [_column(buffer) for buffer in sorted(runs["replay_buffer"].unique())]
-    rows: dict[str, dict] = {label: {"strategy": label} | dict.fromkeys(columns, "") for label in runs["label"]}
-    for label, buffer, cell in cells(runs):
-        rows[label][_column(buffer)] = with_bootstrap(cell["acc"])
-    return caption(study.title, runs) + markdown(rows.values())
+    shown = runs.groupby(CELL, sort=False)["acc"].agg(with_bootstrap).unstack("replay_buffer", sort=False)
+    shown = shown.sort_index(axis=1).rename(columns=_column).fillna("").rename_axis(index="strategy")
+    return caption(study.title, runs) + markdown(shown.reset_index().to_dict("records"))
 
 
 def changes(runs: pd.DataFrame, study: Study) -> str:
     """A row a change of the settings, a column a strategy; in brackets the change of ACC."""
-    usual = runs[runs["label"] == runs["label"].iloc[0]].groupby("strategy", sort=False)["acc"].mean()
-    rows: dict[str, dict] = {label: {"": label} | dict.fromkeys(usual.index, "") for label in runs["label"]}
-    for (label, strategy), acc in runs.groupby(["label", "strategy"], sort=False)["acc"]:
-        change = f" ({acc.mean() - usual[strategy]:+.1f})" if label != runs["label"].iloc[0] else ""
-        rows[label][strategy] = with_bootstrap(acc) + change
-    return caption(study.title, runs) + markdown(rows.values())
+    acc = runs.groupby(["label", "strategy"], sort=False)["acc"]
+    means = acc.mean().unstack(sort=False)
+    brackets = (means - means.iloc[0]).map(" ({:+.1f})".format)
+    brackets.iloc[0] = ""
+    shown = (acc.agg(with_bootstrap).unstack(sort=False) + brackets).fillna("").rename_axis(index="")
+    return caption(study.title, runs) + markdown(shown.reset_index().to_dict("records"))
 
 
 def best(runs: pd.DataFrame, study: Study, ours: str) -> str:
@@ -247,25 +234,22 @@ def best(runs: pd.DataFrame, study: Study, ours: str) -> str:
     found = {buffer: rows.loc[rows["other"].idxmax()] for buffer, rows in against_others(runs, ours).items()}
     return markdown(
         {"buffer": buffer, "best other row": f"{row.name[0]} {row['other']:.1f}"}
-        | {f"{ours} minus it": _interval(row["gains"]), "p (Holm)": f"{row['p']:.3f}"}
+        | {f"{ours} minus it": with_bootstrap(row["gains"], "+.1f"), "p (Holm)": f"{row['p']:.3f}"}
         | {"effect": f"{rank_biserial(row['gains']):+.2f}", "verdict": verdict(row)}
         for buffer, row in found.items()
     )
 
 
 def minus_others(runs: pd.DataFrame, study: Study, ours: str, *names: str) -> str:
-    """Ours minus every other row: a row a strategy, a column a number of stored samples. Bold if it is significant.
+    """Ours minus every other row, or those named: a column a number of stored samples. Bold if it is significant.
 
     With more than four columns there are no intervals, and one more row: ours minus ours with the next smaller memory.
-
-    Args:
-        names: the other strategies; all by default.
     """
     runs = runs[runs["label"].isin((ours, *names))] if names else runs
     found = against_others(runs, ours)
 
     def text(row: pd.Series) -> str:
-        shown = _interval(row["gains"]) if len(found) <= 4 else f"{row['mean']:+.1f}"
+        shown = with_bootstrap(row["gains"], "+.1f") if len(found) <= 4 else f"{row['mean']:+.1f}"
         return shown if verdict(row) == "level" else f"**{shown}**"
 
     rows: dict[str, dict] = {label: {f"`{ours}` minus": label} for label in runs["label"] if label != ours}
@@ -299,14 +283,11 @@ def overview(frame: pd.DataFrame) -> str:
 
 def found_boundaries(task_ends: list[int], consolidated_at: list[int]) -> tuple[list[int], int, int]:
     """Delays of the boundaries that were found, in iterations; how many were missed; how many alarms were false."""
-    starts, delays, false = task_ends[:-1], {}, 0
+    starts, delays = task_ends[:-1], {}
     for at in consolidated_at:
-        before = [start for start in starts if start < at]
-        if before and before[-1] not in delays:
-            delays[before[-1]] = at - before[-1]
-        else:
-            false += 1
-    return list(delays.values()), len(starts) - len(delays), false
+        if before := [start for start in starts if start < at]:
+            delays.setdefault(before[-1], at - before[-1])
+    return list(delays.values()), len(starts) - len(delays), len(consolidated_at) - len(delays)
 
 
 def boundaries(frame: pd.DataFrame) -> str:
@@ -346,7 +327,7 @@ def layers(frame: pd.DataFrame, network: str) -> str:
     means = accuracies.mean(axis=1).map("{:.1f}".format)
 
     def minus(one: str, other: str) -> str:
-        return _interval((accuracies.loc[one] - accuracies.loc[other]).to_numpy(), digits=2)
+        return with_bootstrap(accuracies.loc[one] - accuracies.loc[other], "+.2f")
 
     rows = [
         {"layer": f"`{layer}`", "protected alone": means[f"only {layer}"], "minus none": minus(f"only {layer}", "none")}

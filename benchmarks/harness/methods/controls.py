@@ -53,8 +53,8 @@ class ConstantGate(SelectivePlasticityOptimizer):
 class UPGD(Optimizer):
     """Utility-based perturbed gradient descent, first order, globally scaled.
 
-    M. Elsayed, A. R. Mahmood: Addressing loss of plasticity and catastrophic forgetting in continual learning,
-    ICLR 2024, algorithm 1: a weight's step is scaled by 1 - sigmoid(u / max u), with u the running mean of -g w.
+    A weight's step is scaled by 1 - sigmoid(u / max u), with u the running mean of -g w (algorithm 1 of M. Elsayed,
+    A. R. Mahmood: Addressing loss of plasticity and catastrophic forgetting in continual learning, ICLR 2024).
     """
 
     def __init__(self, params, lr: float, beta_utility: float = 0.999, sigma: float = 1e-3):

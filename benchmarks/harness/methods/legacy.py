@@ -14,9 +14,7 @@ class LegacySelectivePlasticity(Optimizer):
     ``plasticity_k=0`` fixes the gate at 1: the same SGD without it.
     """
 
-    def __init__(
-        self, params, lr: float, trace_decay: float = 0.99, plasticity_k: float = 5.0, warmup_steps: int = 1000
-    ):
+    def __init__(self, params, lr: float, trace_decay=0.99, plasticity_k=5.0, warmup_steps=1000):
         defaults = {"lr": lr, "trace_decay": trace_decay, "plasticity_k": plasticity_k, "warmup_steps": warmup_steps}
         super().__init__(params, defaults)
 
@@ -38,10 +36,8 @@ class LegacySelectivePlasticity(Optimizer):
 class LegacyReplay(SupervisedPlugin):
     """Half a batch of stored samples joins every batch.
 
-    Args:
-        mem_size: samples stored.
-        fifo: as published, the joint batch is stored at once and the oldest samples fall out. False: an experience's
-            last samples are stored at its end, so that samples of the old task are there in the next one.
+    As published (``fifo``) the joint batch is stored at once and the oldest samples fall out. Without it an
+    experience's last samples are stored at its end, so that samples of the old task are there in the next one.
     """
 
     def __init__(self, mem_size: int, fifo: bool = True):

@@ -1,7 +1,7 @@
 """GPM and OWM: a layer's gradient is projected away from the inputs of earlier experiences.
 
-A linear layer computes z = W x + b. Both methods count the bias as the weight of one more input, which is always 1: the
-joint gradient [dW, db], shape (out, d + 1), is projected from the right. Their papers' networks have no biases.
+The bias counts as the weight of one more input, which is always 1: the joint gradient [dW, db], shape (out, d + 1), is
+projected from the right. The papers' networks have no biases.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from harness.methods import check
+
 
 class GradientProjection(SupervisedPlugin):
     """Before each step, replaces the gradient of every linear layer in ``kept`` by its projection."""
 
     def __init__(self):
         super().__init__()
-        self.kept: dict[str, Tensor] = {}
-        """A subclass's summary of each layer's inputs, by the layer's name."""
+        self.kept: dict[str, Tensor] = {}  # a summary of each layer's inputs, by the layer's name
 
     def project(self, gradient: Tensor, kept: Tensor) -> Tensor:
         raise NotImplementedError
@@ -36,23 +37,17 @@ class GradientProjection(SupervisedPlugin):
 
 
 class GradientProjectionMemory(GradientProjection):
-    r"""Gradient projection memory (GPM): steps orthogonal to the inputs of earlier experiences.
+    """Gradient projection memory (GPM): steps orthogonal to the inputs of earlier experiences.
 
-    After each experience, with R (d, n) a layer's inputs for n of its samples and M (d, r) the orthonormal basis so
-    far, the basis gains the leading left singular vectors of its residual, the fewest, k, for which
+    After each experience, with R (d, n) a layer's inputs and M (d, r) the orthonormal basis so far, the basis gains the
+    leading left singular vectors of R - M M^T R, the fewest that leave at most a share 1 - epsilon of R's energy. From
+    then on the gradient G is G - G M M^T.
 
-    .. math::
-        \hat R = R - M M^\top R = U \Sigma V^\top, \qquad
-        \|M M^\top R\|_F^2 + \|\hat R_k\|_F^2 \ge \epsilon_{th} \|R\|_F^2
-
-    (equations 8 and 9; equation 5 is the same with M empty). From then on the gradient is :math:`\nabla_W L -
-    (\nabla_W L) M M^\top` (equation 6).
-
-    G. Saha, I. Garg, K. Roy: Gradient projection memory for continual learning, ICLR 2021.
+    G. Saha, I. Garg, K. Roy: Gradient projection memory for continual learning, ICLR 2021, equations 5, 6, 8 and 9.
 
     Args:
-        epsilon: :math:`\epsilon_{th}`, the share of energy to keep, between 0 and 1, the same for all experiences. (The
-            authors also let it grow by .003 an experience: no better on Split MNIST, ``docs/experiments.md``.)
+        epsilon: the share of energy to keep, between 0 and 1, the same for all experiences. (The authors also let it
+            grow by .003 an experience: no better on Split MNIST, ``docs/experiments.md``.)
         epsilon_hidden: the same of all layers but the first, as the authors do on Permuted MNIST. Default: ``epsilon``.
         samples: n, evenly spread over the experience; 300 as in the authors' code.
     """
@@ -61,8 +56,7 @@ class GradientProjectionMemory(GradientProjection):
         super().__init__()
         self.epsilons = epsilon, epsilon if epsilon_hidden is None else epsilon_hidden
         for name, value in zip(("epsilon", "epsilon_hidden"), self.epsilons):
-            if not 0 < value < 1:
-                raise ValueError(f"Invalid {name} value: {value} (allowed: between 0 and 1)")
+            check(name, value, 1, "between 0 and 1")
         self.samples = samples
 
     def project(self, gradient: Tensor, kept: Tensor) -> Tensor:
@@ -78,29 +72,23 @@ class GradientProjectionMemory(GradientProjection):
 
 
 class OrthogonalWeightsModification(GradientProjection):
-    r"""Orthogonal weights modification (OWM): steps scaled down along the inputs of earlier experiences.
+    """Orthogonal weights modification (OWM): steps scaled down along the inputs of earlier experiences.
 
-    With A the inputs so far, as columns, a layer's gradient is multiplied by
-
-    .. math::
-        P = I - A (A^\top A + \alpha I)^{-1} A^\top = \alpha\, (\alpha I + A A^\top)^{-1}
-
-    (main text). The columns are the layer's inputs, averaged over each batch, with the weights at the end of the
-    experience; P takes them in one by one, by recursive least squares (``take_in``; Methods, step e). The authors'
-    code does this at every iteration, with the weights of the moment, and so already protects the present experience.
-    On validation images it ends lower here (``docs/experiments.md``).
+    A layer's gradient is multiplied by P = alpha (alpha I + A A^T)^-1. The columns of A are the layer's inputs, a mean
+    over each batch, with the weights at the end of the experience. The authors' code takes them in at every iteration,
+    with the weights of the moment, and so already protects the present experience. On validation images it ends lower
+    here (``docs/experiments.md``).
 
     G. Zeng, Y. Chen, B. Cui, S. Yu: Continual learning of context-dependent processing in neural networks, Nature
     Machine Intelligence 2019.
 
     Args:
-        alpha: :math:`\alpha`, greater than 0; smaller values close more.
+        alpha: greater than 0; smaller values close more.
     """
 
     def __init__(self, alpha: float):
         super().__init__()
-        if not 0 < alpha < float("inf"):
-            raise ValueError(f"Invalid alpha value: {alpha} (allowed: greater than 0)")
+        check("alpha", alpha)
         self.alpha = alpha
 
     def project(self, gradient: Tensor, kept: Tensor) -> Tensor:

@@ -11,15 +11,16 @@ from avalanche.training.storage_policy import ReservoirSamplingBuffer
 from torch import nn
 
 from avalanche_sp import GaussianBuffer
-from harness.internals import TensorClassificationDataset, TensorSource, stream_rows
-from harness.settings import Run, in_mini_batches
+from avalanche_sp.data import TensorClassificationDataset, TensorSource
+from avalanche_sp.training.replay import stream_rows
+from harness.methods import check
+from harness.settings import Run
 
 
 def memory_of(run: Run) -> dict[str, int]:
-    """Avalanche's arguments of a memory.
+    """Avalanche's arguments of a memory. A batch has the same number of stored samples and of stream samples.
 
-    A batch has the same number of stored samples and of stream samples, but at most the whole memory: Avalanche never
-    fills a larger batch, and as runs drop incomplete batches, the memory would not be seen.
+    It has at most the whole memory: Avalanche never fills a larger batch, and runs drop incomplete ones.
     """
     return {"mem_size": run.replay_buffer, "batch_size_mem": min(run.batch_size, run.replay_buffer)}
 
@@ -27,7 +28,7 @@ def memory_of(run: Run) -> dict[str, int]:
 def replay(run: Run) -> ReplayPlugin:
     """Avalanche's replay. If an experience is one mini-batch, its memory is a random part of the whole stream: the
     default, as much of each experience, would be the first samples."""
-    return ReplayPlugin(**memory_of(run), storage_policy=Reservoir(run.replay_buffer) if in_mini_batches(run) else None)
+    return ReplayPlugin(**memory_of(run), storage_policy=Reservoir(run.replay_buffer) if run.in_mini_batches else None)
 
 
 def gaussian_replay(run: Run) -> ReplayPlugin:
@@ -48,38 +49,29 @@ class Reservoir(ReservoirSamplingBuffer):
 def averaged_gem(run: Run) -> AGEMPlugin:
     """A. Chaudhry et al.: Efficient lifelong learning with A-GEM, ICLR 2019.
 
-    The memory is divided among the tasks that are old when the last one is learned: then all of it is in use, as in
-    replay. Upstream draws from each old task alike, so a batch holds at least one sample of each.
+    Upstream draws from each old task alike, so a batch holds at least one sample of each.
     """
     return AGEMPlugin(_share(run), sample_size=max(memory_of(run)["batch_size_mem"], run.n_tasks - 1))
 
 
 def gradient_episodic_memory(run: Run, memory_strength: float) -> GEMPlugin:
-    """D. Lopez-Paz, M. Ranzato: Gradient episodic memory for continual learning, NeurIPS 2017.
-
-    Every step looks at all stored samples, so it is slow with many.
-    """
+    """D. Lopez-Paz, M. Ranzato: Gradient episodic memory, NeurIPS 2017. It is slow if many samples are stored."""
     return GEMPlugin(_share(run), memory_strength)
 
 
 def _share(run: Run) -> int:
-    share = run.replay_buffer // max(1, run.n_tasks - 1)
-    if share < 1:
-        raise ValueError(
-            f"Invalid replay_buffer: {run.replay_buffer} (allowed for {run.strategy}: at least a sample of each old "
-            f"task, {run.n_tasks - 1})"
-        )
-    return share
+    """Stored samples of each task that is old when the last one is learned: then all of the memory is in use."""
+    old = max(1, run.n_tasks - 1)
+    if run.replay_buffer < old:
+        allowed = f"allowed for {run.strategy}: at least a sample of each old task, {old}"
+        raise ValueError(f"Invalid replay_buffer: {run.replay_buffer} ({allowed})")
+    return run.replay_buffer // old
 
 
 class GDumb(GDumbPlugin):
-    """A fresh network at every experience, trained on the stored samples alone, the new ones among them.
+    """A fresh network at every experience, trained with ``passes`` over the stored samples, the new ones among them.
 
     A. Prabhu, P. Torr, P. Dokania: GDumb, a simple approach that questions our progress, ECCV 2020.
-
-    Args:
-        mem_size: samples stored.
-        passes: over the stored samples, for each network.
     """
 
     def __init__(self, mem_size: int, passes: int):
@@ -102,8 +94,7 @@ class MemoryDistillation(SupervisedPlugin):
 
     def __init__(self, weight: float):
         super().__init__()
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"Invalid weight value: {weight} (allowed: greater than 0)")
+        check("weight", weight)
         self.weight = weight
         self.teacher: nn.Module | None = None
 
@@ -119,10 +110,7 @@ class MemoryDistillation(SupervisedPlugin):
 
 
 class ConstantGate(SupervisedPlugin):
-    """Multiplies the error signal of the stream's samples by ``gate`` while stored samples are replayed.
-
-    The control of the plugin with replay: as its gate, but one number for every input.
-    """
+    """The control of the plugin with replay: its gate, but one number for every input."""
 
     def __init__(self, gate: float):
         super().__init__()

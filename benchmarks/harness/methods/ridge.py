@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from harness.methods import check
+
 
 def stored_bytes(width: int, inputs: int = 784, outputs: int = 10) -> int:
     """Bytes of ``width`` features in single precision: their weights, the readout's, and the two sums."""
@@ -25,31 +27,22 @@ def build_random_features(budget: int, inputs: int = 784, outputs: int = 10) -> 
 
 
 class StreamingRidge(SupervisedPlugin):
-    r"""Ridge regression of one-hot targets y on the inputs h of a model's last layer, from two sums over the stream:
+    """Ridge regression of one-hot targets y on the inputs h of a model's last layer, from two sums over the stream:
 
-    .. math::
-        G = \sum h h^\top, \qquad B = \sum h y^\top, \qquad W^\top = (G + \rho I)^{-1} B
-
-    h has a 1 for the bias. This is the solution for all samples seen so far: no sample is stored and no boundary is
-    needed. The readout is solved for in evaluation and at the end of an experience. All earlier layers must be fixed
-    and the learning rate 0. Random features count as stored weights, although a seed could draw them again.
+    G = sum h h^T and B = sum h y^T, where h has a 1 for the bias. W^T = (G + ridge I)^-1 B is the solution for all
+    samples seen so far: no sample is stored and no boundary is needed. The readout is solved for in evaluation and at
+    the end of an experience. All earlier layers must be fixed and the learning rate 0.
 
     A. Hoerl, R. Kennard: Ridge regression, Technometrics 1970. A. Rahimi, B. Recht: Random features for large-scale
     kernel machines, NeurIPS 2007.
-
-    Args:
-        ridge: :math:`\rho`, greater than 0.
     """
 
     def __init__(self, ridge: float):
         super().__init__()
-        if not 0 < ridge < float("inf"):
-            raise ValueError(f"Invalid ridge value: {ridge} (allowed: greater than 0)")
+        check("ridge", ridge)
         self.ridge = ridge
-        self.gram: Tensor | None = None
-        self.targets: Tensor | None = None
+        self.gram = self.targets = self._inputs = None
         self._solved = True
-        self._inputs: Tensor | None = None
 
     @property
     def state_bytes(self) -> int:

@@ -67,11 +67,9 @@ for _name, _what in (("sp", "our plugin with SGD"), ("sp-both", "`sp-both`"), ("
 
 # By the kind of benchmark. All data sets have the settings that were tuned on MNIST.
 _BY_KIND = {"split": split_mnist.RECIPES, "permuted": permuted_mnist.RECIPES}
-_HEADS = split_mnist.TASK_INCREMENTAL
-TASK_INCREMENTAL = tuple(_HEADS)
+TASK_INCREMENTAL = tuple(split_mnist.TASK_INCREMENTAL)
 USES_REPLAY = tuple(name for name in ABOUT if any(r[name].stores for r in _BY_KIND.values() if name in r))
-# Learning rates for other networks than perceptrons.
-_RATES = {"cnn": {"sp": 0.02, "sp-both": 1.5e-4}}
+_RATES = {"cnn": {"sp": 0.02, "sp-both": 1.5e-4}}  # learning rates for other networks than perceptrons
 
 
 def strategies_of(benchmark: str, task_incremental: bool = False) -> tuple[str, ...]:
@@ -81,7 +79,7 @@ def strategies_of(benchmark: str, task_incremental: bool = False) -> tuple[str, 
 
 
 def _recipes(benchmark: str, task_incremental: bool) -> dict[str, Recipe]:
-    return _HEADS if task_incremental else _BY_KIND[benchmark.partition("-")[0]]
+    return split_mnist.TASK_INCREMENTAL if task_incremental else _BY_KIND[benchmark.partition("-")[0]]
 
 
 def recipe_of(run) -> Recipe:
@@ -95,5 +93,5 @@ def recipe_of(run) -> Recipe:
         raise ValueError(f"Invalid strategy: {run.strategy} (allowed: {', '.join(allowed)})")
     recipe = _recipes(run.benchmark, run.task_incremental)[run.strategy]
     recipe = recipe.at(run.n_tasks, run.replay_buffer or run.train_per_task or 60000)
-    recipe = replace(recipe, lr=_RATES.get(run.network, {}).get(run.strategy, recipe.lr))
-    return recipe.override(dict(run.overrides))
+    rate = _RATES.get(run.network, {}).get(run.strategy, recipe.lr)
+    return replace(recipe, lr=rate).override(dict(run.overrides))

@@ -30,33 +30,26 @@ DENDRITES = {"most": 5.0, "patience": 0.0, "sigmoid": 0.0, "readout": 0.0}
 PUBLISHED_DENDRITES = {"most": 100.0, "patience": 10.0, "sigmoid": 1.0, "readout": 1.0}
 
 
-def with_dendrites(recipe: Recipe, arguments: Mapping[str, float] = DENDRITES) -> Recipe:
-    """The same recipe with dendrites."""
-    return replace(recipe, plugins=("dendrites", *recipe.plugins), arguments={**recipe.arguments, **arguments})
-
-
+_JOINT = {"joint_weight": True, "stores": True}
 SHARED = {
-    "sp-replay-sgd": Recipe("SGD", 0.1, SE, ("replay", "sp"), SHRUNK, joint_weight=True, stores=True),
-    "replay-distilled": Recipe(
-        "SGD", 0.1, SE, ("replay", "distillation"), {"weight": 0.3}, joint_weight=True, stores=True
-    ),
-    "replay-gated": Recipe(
-        "SGD", 0.05, SE, ("replay", "constant gate"), {"gate": 0.3}, joint_weight=True, stores=True
-    ),
+    "sp-replay-sgd": Recipe("SGD", 0.1, SE, ("replay", "sp"), SHRUNK, **_JOINT),
+    "replay-distilled": Recipe("SGD", 0.1, SE, ("replay", "distillation"), {"weight": 0.3}, **_JOINT),
+    "replay-gated": Recipe("SGD", 0.05, SE, ("replay", "constant gate"), {"gate": 0.3}, **_JOINT),
     "rf-ridge": Recipe("SGD", 0.0, SE, ("ridge",), {"ridge": 1.0}, model="random features"),  # solved: no step
     "joint": Recipe("Adam", 1e-3, template="joint"),
     "cumulative": Recipe("Adam", 1e-3, template="cumulative"),
 }
 
 
+def with_dendrites(recipe: Recipe, arguments: Mapping[str, float] = DENDRITES) -> Recipe:
+    return replace(recipe, plugins=("dendrites", *recipe.plugins), arguments={**recipe.arguments, **arguments})
+
+
 def with_boundaries_found(recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
     """The recipes, and those of the plugin if nobody says when a task ends: by surprise, or in chunks of the stream."""
-
-    def plugins(recipe: Recipe, how: str) -> tuple[str, ...]:
-        return tuple(f"sp-{how}" if plugin == "sp" else plugin for plugin in recipe.plugins)
-
-    return {**recipes} | {
-        f"{name}-{how}": replace(recipes[name], plugins=plugins(recipes[name], how))
-        for name in ("sp", "sp-both", "sp-replay")
-        for how in ("surprise", "continuous")
-    }
+    found = dict(recipes)
+    for name in ("sp", "sp-both", "sp-replay"):
+        for how in ("surprise", "continuous"):
+            plugins = tuple(f"sp-{how}" if plugin == "sp" else plugin for plugin in recipes[name].plugins)
+            found[f"{name}-{how}"] = replace(recipes[name], plugins=plugins)
+    return found

@@ -42,12 +42,9 @@ class Recipe:
     """Optimizer, loss, plugins and settings of a strategy. A value may depend on the number of tasks or samples.
 
     Attributes:
-        optimizer, lr, loss: names of ``build.OPTIMIZERS`` and ``build.LOSSES``, and the learning rate.
-        plugins: names of ``build.PLUGINS``.
+        optimizer, loss, plugins, template: names of ``build``'s OPTIMIZERS, LOSSES, PLUGINS and TEMPLATES.
         arguments: those of the plugins and of the template.
-        optimizer_arguments: those of the optimizer, without the learning rate.
         joint_weight: the loss weighs replayed samples as joint training would, but for a "shrinkage" in ``arguments``.
-        template: name of ``build.TEMPLATES``, the Avalanche strategy.
         model: "network", "packnet" (the network with masks) or "random features" (instead of the network).
         stores: whether it keeps ``replay_buffer`` samples.
     """
@@ -70,10 +67,12 @@ class Recipe:
         return replace(self, lr=lr, loss=loss, arguments=arguments)
 
     @property
-    def optional(self) -> tuple[str, ...]:
-        """Arguments of its plugins that may be set, although the recipe leaves them at their defaults."""
-        names = ("rank", "readout_step") if "openness" in self.arguments else ()
-        return (*names, "epsilon_hidden") if "epsilon" in self.arguments else names
+    def settable(self) -> tuple[list[str], list[str]]:
+        """Names of the arguments, and of the optimizer's, that may be overridden."""
+        names = [*self.arguments]
+        names += ["rank", "readout_step"] if "openness" in names else []
+        names += ["epsilon_hidden"] if "epsilon" in names else []
+        return names, list(dict.fromkeys([*self.optimizer_arguments, *OPTIMIZER_NUMBERS[self.optimizer]]))
 
     def override(self, overrides: Mapping[str, float]) -> Recipe:
         """The recipe with other values. "openness:1" is the openness of layer "1".
@@ -81,22 +80,17 @@ class Recipe:
         Raises:
             ValueError: the strategy does not have the setting.
         """
-        arguments = tuple(dict.fromkeys((*self.arguments, *self.optional)))
-        of_optimizer = tuple(dict.fromkeys((*self.optimizer_arguments, *OPTIMIZER_NUMBERS[self.optimizer])))
+        arguments, of_optimizer = self.settable
         by_layer = [name for name in PER_LAYER if name in arguments]
-        allowed = ["lr", *arguments, *of_optimizer]
+        own = {name for name in overrides if name in arguments or name.partition(":")[0] in by_layer}
         for name in overrides:
-            if name not in allowed and name.partition(":")[0] not in by_layer:
-                forms = [*allowed, *(f"{name}:LAYER" for name in by_layer)]
+            if name != "lr" and name not in own and name not in of_optimizer:
+                forms = ["lr", *arguments, *of_optimizer, *(f"{name}:LAYER" for name in by_layer)]
                 raise ValueError(f"Invalid setting: {name} (allowed for this strategy: {', '.join(forms)})")
-        in_arguments = {k: v for k, v in overrides.items() if k in arguments or k.partition(":")[0] in by_layer}
-        in_optimizer = {k: v for k, v in overrides.items() if k in of_optimizer}
-        return replace(
-            self,
-            lr=overrides.get("lr", self.lr),
-            arguments={**self.arguments, **in_arguments},
-            optimizer_arguments={**self.optimizer_arguments, **in_optimizer},
-        )
+        in_arguments = {**self.arguments, **{k: v for k, v in overrides.items() if k in own}}
+        in_optimizer = {**self.optimizer_arguments, **{k: v for k, v in overrides.items() if k in of_optimizer}}
+        lr = overrides.get("lr", self.lr)
+        return replace(self, lr=lr, arguments=in_arguments, optimizer_arguments=in_optimizer)
 
     def to_json(self) -> dict:
         """The settings of a run that the recipe decides."""

@@ -53,37 +53,30 @@ RECIPES = common.with_boundaries_found({
     "legacy-control": Recipe("legacy", 3e-3, optimizer_arguments={"plasticity_k": 0.0}, **_LEGACY),
     "legacy-sp-replay": Recipe("legacy", 3e-3, optimizer_arguments={"plasticity_k": 5.0}, **_LEGACY),
 })
-# fmt: on
-RECIPES |= {
-    name: common.with_dendrites(RECIPES[without])
-    for name, without in (
-        ("dendrites", "naive-sgd"),
-        ("dendrites-replay", "replay-joint"),
-        ("sp-dendrites", "sp"),
-        ("sp-dendrites-replay", "sp-replay-sgd"),
-    )
-} | {
-    name: common.with_dendrites(RECIPES[without], common.PUBLISHED_DENDRITES)
-    for name, without in (
-        ("legacy-dendrites", "legacy-adam"),
-        ("legacy-dendrites-replay", "legacy-adam-replay"),
-        ("legacy-sp-dendrites", "legacy-sp"),
-    )
+_WITH_DENDRITES = {
+    "dendrites": "naive-sgd", "dendrites-replay": "replay-joint",
+    "sp-dendrites": "sp", "sp-dendrites-replay": "sp-replay-sgd",
 }
-# fmt: off
-# With a head for each task. None: as above.
+_AS_PUBLISHED = {
+    "legacy-dendrites": "legacy-adam", "legacy-dendrites-replay": "legacy-adam-replay",
+    "legacy-sp-dendrites": "legacy-sp",
+}
+for _name, _without in _WITH_DENDRITES.items():
+    RECIPES[_name] = common.with_dendrites(RECIPES[_without])
+for _name, _without in _AS_PUBLISHED.items():
+    RECIPES[_name] = common.with_dendrites(RECIPES[_without], common.PUBLISHED_DENDRITES)
+# With a head for each task.
 TASK_INCREMENTAL = {
     "naive-sgd": Recipe("SGD", 0.03, SE),
     "ewc": Recipe("SGD", 0.05, SE, ("ewc",), {"strength": 1000.0}),
     "si": Recipe("SGD", 0.1, SE, ("si",), {"strength": 100.0}),
     "mas": Recipe("SGD", 0.02, CE, ("mas",), {"strength": 1.0}),
-    "lwf": None,
+    "lwf": RECIPES["lwf"],
     "packnet": Recipe("SGD", 0.2, CE, ("packnet",), {"prune_proportion": 0.75, "post_prune_epochs": 1},
                       model="packnet"),
-    "sp": None, "sp-both": None, "replay-sgd": None,
+    "sp": RECIPES["sp"], "sp-both": RECIPES["sp-both"], "replay-sgd": RECIPES["replay-sgd"],
     "replay-joint": Recipe("SGD", 0.1, **common.REPLAY_JOINT),
-    "sp-replay": None,
+    "sp-replay": RECIPES["sp-replay"],
     "joint": Recipe("Adam", 3e-4, CE, template="joint"),
 }
 # fmt: on
-TASK_INCREMENTAL = {name: recipe or RECIPES[name] for name, recipe in TASK_INCREMENTAL.items()}
