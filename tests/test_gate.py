@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -442,6 +443,49 @@ def test_a_saved_state_goes_on_bit_for_bit_in_the_midst_of_an_experience(name, o
     other[2].consolidate(TensorDataset(*TASKS[1]), OneHotMSELoss())
     assert torch.equal(weights(other[0]), weights(run[0]))
     assert all(torch.equal(m.vectors, run[2].memory.layers[n].vectors) for n, m in other[2].memory.layers.items())
+
+
+def test_a_state_of_a_prepared_experience_goes_on_bit_for_bit():
+    def new_class(run):
+        x, y = TASKS[1]
+        run[2].prepare(TensorDataset(x, y), OneHotMSELoss())
+        epoch(*run[:2], (x, y))
+        return x, y
+
+    run = made()
+    old = TASKS[0][1] < 3
+    run[2].consolidate(TensorDataset(TASKS[0][0][old], TASKS[0][1][old]), OneHotMSELoss())
+    xy, file, other = new_class(run), io.BytesIO(), made()
+    assert run[2].state_dict()["prepared"] is not None
+    torch.save([part.state_dict() for part in run], file)
+    file.seek(0)
+    for part, state in zip(other, torch.load(file, weights_only=True)):
+        part.load_state_dict(state)
+    for some in (run, other):
+        epoch(*some[:2], xy)
+        some[2].consolidate(TensorDataset(*xy), OneHotMSELoss())
+    assert torch.equal(weights(run[0]), weights(other[0]))
+
+
+@pytest.mark.parametrize("kwargs, hardly", [({"openness": 1e-4}, True), ({"openness": 100.0, "pull_back": 0.0}, False)])
+def test_an_experience_that_is_hardly_learned_is_named(kwargs, hardly):
+    x, y = TASKS[0]
+    contrary = TensorDataset(x, (y + 1) % 5)  # the same inputs with other classes
+    model, optimizer, gate = made(optimizer="adam", **kwargs)
+    for _ in range(100):
+        epoch(model, optimizer, TASKS[0])
+    gate.consolidate(TensorDataset(*TASKS[0]), OneHotMSELoss())
+    gate.prepare(contrary, OneHotMSELoss())
+    for _ in range(30):
+        epoch(model, optimizer, contrary.tensors)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gate.consolidate(contrary, OneHotMSELoss())
+        gate.consolidate(contrary, OneHotMSELoss())  # not prepared: what it was before is not known
+    said = [str(w.message) for w in caught if "hardly learned" in str(w.message)]
+    assert len(said) == hardly
+    if hardly:
+        assert "experience 2 was" in said[0] and "openness (now 0.0001)" in said[0] and "at layer" in said[0]
 
 
 def test_a_state_without_a_model_waits_for_one():

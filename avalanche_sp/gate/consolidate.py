@@ -70,11 +70,16 @@ def consolidate(
             fed_by_data=seen.fed_by_data,
         )
     old_samples, samples = memory.samples, observation.samples
+
+    def mean(old: Tensor, new: Tensor) -> Tensor:
+        return (old_samples * old + samples * new) / (old_samples + samples)
+
     return Memory(
         remembered,
-        (old_samples * memory.curvature + samples * observation.curvature) / (old_samples + samples),
+        mean(memory.curvature, observation.curvature),
         memory.classes + observation.classes,
         memory.consolidations + 1,
+        memory.loss if observation.loss is None else mean(memory.loss, observation.loss),
     )
 
 

@@ -46,6 +46,8 @@ from avalanche_sp.gate.trust import StoredSamples
 
 __all__ = ["PlasticityGate"]
 
+_HARDLY = 0.9  # an experience is hardly learned if this share of its loss, or more, is left
+
 
 def _model_of_inputs(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
@@ -208,7 +210,9 @@ class PlasticityGate:
         self._optimizer: torch.optim.Optimizer | None = None
         self._handles: list = []
         self._loaded: Mapping[str, Any] | None = None  # a state that waits for a model
-        self._prepared: Preparation | None = None  # for the present experience
+        # For the present experience.
+        self._prepared: Preparation | None = None
+        self._loss_before: Tensor | None = None  # on its samples
         # For the present epoch.
         self._samples: int | None = None  # of the present experience
         self._replays: Sequence[Samples] = ()  # stored samples
@@ -339,14 +343,15 @@ class PlasticityGate:
         if self._prepared is not None:  # an experience that was not consolidated
             self._prepared = None
             self._begin_again()
+        self._loss_before = None
         if not (self.active and self.readout_step and self.memory.layers) or self._stream:
             return
         model = self._attached()
         assert self._optimizer is not None
         layers = protected_layers(model, self.openness)
         samples = self._samples_of(data)
-        observation = self._observed(samples, layers, criterion if self._memory_size else None)
-        classified = observation.classified
+        observation = self._observed(samples, layers, criterion)
+        self._loss_before, classified = observation.loss, observation.classified
         if classified is None or not self._solves(observation):
             return
         if self._memory_size and classified.layer not in self.memory.layers:
@@ -367,7 +372,8 @@ class PlasticityGate:
                 sharpness = self._sharpness(g.layer, observation.layers[name], sensitivity[name], through)
                 scale[name] = float(reference / sharpness) if sharpness > reference else 1.0
         inputs, targets = classified.inputs, classified.targets
-        self._prepared = Preparation(classified.layer, inputs, targets, merged.vectors, weights, sensitivity, scale)
+        means = {name: s.mean for name, s in sensitivity.items()}
+        self._prepared = Preparation(classified.layer, inputs, targets, merged.vectors, weights, means, scale)
         self._begin_again()
 
     def check_outputs(self, outputs: Any) -> None:
@@ -429,6 +435,7 @@ class PlasticityGate:
         samples = self._samples_of(data)
         observation = self._observed(samples, layers, criterion if self._measures_loss else None)
         first = not self.memory.consolidations
+        self._warn_of_unlearned(observation)
         self._remember(observation, layers, criterion)
         if first and self.readout_step:
             sensitivity = output_sensitivity(model, observation.inputs, layers, self._forward, observation.shared)
@@ -537,7 +544,8 @@ class PlasticityGate:
             "epoch": [self._samples, self._memory_size, self._epoch],
             "drift": self._drift.state_dict(),
             "trained": sorted(self._trained),
-            "prepared": self._prepared.state_dict() if self._prepared is not None else None,
+            "prepared": vars(self._prepared) if self._prepared is not None else None,
+            "loss_before": self._loss_before,
             "statistics": {name: s.state_dict() for name, s in self.statistics.items()},
         }
 
@@ -550,7 +558,8 @@ class PlasticityGate:
         self.memory = Memory.from_state_dict(state["memory"])
         self._drift.forget()
         self._trained = set(state["trained"])
-        self._prepared = Preparation.from_state_dict(state["prepared"]) if state["prepared"] is not None else None
+        self._prepared = Preparation(**state["prepared"]) if state["prepared"] is not None else None
+        self._loss_before = state["loss_before"]
         self.begin(*state["epoch"])
         self._drift.load_state_dict(state["drift"])
         for name, statistics in state["statistics"].items():
@@ -810,7 +819,7 @@ class PlasticityGate:
             change = layers[name].weights_and_bias()[: len(before)] - before
             along = memory.along(change)
             of_rest = (change.square().sum() - along.square().sum()).clamp_min(0) * memory.rest
-            scale = prepared.sensitivity[name].mean * seen.rows
+            scale = prepared.sensitivity[name] * seen.rows
             old = old + scale * ((along.square() * memory.eigenvalues).sum() + of_rest)
             new = new + scale * seen.mean_square(change)
         share = float((old / new.clamp_min(torch.finfo(new.dtype).tiny)).sqrt().clamp(0, 1))
@@ -842,6 +851,24 @@ class PlasticityGate:
                 f"{then} (ungated={other!r} changes this).",
                 stacklevel=2,
             )
+
+    def _warn_of_unlearned(self, observation: Observation) -> None:
+        """Says so if an experience's loss hardly fell, and earlier experiences reached a lower one."""
+        (before, self._loss_before), now = (self._loss_before, None), observation.loss
+        if before is None or now is None or not self._gated:
+            return
+        if not now > max(_HARDLY * before, 2 * self.memory.loss):
+            return
+        passed = {name: s.openness for name, s in self.statistics.items()}
+        least = min(passed, key=lambda name: passed[name])
+        warnings.warn(
+            f"selective plasticity: experience {self.memory.consolidations + 1} was hardly learned. Its loss went from "
+            f"{float(before):.3g} to {float(now):.3g}, and earlier experiences ended at {float(self.memory.loss):.3g}. "
+            f"Of its input's energy the gate let {100 * passed[least]:.1f}% through at layer {least}, the least. A "
+            f"larger openness (now {value_of(self.openness, least):g}), a lower pull_back, a higher learning rate or "
+            "more steps let it learn more; openness=math.inf switches the gate off.",
+            stacklevel=3,
+        )
 
     def _stored_losses(self, observation, layers, criterion) -> list[ReadoutLoss] | None:
         """Losses of stored samples in the readout's weights; None if one has none."""

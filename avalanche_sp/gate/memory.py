@@ -169,12 +169,14 @@ class Memory:
         curvature: of the loss in the network's outputs, 0-dim, mean over all consolidated samples.
         classes: number of classes of each experience, summed.
         consolidations: number of consolidations.
+        loss: 0-dim, of each experience at its consolidation, mean over all consolidated samples.
     """
 
     layers: Mapping[str, LayerMemory] = field(default_factory=dict)
     curvature: Tensor = field(default_factory=lambda: torch.zeros(()))
     classes: int = 0
     consolidations: int = 0
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     @property
     def samples(self) -> int:
@@ -192,9 +194,10 @@ class Memory:
             "curvature": self.curvature,
             "classes": self.classes,
             "consolidations": self.consolidations,
+            "loss": self.loss,
         }
 
     @classmethod
     def from_state_dict(cls, state: Mapping) -> Memory:
         layers = {name: LayerMemory.from_state_dict(layer) for name, layer in state["layers"].items()}
-        return cls(layers, state["curvature"], state["classes"], state["consolidations"])
+        return cls(layers, state["curvature"], state["classes"], state["consolidations"], state["loss"])

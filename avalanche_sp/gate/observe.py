@@ -85,6 +85,7 @@ class Observation:
         classified: the last layer's inputs and their classes; None if the last layer does not make the network's
             output, or if the targets are not class labels.
         inputs: the network's, of at most 100 samples, on its device; None for a stream.
+        loss: mean over samples, 0-dim; None without a loss, and for a stream.
         readout: the loss in the last layer's weights; None if the last layer does not make the network's output, or if
             the loss is not quadratic and convex in it.
     """
@@ -96,7 +97,7 @@ class Observation:
     readout: ReadoutLoss | None
     classified: ReadoutSamples | None = None
     inputs: Any = None
-
+    loss: Tensor | None = None
 
     @property
     def shared(self) -> set[str]:
@@ -185,6 +186,7 @@ def observe(
     inputs: dict[str, list[Tensor]] = {}
     vectors_seen: dict[str, int] = {}
     curvatures: list[Tensor] = []
+    losses: list[Tensor] = []
     errors: list[tuple[str | None, Tensor]] = []
     targets: list[Tensor] = []
     units: list[tuple[str, Tensor] | None] = []
@@ -213,6 +215,7 @@ def observe(
                     check_outputs(outputs)
                     curvature, name, error = output_derivatives(criterion, outputs, y, last)
                     curvatures.append(curvature)
+                    losses.append(criterion(outputs, y).detach() * len(y))
                     errors.append((name, error))
         given, explained, of_two = _fed_by_data(model, layers, _first(some, 2), forward)
     inputs = {name: parts for name, parts in inputs.items() if name in explained}
@@ -237,7 +240,8 @@ def observe(
     if units and (found := units[-1]) is not None and all(u is not None and u[0] == found[0] for u in units):
         x = observed[found[0]].inputs
         classified = ReadoutSamples(found[0], x, torch.cat(targets), found[1], samples.total)
-    return Observation(observed, samples.total, samples.classes, curvature, readout, classified, some)
+    loss = torch.stack(losses).sum() / count if losses else None
+    return Observation(observed, samples.total, samples.classes, curvature, readout, classified, some, loss)
 
 
 def _masked_units(
@@ -299,7 +303,7 @@ class Preparation:
         inputs, targets: the readout's inputs (n, d) and their classes (n,).
         vectors: leading eigenvectors of old and new inputs (d, k).
         weights: of the layers below, by name: (out, d).
-        sensitivity: of the network's outputs to their outputs (:func:`output_sensitivity`).
+        sensitivity: of the network's outputs to their outputs, the mean (:class:`Sensitivity`).
         scale: factors of what their gates let through, 0 to 1, so that the loss is no sharper than in the first
             experience, which was trained without a gate.
     """
@@ -309,17 +313,8 @@ class Preparation:
     targets: Tensor
     vectors: Tensor
     weights: dict[str, Tensor]
-    sensitivity: dict[str, Sensitivity]
+    sensitivity: dict[str, Tensor]
     scale: dict[str, float]
-
-    def state_dict(self) -> dict:
-        """Tensors and numbers by field."""
-        return {**vars(self), "sensitivity": {name: vars(s) for name, s in self.sensitivity.items()}}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping) -> Preparation:
-        sensitivity = {name: Sensitivity(**s) for name, s in state["sensitivity"].items()}
-        return cls(**{**state, "sensitivity": sensitivity})
 
 
 @dataclass(frozen=True)
