@@ -175,7 +175,7 @@ def measure(timers: Timers, rounds: int) -> list[dict]:
 
 @dataclass(frozen=True)
 class Settings(Where):
-    """What is measured.
+    """Settings of the measurement.
 
     Attributes:
         rounds: number of rounds

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tables
-from harness.cli import Names, Where, parsed, status
+from harness.cli import Names, Strategies, Where, parsed, status
 from harness.settings import Run
 from harness.studies import STUDIES
 
 
 @dataclass(frozen=True)
 class Settings(Where):
-    """What is trained.
+    """Settings of the training.
 
     Attributes:
         studies: names of harness/studies.py
@@ -25,7 +25,7 @@ class Settings(Where):
     """
 
     studies: Names = tuple(STUDIES)
-    strategies: Names = ()
+    strategies: Strategies = ()
     seeds: int | None = None
     output: Path = tables.RESULTS
 

@@ -17,7 +17,11 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 html_theme = "alabaster"
-html_theme_options = {"page_width": "1200px", "description": "Selective plasticity for continual learning"}
+html_theme_options = {  # code at full width
+    "page_width": "95%",
+    "body_max_width": "none",
+    "description": "Selective plasticity for continual learning",
+}
 html_copy_source = False
 html_show_copyright = False
 

@@ -2,7 +2,7 @@
 
     python examples/mid_experience_checkpoint.py --checkpoint run.pkl
 
-trains both gates beside replay on five-task Split MNIST and saves all of it every 100 iterations. Stopped, by kill -9
+trains both gates with replay on five-task Split MNIST and saves all of it every 100 iterations. Stopped, by kill -9
 too, the same command goes on from the last save and ends with the weights and metrics of a run that was never stopped.
 `Resumable` is what another script needs of this one; docs/checkpoints.md says what it does.
 """
@@ -37,7 +37,7 @@ class Resumable:
     """Mixin before an Avalanche strategy: saves every ``every`` iterations of an epoch, and goes on from there.
 
     Before each batch is fetched all random generators get a seed of their own, the epoch's plus the batch's number.
-    So what is fetched does not depend on what training draws in between (dropout), and to find its place in an epoch
+    So the batches do not depend on the random numbers of training (dropout), and to find its place in an epoch
     again a run only fetches the first batches once more. Give ``train`` one experience at a time.
 
     Args:
@@ -109,7 +109,7 @@ class ResumableNaive(Resumable, Naive):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the file; metrics are written beside it")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the file; metrics are written next to it")
     parser.add_argument("--every", type=int, default=100, help="iterations from save to save (default: 100)")
     parser.add_argument("--images", type=int, help="training images a task (default: all)")
     arguments = parser.parse_args()

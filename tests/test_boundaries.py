@@ -55,7 +55,7 @@ def trained(stream, plugins, n=3, model=None, seed=0, **kwargs):
 
 
 class At:
-    """A detector of one's own: finds a change so many iterations after a start. It is not asked about the first 20."""
+    """A detector of one's own: finds a change some iterations after a start. It is not asked about the first 20."""
 
     def __init__(self, iteration=None):
         self.iteration, self.seen, self.copies, self.drift_detected = iteration, [], [], False

@@ -14,7 +14,7 @@ import permuted_mnist
 import results
 import split_mnist
 from harness import cli, jobs
-from harness.recipes import ABOUT
+from harness.recipes import ABOUT, NAMES, strategy_called
 from harness.store import Store
 
 from conftest import ROOT
@@ -35,6 +35,21 @@ def shown(text):
 def test_lists_may_be_parted_by_commas_and_blanks(words):
     runs = runs_of(cli.ClassIncremental, "--strategies", *words, "--seeds", 1)
     assert [run.strategy for run in runs] == ["naive-sgd", "sp"]
+
+
+def test_strategies_are_called_by_the_names_of_the_tables_or_by_their_keys():
+    for words in ("gate,gate+optimizer,Gaussians,replay+gate+optimizer", "sp,sp-both,gaussian-replay,sp-replay"):
+        runs = runs_of(cli.ClassIncremental, "--strategies", words, "--seeds", 2, "--against", "gate+optimizer")
+        assert [run.strategy for run in runs][:4] == ["sp", "sp-both", "gaussian-replay", "sp-replay"]
+    assert len({*NAMES.values(), *ABOUT} - set(NAMES)) == len(ABOUT)  # no name is that of two strategies
+    assert all(strategy_called(name) == key == strategy_called(key) for key, name in NAMES.items())
+
+
+def test_each_benchmark_has_a_folder_of_its_own():
+    defaults = compare.main.keywords
+    kind, names = cli.ClassIncremental, ("mnist", "fashion-mnist")
+    folders = [cli.comparison(kind, ["--data", data], "", **defaults).folder.name for data in names]
+    assert folders == ["split_mnist", "split_fashion_mnist"]
 
 
 @pytest.mark.parametrize("words", [["lr=0.1,openness=2"], ["lr=0.1,", "openness=2"], ["lr=0.1", "--set", "openness=2"]])
@@ -120,7 +135,7 @@ def test_help_has_a_line_on_each_strategy_and_writes_nothing(tmp_path):
     listed = dict(re.findall(r"^  ([\w+-]+) +(\S.*)$", done.stdout.partition("strategies:")[2], re.MULTILINE))
     names = {run.strategy for run in runs_of(cli.ClassIncremental, "--task-incremental")}
     names |= {"sp-replay-surprise", "gdumb"}
-    assert {name: ABOUT[name] for name in names}.items() <= listed.items()
+    assert all(listed[name].endswith(ABOUT[name]) and listed[name].startswith(NAMES.get(name, "")) for name in names)
     assert not list(tmp_path.iterdir())
 
 

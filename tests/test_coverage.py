@@ -89,7 +89,7 @@ class Bags(nn.Module):
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer and two small ones beside it."""
+    """A frozen linear layer and two small ones."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ def last(out):
     return out[0][:, -1]
 
 
-# Type, network, what happens to the layer's weights, names of what is frozen.
+# Type, network, what happens to the layer's weights, names of the frozen weights.
 ROWS, IMAGE, FLAT = (28, 28), (1, 28, 28), (784,)
 TYPES = {
     "`nn.Linear`": (lambda: Net(nn.Linear(784, 32), FLAT), GATED),

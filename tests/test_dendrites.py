@@ -1,4 +1,4 @@
-"""Artificial dendrites in a strategy: with the gate, between experiences, in a checkpoint, and beside other runs."""
+"""Artificial dendrites in a strategy: with the gate, between experiences, in a checkpoint, after other runs."""
 
 import copy
 import sys

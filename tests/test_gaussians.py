@@ -1,4 +1,4 @@
-"""The memory that stores no sample: its Gaussians, what is drawn from them, and how it stands in for replay."""
+"""The memory that stores no sample: its Gaussians, the samples drawn from them, and how it stands in for replay."""
 
 import copy
 import pickle
@@ -152,7 +152,7 @@ def test_memory_is_bounded_however_many_experiences_come(permuted3, max_bytes):
         numbers.append(len(buffer.classes[0]))
         assert len(buffer.classes) == 10 * n
         assert buffer.state_bytes <= max_bytes
-        assert max_bytes == 500_000 or 0.8 * max_bytes < buffer.state_bytes  # 60 samples have not so many components
+        assert max_bytes == 500_000 or 0.8 * max_bytes < buffer.state_bytes  # 60 samples have fewer components
     assert numbers == {60_000: [1, 1, 1], 100_000: [2, 1, 1], 500_000: [4, 4, 3]}[max_bytes]
 
 

@@ -1,15 +1,17 @@
 """The guide's blocks of code, as a reader pastes them one after another, on small slices of MNIST."""
 
 import re
+import runpy
 
 import pytest
 import torch
 from avalanche.training.templates import SupervisedTemplate
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from avalanche_sp import SelectivePlasticityPlugin
+import avalanche_sp
+from avalanche_sp import SelectivePlasticityPlugin, split_mnist
 
-from conftest import ROOT, sliced
+from conftest import MNIST, ROOT, sliced
 
 GUIDE = (ROOT / "docs" / "guide.md").read_text()
 
@@ -32,6 +34,74 @@ def applied(diff, script):
             else:
                 at += 1
     return "\n".join(lines)
+
+
+@pytest.fixture
+def example(monkeypatch, tmp_path, capsys):
+    """Runs a script of examples/ in an empty folder, on the first images of MNIST; returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, images=640):
+        def some(n_experiences, dataset_root):
+            assert (ROOT / dataset_root).samefile(MNIST)
+            return sliced(split_mnist(n_experiences, dataset_root=MNIST), images, 200)
+
+        monkeypatch.setattr(avalanche_sp, "split_mnist", some, raising=False)
+        torch.manual_seed(0)
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def percentages(text):
+    return [float(number) for number in re.findall(r"([\d.]+)%", text)]
+
+
+def test_every_example_is_in_the_guide():
+    for path in (ROOT / "examples").glob("*.py"):
+        assert f"(../examples/{path.name})" in GUIDE, path.name
+
+
+@pytest.mark.parametrize("name", ["avalanche_plugin", "replay_buffer"])  # naive training: 20
+def test_the_examples_of_avalanche_keep_all_digits(example, name):
+    assert percentages(example(name))[-1] > 60
+
+
+def test_the_example_adds_a_class(example):
+    old, new = percentages(example("add_class"))
+    assert min(old, new) > 75
+
+
+def test_the_example_finds_boundaries(example):
+    pytest.importorskip("river")
+    found, accuracies = example("unknown_boundaries", images=3200).splitlines()[-2:]  # 50 mini-batches of 64 a task
+    delays = [int(at) - 50 * task for task, at in enumerate(re.findall(r"\d+", found), 1)]
+    assert len(delays) == 4 and all(0 < delay <= 16 for delay in delays)
+    assert sum(percentages(accuracies)) > 5 * 60
+
+
+def test_the_example_resumes(example):
+    assert "0 experiences were trained before" in example("resume")
+    assert "5 experiences were trained before" in example("resume")
+
+
+def test_the_example_compares_methods(example):
+    rows = dict(line.split(" ACC ") for line in example("compare_methods").splitlines() if " ACC " in line)
+    acc = {name.strip(): float(text[:-1]) for name, text in rows.items()}
+    assert list(acc) == ["naive", "EWC", "replay of 100 samples", "gate", "gate + optimizer"]
+    assert min(acc["gate"], acc["gate + optimizer"]) > acc["naive"] + 20
+
+
+def test_the_example_says_what_is_gated(example):
+    with pytest.warns(UserWarning, match="Not gated: embedding"):
+        assert example("will_it_work").split() == ["gated:", "attention.in_proj_weight", "attention.out_proj", "head"]
+
+
+def test_the_example_keeps_a_pretrained_transformer(example):
+    pytest.importorskip("transformers")
+    old_alone, _, old, new = percentages(example("pretrained_transformer"))
+    assert old > old_alone + 30 and new > 65
 
 
 @pytest.fixture

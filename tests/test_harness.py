@@ -1,4 +1,4 @@
-"""From a run's settings to its figures: recipes, strategies, and what is measured."""
+"""From a run's settings to its figures: recipes, strategies and measures."""
 
 import inspect
 import json

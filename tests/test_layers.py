@@ -80,7 +80,7 @@ def test_energy_is_that_of_the_input_vectors(case):
 
 
 def joined(layer, of=lambda p: p.detach()):
-    """A layer's weights, or what is taken of them, with the bias as a last column."""
+    """A layer's weights, or a part of them, with the bias as a last column."""
     weight = of(layer.weight)
     if isinstance(layer.module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         return torch.cat([group.flatten(1).T for group in weight.chunk(layer.groups)])

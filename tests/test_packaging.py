@@ -1,4 +1,4 @@
-"""What is built from a checkout: what it holds, and that it works where the checkout is not."""
+"""The distributions that are built from a checkout: their files, and that it works where the checkout is not."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def test_the_notebooks_first_cell_installs_what_is_missing(dist, tmp_path):
     run("-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     paths = {"base": str(tmp_path / "venv"), "platbase": str(tmp_path / "venv")}
     site = Path(sysconfig.get_path("purelib", vars=paths))
-    # All that is installed here, but not what is installed as a link to a checkout: no .pth file is read there.
+    # All packages that are installed here, except a link to a checkout: no .pth file is read there.
     (site / "here.pth").write_text(sysconfig.get_path("purelib"))
     python = Path(sysconfig.get_path("scripts", vars=paths)) / "python"
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}

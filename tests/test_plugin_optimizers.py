@@ -1,4 +1,4 @@
-"""The plugin beside optimizers that don't step along the gradient, and its hold on layers that it can't gate."""
+"""The plugin with optimizers that don't step along the gradient, and its hold on layers that it can't gate."""
 
 import pytest
 import torch

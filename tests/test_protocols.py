@@ -52,9 +52,9 @@ def test_the_command_line_goes_first():
 def test_a_scripts_own_defaults_yield_to_a_protocols():
     of_script = comparison(ClassIncremental, [], "", **compare.main.keywords)
     of_protocol = comparison(ClassIncremental, ["--protocol", "mammoth"], "", **compare.main.keywords)
-    assert (of_script.tasks, of_script.replay_buffer) == (2, (200, 2000))
+    assert (of_script.tasks, of_script.replay_buffer) == (5, (200,))
     assert (of_protocol.tasks, of_protocol.replay_buffer) == (5, (200, 500, 5120))
-    assert of_script.output == of_protocol.output
+    assert of_script.strategies == of_protocol.strategies
 
 
 @pytest.mark.parametrize("network", [name for name in NETWORKS if name[0].isdigit()])

@@ -1,4 +1,4 @@
-"""Each setting: its default and a change of it are noticed by a small run, and what is out of range is named."""
+"""Each setting: its default and a change of it are noticed by a small run, and a value out of range is named."""
 
 import dataclasses
 import math

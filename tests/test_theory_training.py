@@ -337,7 +337,7 @@ def test_5e_stability_of_the_pull_back(new):
     drift = new.anchor @ new.old.vectors @ new.old.vectors.T
     after = drift - eta * new.old.gated_pull(drift, new.weight)
     assert (after @ new.old.vectors).norm() <= drift.norm() * HOLDS
-    together = 2 / (largest(new.curvature) + new.weight * new.old.floor)  # and beside the new loss
+    together = 2 / (largest(new.curvature) + new.weight * new.old.floor)  # and with the new loss
     half = power(new.old.gate, 0.5)
     h = half @ (new.curvature + new.weight * new.old.kept) @ half
     assert together * largest(h) <= 2 * HOLDS
@@ -353,7 +353,7 @@ def test_5e_the_stability_limit_is_reached():
     assert 0.5 * 2 / old.floor * 100 > 2  # ungated, half that step diverges
 
 
-# -- 6. What is not covered --------------------------------------------------------------------------------------------
+# -- 6. Not covered ----------------------------------------------------------------------------------------------------
 
 OPTIMIZERS = {
     "adam": lambda w: torch.optim.Adam([w], lr=0.05),

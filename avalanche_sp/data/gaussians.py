@@ -26,9 +26,9 @@ __all__ = ["Gaussian", "GaussianBuffer"]
 
 # Samples of an experience that are looked at, evenly spread over it.
 _LOOKED_AT = 5000
-# With fewer components than so many for each, fewer Gaussians say more of a class.
+# Least number of components of a Gaussian. With fewer of them, fewer Gaussians describe a class better.
 _LEAST_COMPONENTS = 8
-# The default number of bytes is that of so many classes at least, each with all its Gaussians of 8 components.
+# Number of classes for which the default number of bytes suffices, each with all its Gaussians of 8 components.
 _LEAST_CLASSES = 10
 
 
@@ -291,7 +291,7 @@ def draw(gaussians: Sequence[Gaussian], which: Tensor, generator: torch.Generato
     variance = rows.new_tensor([g.variance for g in gaussians])
     explained = torch.zeros_like(variance).index_add_(0, torch.repeat_interleave(counts), rows.square().sum(1))
     wider = (variance / explained.clamp_min(torch.finfo(rows.dtype).tiny)) ** 0.25
-    each = counts[which]  # a sample is the sum of so many rows, weighed at random
+    each = counts[which]  # number of rows that are summed for a sample, with random weights
     begins, first = each.cumsum(0) - each, (counts.cumsum(0) - counts)[which]
     places = torch.arange(int(each.sum()), device=rows.device) + torch.repeat_interleave(first - begins, each)
     noise = torch.randn(len(places), generator=generator, dtype=rows.dtype).to(rows.device)
@@ -315,7 +315,7 @@ def _some_samples(dataset) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _clusters(x: Tensor, number: int) -> list[Tensor]:
-    """Samples (n, d) in so many clusters, fewer where they are few."""
+    """Samples (n, d) in ``number`` clusters, or fewer if there are few samples."""
     if number == 1 or len(x) < 2 * number:
         return [x]
     found = KMeans(number, n_init=1, random_state=0).fit_predict(x.cpu().numpy())
@@ -324,7 +324,7 @@ def _clusters(x: Tensor, number: int) -> list[Tensor]:
 
 
 def _fewer(known: list[Gaussian], number: int, components: int) -> list[Gaussian]:
-    """A class's Gaussians, the nearest merged until there are so many at most, with so many components each."""
+    """A class's Gaussians: at most ``number``, the nearest merged, with at most ``components`` each."""
     known = list(known)
     while len(known) > number:
         pairs = [(a, b) for a in range(len(known)) for b in range(a)]

@@ -50,7 +50,7 @@ def split_mnist(
         download: fetch MNIST into the folder if it isn't there.
 
     Raises:
-        ValueError: an argument is outside what is listed above.
+        ValueError: an argument is not among the values above.
         FileNotFoundError: there is no MNIST in ``dataset_root`` and ``download`` is False.
 
     References:
@@ -85,14 +85,14 @@ def permuted_mnist(
 
     Args:
         n_experiences: number of experiences, at least 1.
-        train_size: training images an experience, 1 to 60000, drawn anew for each. Default: all.
+        train_size: training images an experience, 1 to 60000, drawn independently for each. Default: all.
         seed: fixes the permutations, the draws and the order of the samples.
         return_task_id: give experience i the task label i (task-incremental).
         dataset_root: folder with ``MNIST/raw/*-ubyte``. Default: Avalanche's dataset folder.
         download: fetch MNIST into the folder if it isn't there.
 
     Raises:
-        ValueError: an argument is outside what is listed above.
+        ValueError: an argument is not among the values above.
         FileNotFoundError: there is no MNIST in ``dataset_root`` and ``download`` is False.
 
     References:

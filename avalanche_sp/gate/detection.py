@@ -1,4 +1,4 @@
-"""Change detection on the stream's loss and inputs: what is surprising enough to be a new task."""
+"""Change detection on the stream's loss and inputs: finds the beginning of a new task."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class ChangeWatch:
 
     for each number y that is shown, such as the loss; each has a detector of its own. The mean and the deviation are
     running ones, of decay 0.95, in which no number counts for more than 3 deviations (winsorised). So a detector's
-    threshold needs no knowledge of the loss, its scale or the size of a batch. After a change they are to be started
-    anew (:meth:`restart`), and after a start the detectors are not asked for 20 iterations.
+    threshold needs no knowledge of the loss, its scale or the size of a batch. Restart them after a change
+    (:meth:`restart`). After a start the detectors are not asked for 20 iterations.
 
     Args:
         detector: a copy of it is made for each number, at every start. It is itself left alone.
@@ -72,7 +72,7 @@ class ChangeWatch:
         self._series: list[tuple[_Series, ChangeDetector]] = []
 
     def restart(self) -> None:
-        """Starts anew: forgets what the iterations so far showed."""
+        """Starts again, without the iterations so far."""
         self._series = []
 
     def look(self, iterations: Iterable[Sequence[float]]) -> tuple[bool, bool]:
@@ -125,7 +125,7 @@ class _Series:
 class InputWatch:
     """Where the stream's inputs lie: their running mean, of decay 0.95 a mini-batch, and the mean of all.
 
-    A mini-batch's mean waits until it is kept or dropped. Tensors throughout, no device sync; what is kept is three
+    A mini-batch's mean waits until it is kept or dropped. Tensors throughout, no device sync. State: three
     vectors of a sample's size.
     """
 
@@ -148,7 +148,7 @@ class InputWatch:
     def observe(self, x: Tensor) -> Tensor:
         """Takes the next inputs (n, ...); returns how far their mean lies from the running one, squared, 0-dim.
 
-        A value that is not finite counts as 0. Inputs of another size begin anew.
+        A value that is not finite counts as 0. Inputs of another size restart it.
         """
         x = x.detach().reshape(len(x), -1).float()
         if x.shape[1] != self._size:

@@ -112,7 +112,7 @@ class PlasticityGate:
     of stored samples (:meth:`replayed`), and the loss of a stream without told boundaries (:meth:`observe`).
 
     Args:
-        model, optimizer: what is trained; or None for both, until :meth:`attach`.
+        model, optimizer: the network and its optimizer; or None for both, until :meth:`attach`.
         openness: :math:`\alpha` > 0, in units of the mean eigenvalue (default 0.5). Larger values learn the new
             faster and keep less of the old. ``math.inf`` switches the gate off: training is then bit for bit what it
             is without the gate. For a single layer it leaves the layer alone.
@@ -129,7 +129,7 @@ class PlasticityGate:
             river's Page-Hinkley test, for ``"surprise"``.
         readout_step: whether the readout takes its step (default True).
         ungated: what happens to the weights that can't be gated, after the first experience: ``"freeze"`` (default)
-            or ``"train"``. Beside stored samples they train on. A warning names them at the first consolidation.
+            or ``"train"``. With stored samples they train on. A warning names them at the first consolidation.
         settings: all other constants.
         forward: computes the outputs from model and inputs at a consolidation. Default: ``model(inputs)``.
 
@@ -190,7 +190,7 @@ class PlasticityGate:
         self.ungated = ungated
         self.settings = settings
         self.memory = Memory()
-        """What is remembered of the consolidated experiences."""
+        """The memory of the consolidated experiences."""
         self.listening = True
         """Whether forward passes are those of training; set it False around other forward passes with gradients."""
         self.gating = True
@@ -226,7 +226,7 @@ class PlasticityGate:
         self._trained: set[str] = set()  # names of the parameters that have been trained
         # For the present step.
         self._rows: StreamRows | None = None  # None: all rows come from the stream
-        # Beside stored samples: the part of the stream's gradient that the gate holds back, by parameter.
+        # With stored samples: the part of the stream's gradient that the gate holds back, by parameter.
         self._held: dict[nn.Parameter, Tensor] = {}
         self._withheld: dict[nn.Parameter, Tensor | None] = {}  # gradients of frozen parameters, during a step
         self._criterion: Criterion | None = None  # as last observed

@@ -1,4 +1,4 @@
-"""What is remembered of earlier experiences: immutable, and all that a checkpoint must hold."""
+"""The memory of earlier experiences: immutable, and all that a checkpoint must hold."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def _setting(default: float, allowed: str, meaning: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """Constants of :class:`~avalanche_sp.gate.PlasticityGate`. ``docs/experiments.md`` holds the evidence for each.
+    """Constants of :class:`~avalanche_sp.gate.PlasticityGate`. ``docs/trials`` holds the evidence.
 
     ``Settings.describe()`` lists name, default, range and meaning. Change one with ``Settings(look=4)`` or
     ``dataclasses.replace``.

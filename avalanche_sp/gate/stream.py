@@ -170,14 +170,14 @@ class StreamWatch:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of what is kept from one step to the next."""
+        """Bytes of the state that is kept from one step to the next."""
         tensors = [t for m in self.moments.values() for t in m.tensors]
         tensors += [*self._weights.values(), *(t for held in self._norms.values() for t in held)]
         tensors += [copy for _, copy in self._optimizer] + [*self._inputs.tensors]
         return sum(t.nbytes for t in tensors)
 
     def listens(self, samples: int) -> bool:
-        """Whether the coming forward pass, of so many samples of the stream, joins the second moments."""
+        """Whether the coming forward pass, of ``samples`` samples of the stream, joins the second moments."""
         return -(self.steps + 1) % self.settings.stream_look * samples < self.settings.stream_samples
 
     def note(self, name: str, layer: GatedLayer, x: Tensor, output: Tensor | None) -> None:

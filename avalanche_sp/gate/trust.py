@@ -1,4 +1,4 @@
-"""Stored samples beside the gate: how far they replace it."""
+"""Stored samples with the gate: how far they replace it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["StoredSamples"]
 
 @dataclass(frozen=True)
 class StoredSamples:
-    """What the number of stored samples means for the gate. Found on Split MNIST (``docs/experiments.md``).
+    """What the number of stored samples means for the gate. Found on Split MNIST (``docs/trials/gate.csv``).
 
     Attributes:
         each: c, the number of stored samples for each class of each experience; 0 without a memory.

@@ -303,7 +303,7 @@ def _kernel(params, grads, exp_avgs, exp_avg_sqs, consolidated, numbers, maximiz
         for g, v, c, n in zip(grads, exp_avg_sqs, consolidated, numbers)
     ]
     finite = torch.stack(means).sum().isfinite()
-    divided = []  # returned, as the compiler would divide for every element what is not
+    divided = []  # returned, as the compiler would divide for each element a value that is not
     for i, (p, g, m, v, trace) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, consolidated)):
         k, step_size, bias_correction2_rsqrt, eps, shrink, threshold, rise1, decay2, rise2 = numbers[i]
         if maximize[i]:

@@ -52,8 +52,8 @@ class SelectivePlasticityOptimizer(Optimizer):
 
     **For continual learning** use :meth:`for_continual_learning` and :meth:`consolidate`. The defaults of the class are
     Adam's. ``eps`` leads from Adam (1e-8) to SGD (1, with SGD's learning rates). Between them, without momentum, the
-    gate protects most (``docs/experiments.md``). If ``eps`` is not small compared with the gradient, the loss's scale
-    matters as it does to SGD.
+    gate protects most (``docs/trials/optimizer.csv``). If ``eps`` is not small compared with the gradient, the scale
+    of the loss matters as it does to SGD.
 
     Args:
         params: parameters or parameter groups; every setting below can be given per group.
@@ -193,7 +193,7 @@ class SelectivePlasticityOptimizer(Optimizer):
     def observe_surprise(self, value: float | Tensor) -> None:
         """Tells the gate how unexpected the present data is, from 0 (as usual) to 1.
 
-        It stays in force until told anew. :class:`~avalanche_sp.SelectivePlasticityPlugin` calls this every
+        It stays in force until the next call. :class:`~avalanche_sp.SelectivePlasticityPlugin` calls this every
         iteration with the surprise of the stream's loss.
 
         Args:
@@ -225,7 +225,7 @@ class SelectivePlasticityOptimizer(Optimizer):
     def reset_eligibility(self) -> None:
         """Forgets all eligibility, consolidated or running, so that every synapse is as plastic as a new one.
 
-        The running trace is Adam's second moment, which shares its step count with the first: all three start anew.
+        The running trace is Adam's second moment, which shares its step count with the first: all three start again.
         """
         for state in self.state.values():
             state.clear()

@@ -47,7 +47,7 @@ class ConsolidationPlugin(SupervisedPlugin, supports_distributed=True):  # type:
     are plastic.
 
     It is for the optimizer alone. :class:`~avalanche_sp.SelectivePlasticityPlugin` consolidates the optimizer itself,
-    also at boundaries that it finds; beside it this plugin does nothing.
+    also at boundaries that it finds. Together with it this plugin does nothing.
 
     Raises:
         TypeError: at ``train``, when the strategy's optimizer is not a

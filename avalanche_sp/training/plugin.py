@@ -25,7 +25,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
 
     At the end of every experience the gate remembers the input directions that each layer used. From then on updates
     along these directions are held back. No sample is stored. :class:`~avalanche_sp.gate.PlasticityGate` has the
-    equations, and says what is gated.
+    equations, and lists the gated layers.
 
     With Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated, and the
     more samples are stored, the further the gate opens. Use ``JointReplayLoss(criterion)`` with it, which asks the
@@ -49,7 +49,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
             Page-Hinkley test, for ``"surprise"``.
         readout_step: whether the last layer takes its Newton step at a consolidation (default True).
         ungated: what happens to weights that can't be gated, after the first experience: ``"freeze"`` (default) or
-            ``"train"``. Beside stored samples they train on. A warning names them.
+            ``"train"``. With stored samples they train on. A warning names them.
         settings: all other constants.
 
     ``openness``, ``pull_back`` and ``rank`` take one value for all layers, or a mapping from patterns of layer names
@@ -106,7 +106,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
 
     @property
     def layers(self) -> Mapping[str, LayerMemory]:
-        """What is remembered of each layer, by name; empty until the first experience has ended."""
+        """The memory of each layer, by name; empty until the first experience has ended."""
         return self.gate.memory.layers
 
     @property

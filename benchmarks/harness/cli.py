@@ -14,7 +14,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from harness.data import DATA, folder_of
 from harness.protocols import PROTOCOLS, overrides_of
-from harness.recipes import ABOUT, TASK_INCREMENTAL, USES_REPLAY, strategies_of
+from harness.recipes import ABOUT, NAMES, TASK_INCREMENTAL, USES_REPLAY, strategies_of, strategy_called
 from harness.settings import NETWORKS, ROOT, STRATEGIES, Run
 
 T = TypeVar("T")
@@ -43,6 +43,15 @@ def _list(kind: type, metavar: str, parse: Callable[[list[str]], object]) -> Pri
 
 
 Names = Annotated[tuple[str, ...], _list(tuple, "A,B", _words)]
+Strategies = Annotated[
+    tuple[str, ...], _list(tuple, "A,B", lambda text: tuple(map(strategy_called, _words(text))))
+]
+Strategy = Annotated[
+    str,
+    PrimitiveConstructorSpec(
+        1, "NAME", lambda text: strategy_called(text[0]), lambda value: isinstance(value, str), lambda value: [value]
+    ),
+]
 Numbers = Annotated[tuple[int, ...], _list(tuple, "N,M", lambda text: tuple(map(int, _words(text))))]
 _Assignments = Annotated[dict[str, float], _list(dict, "NAME=VALUE,...", _assignments)]
 
@@ -139,7 +148,7 @@ class Comparison(Training):
 
     Attributes:
         data: the data set; those that are not shipped need --download once
-        strategies: names, in any order
+        strategies: names as in the tables, without blanks (gate+optimizer), or as in the store (sp-both)
         tasks: experiences
         replay_buffer: numbers of stored samples of the strategies with replay
         seeds: number of seeds
@@ -151,18 +160,16 @@ class Comparison(Training):
 
     kind: ClassVar[str]
     data: Literal[tuple(DATA)] = "mnist"
-    strategies: Names = STRATEGIES
+    strategies: Strategies = STRATEGIES
     tasks: int = 2
     replay_buffer: Numbers = (200,)
     seeds: int = 3
-    against: str | None = None
+    against: Strategy | None = None
     validation: bool = False
     protocol: str | None = None
     output: Path | None = None
 
     def __post_init__(self):
-        if self.output is None:
-            object.__setattr__(self, "output", ROOT / "results" / self.benchmark.replace("-", "_"))
         super().__post_init__()
         self.at_least(1, "tasks", "seeds")
         if min(self.replay_buffer, default=0) < 1:
@@ -180,6 +187,10 @@ class Comparison(Training):
     @property
     def benchmark(self) -> str:
         return f"{self.kind}-{self.data}"
+
+    @property
+    def folder(self) -> Path:
+        return self.output or ROOT / "results" / self.benchmark.replace("-", "_")
 
     def runs(self) -> list[Run]:
         """Seeds outermost, so that a comparison cut short is a whole one with fewer seeds."""
@@ -249,11 +260,12 @@ def about(*kinds: str) -> str:
     """A line on each strategy that the kinds of benchmarks have."""
     names = {name for kind in kinds for name in strategies_of(kind)}
     names.update(TASK_INCREMENTAL if "split" in kinds else ())
-    return "strategies:\n" + "\n".join(f"  {name:<21} {line}" for name, line in ABOUT.items() if name in names)
+    lines = {name: f"{NAMES[name]}: {line}" if name in NAMES else line for name, line in ABOUT.items()}
+    return "strategies:\n" + "\n".join(f"  {name:<21} {line}" for name, line in lines.items() if name in names)
 
 
 def status(work: Callable[[], int], go_on: str) -> int:
-    """The exit status of ``work``: its own, 130 after Ctrl-C, 1 after an error. ``go_on`` says what is kept."""
+    """The exit status of ``work``: its own, 130 after Ctrl-C, 1 after an error. ``go_on``: a message."""
     try:
         return work()
     except KeyboardInterrupt:
@@ -265,24 +277,24 @@ def status(work: Callable[[], int], go_on: str) -> int:
 
 
 def compare(kind: type[Comparison], description: str, argv: list[str] | None = None, **defaults) -> int:
-    """A script: trains what is missing, then writes and prints the report; its exit status."""
+    """A script: trains the missing runs, then writes and prints the report; its exit status."""
     settings = comparison(kind, argv, description, **defaults)
     from harness.jobs import run_all  # here, as pandas is slow to load
     from harness.store import Store, key_of
 
     def work() -> int:
-        store, runs = Store(settings.output), settings.runs()
+        store, runs = Store(settings.folder), settings.runs()
         where = f"on {settings.scheduler}" if settings.scheduler else f"{settings.jobs} at a time"
-        print(f"{len(runs)} runs, {where}; results go to {settings.output}", flush=True)
+        print(f"{len(runs)} runs, {where}; results go to {settings.folder}", flush=True)
         settings.fetch()
         failed = run_all(runs, store, settings.dataset_root, settings.jobs, settings.scheduler)
         if failed:
-            print(f"{failed} of {len(runs)} runs failed: their errors are in {settings.output}", file=sys.stderr)
+            print(f"{failed} of {len(runs)} runs failed: their errors are in {settings.folder}", file=sys.stderr)
         frame = store.frame()
         if keys := [key for key in (key_of(run.settings()) for run in runs) if key in frame.index]:
             from harness.report import report
 
-            print(*report(frame.loc[keys], settings.output, settings.against), sep="\n")
+            print(*report(frame.loc[keys], settings.folder, settings.against), sep="\n")
         return 1 if failed else 0
 
-    return status(work, f"Finished runs are in {settings.output}; the same command goes on from there.")
+    return status(work, f"Finished runs are in {settings.folder}; the same command goes on from there.")

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from harness.recipes import name_of
 from harness.settings import BOUNDS, network_title
 from harness.statistics import bootstrap, student
 from harness.studies import ALONE, BY_BUFFER, LAYERS, OURS, STUDIES, WITH_AND_WITHOUT
@@ -48,7 +49,7 @@ def _colour(strategy: str) -> str:
 
 
 def _name(label: str, buffer: int) -> str:
-    return f"{label} ({buffer})" if buffer else label
+    return f"{name_of(label)} ({buffer})" if buffer else name_of(label)
 
 
 def _save(figure, path: Path) -> Path:
@@ -92,15 +93,15 @@ def acc_by_buffer(frame: pd.DataFrame, path: Path) -> Path:
             x = [size or nothing for size in points.index]
             low, high = zip(*(bootstrap(tuple(values.dropna())) for _, values in points.iterrows()))
             width, marker = 2.4 if line in WITH_AND_WITHOUT else 1.3, _MARKERS.get(line, ".")
-            ax.plot(x, points.mean(axis=1), marker + "-", color=_colour(line), lw=width, ms=5, label=line)
+            ax.plot(x, points.mean(axis=1), marker + "-", color=_colour(line), lw=width, ms=5, label=name_of(line))
             ax.fill_between(x, low, high, color=_colour(line), alpha=0.2, lw=0)
         bottom = max(0, accuracies[labels.isin((OURS, ALONE))].mean(axis=1).min() - 20)
         begins = {_BEGINS_AS.get(line) for line in lines}
         for label, acc in accuracies.xs(0, level="replay_buffer").mean(axis=1).items():
             if label in BOUNDS:
-                ax.axhline(acc, color=_colour(label), ls="--" if label == "joint" else ":", lw=1, label=label)
+                ax.axhline(acc, color=_colour(label), ls="--" if label == "joint" else ":", lw=1, label=name_of(label))
             elif label not in begins and acc >= bottom:
-                ax.plot([nothing], [acc], "x", color=_colour(label), label=label)
+                ax.plot([nothing], [acc], "x", color=_colour(label), label=name_of(label))
         ax.set(ylim=(bottom, 100), xscale="log")
         ax.set_xticks([nothing, *sizes], ["none", *map(str, sizes)], fontsize=7)
         ax.minorticks_off()

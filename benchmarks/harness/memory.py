@@ -37,7 +37,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def stored_bytes(method) -> int:
-    """The samples of a plugin or strategy: inputs, 8 bytes a label, and what is stored with them (DER's outputs).
+    """The samples of a plugin or strategy: inputs, 8 bytes a label, and data stored with them (DER's outputs).
 
     A-GEM and GEM store the last task's samples as well, which nothing uses. They don't count.
     """

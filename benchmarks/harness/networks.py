@@ -95,7 +95,7 @@ class SlimResNet18(ResNet):
 
 
 class _Block(nn.Module):
-    """Attention and a perceptron of two layers, each behind a normalisation and beside a skip connection."""
+    """Attention and a perceptron of two layers, each behind a normalisation and with a skip connection."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()

@@ -117,7 +117,7 @@ def execute(
     whole = run.strategy == "joint"
     for experiences in [benchmark.train_stream] if whole else benchmark.train_stream:
         start = time.perf_counter()
-        # A last batch of a few images would be a noisy step that can undo a class (docs/experiments.md).
+        # A last batch of a few images would be a noisy step that can undo a class (docs/trials/methods.csv).
         for part in [experiences] if whole else parts(run, experiences):
             strategy.train(part, drop_last=True, shuffle=run.stream != "drifting")
         seconds += time.perf_counter() - start

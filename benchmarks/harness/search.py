@@ -22,7 +22,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 
-from harness.cli import Training
+from harness.cli import Strategy, Training
 from harness.jobs import in_parallel, worker
 from harness.recipes import USES_REPLAY, recipe_of
 from harness.settings import BENCHMARKS, ROOT, Run
@@ -56,7 +56,7 @@ class Search(Training):
 
     Attributes:
         strategy: its name
-        benchmark: what is learned
+        benchmark: its name
         tasks: experiences; by default 2 groups of classes or 10 permutations
         train_per_task: training images a task of permutations; None: all
         replay_buffer: stored samples, of a strategy with replay
@@ -67,7 +67,7 @@ class Search(Training):
         storage: URL of a database for Optuna; None: a file in the output folder
     """
 
-    strategy: str = "sp"
+    strategy: Strategy = "sp"
     benchmark: Literal[BENCHMARKS] = "split-mnist"
     tasks: int | None = None
     train_per_task: int | None = None

@@ -148,7 +148,7 @@ WITHOUT_REPLAY = {
     "permuted60k_100_20": Study("Permuted MNIST, 20 tasks", _permuted(20, **_NARROW), _rows("sp sp-both joint")),
 }
 
-# Learning rates by buffer: with five times as many steps the other methods need smaller ones (docs/experiments.md).
+# Learning rates by buffer: with five times the steps the other methods need smaller ones (docs/trials/baselines.csv).
 _FIVE_EPOCHS = {
     "replay-joint": {50: 0.001, 200: 0.005, 1000: 0.03, 2000: 0.1},
     "replay-adaptive": {50: 3e-6, 200: 3e-5, 1000: 1.5e-4, 2000: 5e-4},
@@ -291,7 +291,21 @@ STUDIES = {**BY_BUFFER, **WITHOUT_REPLAY, **PARTS, **PUBLISHED, **DENDRITES, **O
 STUDIES |= {f"boundaries_{name}".replace(" ", "_"): study for name, study in BOUNDARIES.items()}
 STUDIES |= {f"layers_{network}": _layers(network) for network in LAYERS}
 
-# The table at the head of the README, by the heads of its columns.
+# The table of the README, by the heads of its columns: naive training, other methods that store no sample, the
+# controls, ours and the bound.
+OTHERS = ("ewc", "si", "mas", "lwf", "owm", "gpm")
+_FRONT = ("naive-sgd", *OTHERS, "rf-ridge", "gaussian-replay", "sp", ALONE, "joint")
+FRONT = {
+    name: Study(name, settings, tuple(map(Row, _FRONT)))
+    for name, settings in {
+        "Split MNIST, 5 tasks": _split(5),
+        "Split Fashion-MNIST, 5 tasks": _split(5, "fashion-mnist"),
+        "76 letters, 19 tasks": _split(19, "glyphs"),
+        "Permuted MNIST, 10 tasks": _TEN_THOUSAND,
+    }.items()
+}
+
+# The overview at the head of the page of results, by the heads of its columns.
 _METHODS = "naive-sgd ewc si mas gpm rf-ridge sp sp-both gaussian-replay sp-gaussian replay-joint der++ sp-replay"
 _COLUMNS = {"2 tasks": _split(2), "5 tasks": _split(5), "10 tasks, a class each": _split(10)}
 _COLUMNS["10 permutations"] = _TEN_THOUSAND

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import pandas as pd
 
 from harness.protocols import PROTOCOLS
-from harness.recipes import ABOUT, USES_REPLAY
-from harness.settings import BOUNDS, network_title, title_of
+from harness.recipes import ABOUT, USES_REPLAY, name_of
+from harness.settings import BOUNDS, ROOT, network_title, title_of
 from harness.statistics import bootstrap, holm, rank_biserial, student, wilcoxon
 from harness.store import version_of
-from harness.studies import BEST_WITHOUT, BOUNDARIES, LAYERS, OVERVIEW, STUDIES, WITH_AND_WITHOUT, Study
+from harness.studies import (
+    BEST_WITHOUT,
+    BOUNDARIES,
+    FRONT,
+    LAYERS,
+    OTHERS,
+    OVERVIEW,
+    STUDIES,
+    WITH_AND_WITHOUT,
+    Study,
+)
 
 ALPHA = 0.05
 CELL = ["label", "replay_buffer"]
@@ -188,7 +199,8 @@ def listing(runs: pd.DataFrame, study: Study | None, columns: str = "full") -> s
         source = f"\nPublished: {protocol.source}. {protocol.note}".rstrip() + "\n"
         runs = runs.assign(published=figures)
     rows = (
-        {"strategy": label, "buffer": buffer or "-"} | {name: text(cell) for name, text in LISTINGS[columns].items()}
+        {"strategy": name_of(label), "buffer": buffer or "-"}
+        | {name: text(cell) for name, text in LISTINGS[columns].items()}
         for label, buffer, cell in cells(runs)
     )
     return caption(study.title if study else title(runs), runs) + markdown(rows) + source
@@ -202,8 +214,9 @@ def minus(runs: pd.DataFrame, study: Study | None, reference: str) -> str:
         raise ValueError(f"Invalid against: {reference} (allowed: a strategy with one row in this comparison)")
     found = differences(accuracies.loc[ours[0]], accuracies.drop(index=ours))
     return markdown(
-        {"strategy": label, "buffer": buffer or "-"}
-        | {f"ACC minus that of {reference}": with_student(-row["gains"], "+.1f"), "p (Holm)": f"{row['p']:.3f}"}
+        {"strategy": name_of(label), "buffer": buffer or "-"}
+        | {f"ACC minus that of {name_of(reference)}": with_student(-row["gains"], "+.1f")}
+        | {"p (Holm)": f"{row['p']:.3f}"}
         for (label, buffer), row in found.iterrows()
     )
 
@@ -215,7 +228,7 @@ def _column(buffer: int) -> str:
 def grid(runs: pd.DataFrame, study: Study) -> str:
     """ACC: a row a strategy, a column a number of stored samples."""
     shown = runs.groupby(CELL, sort=False)["acc"].agg(with_bootstrap).unstack("replay_buffer", sort=False)
-    shown = shown.sort_index(axis=1).rename(columns=_column).fillna("").rename_axis(index="strategy")
+    shown = shown.sort_index(axis=1).rename(columns=_column, index=name_of).fillna("").rename_axis(index="strategy")
     return caption(study.title, runs) + markdown(shown.reset_index().to_dict("records"))
 
 
@@ -225,7 +238,8 @@ def changes(runs: pd.DataFrame, study: Study) -> str:
     means = acc.mean().unstack(sort=False)
     brackets = (means - means.iloc[0]).map(" ({:+.1f})".format)
     brackets.iloc[0] = ""
-    shown = (acc.agg(with_bootstrap).unstack(sort=False) + brackets).fillna("").rename_axis(index="")
+    shown = (acc.agg(with_bootstrap).unstack(sort=False) + brackets).rename(columns=name_of)
+    shown = shown.fillna("").rename_axis(index="")
     return caption(study.title, runs) + markdown(shown.reset_index().to_dict("records"))
 
 
@@ -233,8 +247,8 @@ def best(runs: pd.DataFrame, study: Study, ours: str) -> str:
     """Ours minus the best other row, for each number of stored samples."""
     found = {buffer: rows.loc[rows["other"].idxmax()] for buffer, rows in against_others(runs, ours).items()}
     return markdown(
-        {"buffer": buffer, "best other row": f"{row.name[0]} {row['other']:.1f}"}
-        | {f"{ours} minus it": with_bootstrap(row["gains"], "+.1f"), "p (Holm)": f"{row['p']:.3f}"}
+        {"buffer": buffer, "best other row": f"{name_of(row.name[0])} {row['other']:.1f}"}
+        | {f"{name_of(ours)} minus it": with_bootstrap(row["gains"], "+.1f"), "p (Holm)": f"{row['p']:.3f}"}
         | {"effect": f"{rank_biserial(row['gains']):+.2f}", "verdict": verdict(row)}
         for buffer, row in found.items()
     )
@@ -252,13 +266,14 @@ def minus_others(runs: pd.DataFrame, study: Study, ours: str, *names: str) -> st
         shown = with_bootstrap(row["gains"], "+.1f") if len(found) <= 4 else f"{row['mean']:+.1f}"
         return shown if verdict(row) == "level" else f"**{shown}**"
 
-    rows: dict[str, dict] = {label: {f"`{ours}` minus": label} for label in runs["label"] if label != ours}
+    head = f"{name_of(ours)} minus"
+    rows: dict[str, dict] = {label: {head: name_of(label)} for label in runs["label"] if label != ours}
     for buffer, differences_at in found.items():
         for (label, _), row in differences_at.iterrows():
             rows[label][_column(buffer)] = text(row)
     if len(found) > 4:
         steps = {_column(buffer): text(row) for buffer, row in growth(runs, ours).iterrows()}
-        rows[ours] = {f"`{ours}` minus": "itself with the next smaller memory"} | steps
+        rows[ours] = {head: "itself with the next smaller memory"} | steps
     return markdown(row for row in rows.values() if len(row) > 1)
 
 
@@ -276,9 +291,76 @@ def overview(frame: pd.DataFrame) -> str:
         stored = "all" if strategy in BOUNDS else "200" if strategy in USES_REPLAY else "none"
         about = ABOUT[strategy].partition(":")[0]
         method = f"**{about}**" if strategy.startswith("sp") else about
-        row = {"stored samples": stored, "strategy": f"`{strategy}`", "method": method}
+        row = {"stored samples": stored, "strategy": name_of(strategy), "method": method}
         rows.append(row | {name: column.get(strategy, "-") for name, column in columns.items()})
     return markdown(rows)
+
+
+def front(frame: pd.DataFrame) -> str:
+    """The README's table: mean ACC of the gates, of their controls and of the best other method of each column."""
+    rows: dict[str, dict] = {}
+    counts, widths, older = [], [0.0], 0
+
+    def put(row: str, column: str, acc: pd.Series, remark: str = "") -> None:
+        rows.setdefault(row, {"": row})[column] = f"{acc.mean():.1f}{remark}"
+        counts.append(len(acc))
+        widths.extend([student(acc)] if len(acc) > 1 else [])
+
+    for column, study in FRONT.items():
+        runs = study.select(frame)
+        older += sum(version < version_of(name) for version, name in zip(runs["version"], runs["strategy"]))
+        found = {label: cell["acc"] for label, _, cell in cells(runs)}
+        best = max((name for name in OTHERS if name in found), key=lambda name: found[name].mean())
+        put("naive SGD", column, found["naive-sgd"])
+        put("best other method without stored samples", column, found[best], f" ({best.upper()})")
+        for control in ("rf-ridge", "gaussian-replay"):
+            put(f"{name_of(control)} (control)", column, found[control])
+        for ours in ("sp", "sp-both"):
+            put(f"**{name_of(ours)}**", column, found[ours])
+        put("joint training, one pass", column, found["joint"])
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    note = f"Means of {seeds} seeds. Intervals of 95% are ± {max(widths):.1f} or less."
+    note += f" {older} runs are of an older version." if older else ""
+    return f"{markdown(rows.values())}\n{note}\n"
+
+
+# The README's table of costs: part and row of docs/results/overhead.json, by the text of the row.
+_COSTS = {
+    "training step with the gate, SGD": ("plugin step", "SGD, SelectivePlasticityPlugin"),
+    "training step with the gate, Adam": ("plugin step", "Adam, SelectivePlasticityPlugin"),
+    "epoch with the gate and its consolidation, SGD": ("plugin epoch", "SGD, SelectivePlasticityPlugin"),
+    "training step with our optimizer instead of Adam": ("training step", "SelectivePlasticityOptimizer"),
+}
+
+
+def _measured() -> dict[str, dict]:
+    """What ``overhead.py`` measured, by part."""
+    found = json.loads((ROOT / "docs" / "results" / "overhead.json").read_text())
+    return {part: value for part, value in found.items() if isinstance(value, dict)}
+
+
+def overhead(frame: pd.DataFrame) -> str:
+    """Ratios of times that ``overhead.py`` measured."""
+    return markdown(
+        {"measured": part["what"], "batch": part["batch_size"], "": row["name"]}
+        | {"relative to": row["reference"], "ratio": f"{row['ratio']:.2f}"}
+        | {"rounds": f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}"}
+        for part in _measured().values()
+        for row in part["rows"]
+        if row["name"] != row["reference"]
+    )
+
+
+def costs(frame: pd.DataFrame) -> str:
+    """The README's costs: ratios of times that ``overhead.py`` measured, and the memory of a run."""
+    rows = []
+    for text, (part, name) in _COSTS.items():
+        (ratio,) = (row["ratio"] for row in _measured()[part]["rows"] if row["name"] == name)
+        rows.append({"": text, "time, relative to plain training": f"{ratio:.2f}"})
+    runs = FRONT["Split MNIST, 5 tasks"].select(frame)
+    kept = runs.loc[runs["strategy"] == "sp", "extra_memory_bytes"].max()
+    weights = 4 * sum((inputs + 1) * outputs for inputs, outputs in ((784, 256), (256, 256), (256, 10)))  # bytes
+    return f"{markdown(rows)}\nThe gate keeps {kept / 1000:.0f} kB, {kept / weights:.0%} of this network's weights.\n"
 
 
 def found_boundaries(task_ends: list[int], consolidated_at: list[int]) -> tuple[list[int], int, int]:
@@ -291,7 +373,7 @@ def found_boundaries(task_ends: list[int], consolidated_at: list[int]) -> tuple[
 
 
 def boundaries(frame: pd.DataFrame) -> str:
-    """Streams that do not say where a task ends, each strategy compared with itself told the boundaries."""
+    """Streams that do not say where a task ends, each strategy compared with itself, task-aware."""
     rows = []
     for stream, study in BOUNDARIES.items():
         runs = study.select(frame)
@@ -301,8 +383,9 @@ def boundaries(frame: pd.DataFrame) -> str:
             told = label.removesuffix("-surprise").removesuffix("-continuous")
             told = told if (told, buffer) in accuracies.index else "naive-sgd"
             gains = (accuracies.loc[(label, buffer)] - accuracies.loc[(told, buffer)]).dropna()
-            row = {"stream": stream, "strategy": label, "buffer": buffer or "-", "runs": len(cell)}
-            row |= {"ACC %": with_student(cell["acc"]), "minus told": "-" if told == label else with_student(gains)}
+            row = {"stream": stream, "strategy": name_of(label), "buffer": buffer or "-", "runs": len(cell)}
+            row["ACC %"] = with_student(cell["acc"])
+            row["minus task-aware"] = "-" if told == label else with_student(gains)
             row["seconds"] = f"{cell['seconds'].median():.1f}"
             if stream == "drifting":  # it has no boundary that could be found
                 row["consolidated"] = f"{cell['consolidated_at'].map(len).median():g}"
@@ -341,3 +424,4 @@ def layers(frame: pd.DataFrame, network: str) -> str:
 OF_ONE_STUDY: dict[str, Callable[..., str]] = {"listing": listing, "minus": minus, "grid": grid, "changes": changes}
 OF_ONE_STUDY |= {"best": best, "minus-others": minus_others}
 OF_SEVERAL: dict[str, Callable[..., str]] = {"overview": overview, "boundaries": boundaries, "layers": layers}
+OF_SEVERAL |= {"front": front, "costs": costs, "overhead": overhead}

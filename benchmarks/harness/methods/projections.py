@@ -47,7 +47,7 @@ class GradientProjectionMemory(GradientProjection):
 
     Args:
         epsilon: the share of energy to keep, between 0 and 1, the same for all experiences. (The authors also let it
-            grow by .003 an experience: no better on Split MNIST, ``docs/experiments.md``.)
+            grow by .003 an experience: no better on Split MNIST, ``docs/trials/methods.csv``.)
         epsilon_hidden: the same of all layers but the first, as the authors do on Permuted MNIST. Default: ``epsilon``.
         samples: n, evenly spread over the experience; 300 as in the authors' code.
     """
@@ -77,7 +77,7 @@ class OrthogonalWeightsModification(GradientProjection):
     A layer's gradient is multiplied by P = alpha (alpha I + A A^T)^-1. The columns of A are the layer's inputs, a mean
     over each batch, with the weights at the end of the experience. The authors' code takes them in at every iteration,
     with the weights of the moment, and so already protects the present experience. On validation images it ends lower
-    here (``docs/experiments.md``).
+    here (``docs/trials/methods.csv``).
 
     G. Zeng, Y. Chen, B. Cui, S. Yu: Continual learning of context-dependent processing in neural networks, Nature
     Machine Intelligence 2019.

@@ -14,11 +14,11 @@ ABOUT = {
     "ewc": "elastic weight consolidation: penalty on changes of important weights, by squared gradients",
     "si": "synaptic intelligence: the same, importance by the path of the weights",
     "mas": "memory-aware synapses: the same, importance by the outputs' sensitivity",
-    "rf-ridge": "ridge regression on fixed random features, with the memory of `sp`",
+    "rf-ridge": "ridge regression on fixed random features, with the memory of the gate",
     "sp-optimizer": "our optimizer with its default arguments, without consolidation",
     "sp": "our plugin with SGD",
     "sp-both": "our plugin and our optimizer",
-    "gaussian-replay": "replay of samples drawn from Gaussians, no gate: the control of `sp-gaussian`",
+    "gaussian-replay": "replay of samples drawn from Gaussians, no gate: control",
     "sp-gaussian": "our plugin and optimizer with replay of samples drawn from Gaussians",
     "replay-sgd": "replay of stored samples, SGD",
     "replay-adam": "replay of stored samples, Adam",
@@ -34,11 +34,11 @@ ABOUT = {
     "er-ace": "replay with asymmetric cross-entropy",
     "der++": "dark experience replay: stored samples with their outputs",
     "replay-distilled": "`replay-joint` and distillation on the stored samples",
-    "replay-gated": "`replay-joint` with one constant gate: a control of `sp-replay`",
-    "replay-adaptive": "`sp-replay` without gates: its control",
+    "replay-gated": "`replay-joint` with one constant gate: control",
+    "replay-adaptive": "replay with our optimizer, no gate: control",
     "sp-replay-sgd": "our plugin with SGD and replay of stored samples",
-    "replay-gaussian": "`gaussian-replay` that also replays stored samples",
-    "sp-replay-gaussian": "`sp-gaussian` that also replays stored samples",
+    "replay-gaussian": "replay of stored samples and of samples drawn from Gaussians, no gate",
+    "sp-replay-gaussian": "the gates with replay of stored samples and of samples drawn from Gaussians",
     "cumulative": "training on all samples so far, task by task: upper bound",
     "upgd": "utility-based perturbed gradient descent",
     "gate-off": "our optimizer without its gate: control",
@@ -54,16 +54,58 @@ ABOUT = {
     "legacy-sp-replay": "first publication: its gate and its memory",
     "dendrites": "`naive-sgd` with artificial dendrites, one more on each hidden layer for each later task",
     "dendrites-replay": "`replay-joint` with the same dendrites",
-    "sp-dendrites": "`sp` with the same dendrites",
-    "sp-dendrites-replay": "`sp-replay-sgd` with the same dendrites",
+    "sp-dendrites": "our plugin with SGD and the same dendrites",
+    "sp-dendrites-replay": "our plugin with SGD, replay and the same dendrites",
     "legacy-dendrites": "dendrites' first publication: Adam without memory",
     "legacy-dendrites-replay": "dendrites' first publication: Adam with its memory",
     "legacy-sp-dendrites": "dendrites' first publication: the gate on SGD",
     "packnet": "PackNet: each task prunes and freezes a part of the network (task labels)",
 }
-for _name, _what in (("sp", "our plugin with SGD"), ("sp-both", "`sp-both`"), ("sp-replay", "`sp-replay`")):
-    ABOUT[f"{_name}-surprise"] = f"{_what}, which finds the tasks' boundaries by surprise"
-    ABOUT[f"{_name}-continuous"] = f"{_what}, which consolidates in chunks of the stream"
+for _name, _what in (("sp", "the gate"), ("sp-both", "both gates"), ("sp-replay", "both gates with replay")):
+    ABOUT[f"{_name}-surprise"] = f"{_what}; boundaries between tasks are found by surprise"
+    ABOUT[f"{_name}-continuous"] = f"{_what}; consolidation in chunks of the stream"
+
+# Names in tables and figures, where they are not the keys of ABOUT. "optimizer" is ours, consolidated after each task.
+NAMES = {
+    "rf-ridge": "random features + ridge",
+    "sp-optimizer": "optimizer, not consolidated",
+    "sp": "gate",
+    "sp-both": "gate + optimizer",
+    "gaussian-replay": "Gaussians",
+    "sp-gaussian": "gate + optimizer + Gaussians",
+    "sp-replay": "replay + gate + optimizer",
+    "replay-gated": "replay, constant gate",
+    "replay-adaptive": "replay + optimizer without gate",
+    "sp-replay-sgd": "replay + gate",
+    "replay-gaussian": "replay + Gaussians",
+    "sp-replay-gaussian": "replay + gate + optimizer + Gaussians",
+    "gate-off": "optimizer without gate",
+    "gate-constant": "optimizer, one gate a tensor",
+    "gate-random": "optimizer, shuffled gates",
+    "sp-running": "optimizer, running importance",
+    "sp-consolidated-adam": "optimizer, momentum and eps of Adam",
+    "sp-consolidated": "optimizer",
+    "dendrites-replay": "replay + dendrites",
+    "sp-dendrites": "gate + dendrites",
+    "sp-dendrites-replay": "replay + gate + dendrites",
+}
+for _name in ("sp", "sp-both", "sp-replay"):
+    NAMES[f"{_name}-surprise"] = f"{NAMES[_name]}, boundaries found"
+    NAMES[f"{_name}-continuous"] = f"{NAMES[_name]}, no boundaries"
+_KEYS = {name.replace(" ", "").lower(): key for key, name in NAMES.items()}
+
+
+def name_of(label: str) -> str:
+    """The name in tables and figures of a strategy or of its variant ("sp-wider"); other text as it is."""
+    strategy, _, variant = label.rpartition("-")
+    if variant in ("wider", "sigmoid"):
+        return f"{name_of(strategy)}, {variant}"
+    return NAMES.get(label, label)
+
+
+def strategy_called(name: str) -> str:
+    """The key of a strategy, from its name, its name without blanks, or its key."""
+    return _KEYS.get(name.replace(" ", "").lower(), name)
 
 # By the kind of benchmark. All data sets have the settings that were tuned on MNIST.
 _BY_KIND = {"split": split_mnist.RECIPES, "permuted": permuted_mnist.RECIPES}
