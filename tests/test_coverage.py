@@ -77,6 +77,17 @@ class Tokens(nn.Module):
         return self.inner((x > 0).long() + 2 * (x > 1).long())
 
 
+class Bags(nn.Module):
+    """A bag of the places and shades of an image's bright pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.EmbeddingBag(2 * 784 + 1, 16, mode="sum", padding_idx=0)
+
+    def forward(self, x):
+        return self.inner((x > 0) * (1 + torch.arange(784) + 784 * (x > 1)))
+
+
 class LoRA(nn.Module):
     """A frozen linear layer and two small ones."""
 
@@ -148,7 +159,8 @@ TYPES = {
         GATED,
     ),
     "LoRA made of linear layers": (lambda: Net(LoRA(), FLAT), GATED),
-    "`nn.Embedding`": (lambda: Net(Tokens(), FLAT), FROZEN, "layer.inner"),
+    "`nn.Embedding`": (lambda: Net(Tokens(), FLAT), GATED),
+    "`nn.EmbeddingBag`": (lambda: Net(Bags(), FLAT), GATED),
     "a parametrised layer (`weight_norm`, `spectral_norm`, `orthogonal`)": (
         lambda: Net(parametrizations.weight_norm(nn.Linear(784, 32)), FLAT),
         FROZEN,
@@ -237,7 +249,8 @@ def test_a_gated_gradient_is_the_gradient_times_the_gate_matrix(split2, kind):
         openness = 0.5 / max(memory.rows, 1) * (0 if layer.projects_attention else 1)
         f = claim(memory.eigenvalues, memory.mean_eigenvalue, openness).double()
         rest = claim(memory.rest, memory.mean_eigenvalue, openness).double()
-        v = memory.vectors.double()
+        v = torch.eye(layer.inputs)[:, memory.vectors] if layer.of_rows else memory.vectors
+        v = v.double()
         matrix = v @ (1 - f).diag() @ v.T + (1 - rest) * (torch.eye(len(v)) - v @ v.T)
         scale = before[name].abs().max()
         found, expected = gradient(layer).double() / scale, before[name] @ matrix / scale
@@ -247,7 +260,7 @@ def test_a_gated_gradient_is_the_gradient_times_the_gate_matrix(split2, kind):
 def gradient(layer):
     """With the bias's as a last column."""
     d = layer.inputs + (layer.bias is not None)
-    return layer.gradient_along(torch.eye(d))
+    return layer.gradient_along(torch.arange(d) if layer.of_rows else torch.eye(d))
 
 
 @pytest.mark.parametrize("openness", [0.0, 1.0])

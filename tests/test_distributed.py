@@ -22,9 +22,12 @@ from conftest import mlp, sliced, strategy_of, weights
 
 
 def learn(model, tasks, stored, rank=0, processes=1):
-    """Two tasks with gate and optimizer. Stored samples of the first are half of each batch of the second."""
+    """Weights after these tasks with gate and optimizer, and the surprise of each step.
+
+    Stored samples of the first task are half of each later batch.
+    """
     optimizer = SelectivePlasticityOptimizer.for_continual_learning(model.parameters(), with_gate=True)
-    gate, criterion = PlasticityGate(model, optimizer), OneHotMSELoss()
+    gate, criterion, surprises = PlasticityGate(model, optimizer), OneHotMSELoss(), []
     for number, (x, y) in enumerate(tasks):
         memory = torch.utils.data.TensorDataset(*tasks[0])
         replays = stored and number > 0
@@ -43,11 +46,12 @@ def learn(model, tasks, stored, rank=0, processes=1):
             loss.backward()
             gate.observe(xs, None, ys, loss, criterion)
             optimizer.observe_surprise(gate.surprise)
+            surprises.append(gate.surprise.clone())
             optimizer.step()
         gate.consolidate([(x, y)], criterion)
         optimizer.consolidate()
     gate.detach()
-    return weights(model)
+    return weights(model), torch.stack(surprises)
 
 
 def one_process(rank, port, tasks, benchmark, results):
@@ -70,6 +74,7 @@ def one_process(rank, port, tasks, benchmark, results):
 def two_processes(split2):
     benchmark = sliced(split2, train=128, test=50)
     tasks = [e.dataset.read_batch(list(range(128)))[:2] for e in benchmark.train_stream]
+    tasks.append((tasks[0][0], (tasks[0][1] + 1) % 5))  # other labels for the first images, which is a surprise
     port = 20000 + os.getpid() % 20000
     with mp.Manager() as manager:
         results = manager.dict()
@@ -81,8 +86,11 @@ def two_processes(split2):
 @pytest.mark.parametrize("stored", [False, True])
 def test_two_processes_equal_one_on_the_whole_batch(stored, two_processes):
     tasks, results = two_processes
-    assert torch.equal(results[stored, 0], results[stored, 1])
-    torch.testing.assert_close(results[stored, 0], learn(mlp(), tasks, stored), rtol=1e-3, atol=1e-4)
+    (ours, surprises), others, (whole, expected) = results[stored, 0], results[stored, 1], learn(mlp(), tasks, stored)
+    assert torch.equal(ours, others[0]) and torch.equal(surprises, others[1])
+    torch.testing.assert_close(ours, whole, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(surprises, expected, rtol=1e-3, atol=1e-3)
+    assert stored or float(surprises.max()) > 0.5
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -43,10 +44,10 @@ def network(kind="mlp", classes=5):
     return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
 
 
-def new_classes(settings):
+def new_classes(settings, adam=None):
     """The weights after two tasks with classes of their own, of which the second is remembered also."""
     model = network(classes=10)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    optimizer = adam(model.parameters()) if adam else torch.optim.SGD(model.parameters(), lr=0.02)
     gate = PlasticityGate(model, optimizer, settings=settings)
     for x, y in (OLD, (NEW[0], 5 + NEW[1])):
         gate.prepare(TensorDataset(x, y), cross_entropy)
@@ -186,6 +187,7 @@ CASES = {
     "solve_samples": case(2000, 1990, new_classes),
     "solve_steps": case(20, 2, new_classes),
     "solve_tolerance": case(1e-3, 0.1, new_classes),
+    "adaptive_eps": case(1e-6, 1e-7, new_classes, adam=partial(torch.optim.Adam, lr=1e-4, eps=1e-6)),
     "drift_ridge": case(0.1, 0.11, new_classes),
     "half_trust": case(50, 60, two_tasks, stored=40),
     "double_openness": case(12, 13, two_tasks, stored=40),

@@ -29,7 +29,7 @@ from avalanche.training import (
     Replay,
     SynapticIntelligence,
 )
-from avalanche.training.plugins import RWalkPlugin
+from avalanche.training.plugins import RWalkPlugin, SupervisedPlugin
 from torch import nn
 
 from avalanche_sp import SelectivePlasticityPlugin, split_mnist
@@ -156,6 +156,32 @@ def test_the_plugin_says_that_it_does_not_know_stored_samples_in_a_mixture(cls, 
         strategy.train(benchmark.train_stream[1])
     assert len(plugin.layers) == 2
     assert all(statistics.energy == 0 for statistics in plugin.gate.statistics.values())  # of rows that were gated
+
+
+def test_the_stored_samples_of_er_ace_are_not_gated(split2):
+    """They follow in a forward pass of their own; the readout is solved on them also."""
+    benchmark, plugin, seen = sliced(split2, train=200), SelectivePlasticityPlugin(rank=10), []
+
+    class Gradients(SupervisedPlugin):
+        def after_backward(self, strategy, **kwargs):
+            if len(plugin.layers):
+                first = strategy.model[1].weight
+                streams, stored = (
+                    torch.autograd.grad(out, first, torch.autograd.grad(strategy.loss, out, retain_graph=True)[0])[0]
+                    for out in (strategy.mb_output, strategy.mb_buffer_out)
+                )
+                seen.append((plugin.gate._gated["1"], first.grad.clone(), streams, stored))
+
+    model = mlp(bias=False)
+    strategy = build(ER_ACE, {"mem_size": 40, "batch_size_mem": 20}, model, [plugin, Gradients()])
+    strategy.retain_graph = True
+    strategy.train(benchmark.train_stream[0])
+    strategy.train(benchmark.train_stream[1])
+    assert len(seen) == 10
+    for g, found, streams, stored in seen:
+        expected = g.gate.through(streams, g.memory) + (1 - g.gate.closed_rest) * stored
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-3)
+        assert float(stored.norm()) > 0
 
 
 @pytest.mark.parametrize("name", ["MultiHead", "PackNet"])

@@ -54,11 +54,11 @@ def consolidate(
             sums, counts = class_sums(observation.classified)
             if old is not None and old.class_sums is not None and old.class_counts is not None:
                 sums, counts = _sum(old.class_sums, sums), _sum(old.class_counts, counts)
-        inputs = seen.inputs.shape[1]
+        inputs = seen.inputs.shape[-1]
         new = merged.get(name) or (old or LayerMemory.empty(inputs, seen.inputs)).merged(
             seen.inputs, observation.samples, seen.rows, rank_of(name, inputs, name == last), seen.mean_eigenvalue
         )
-        keeps_weights = name in remembers_weights and new.vectors.shape[1] < inputs
+        keeps_weights = name in remembers_weights and not new.is_complete
         remembered[name] = replace(
             new,
             anchor=layer.along(new.vectors),

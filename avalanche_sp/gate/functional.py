@@ -69,13 +69,15 @@ def claim(eigenvalues: Tensor, mean_eigenvalue: Tensor, openness: float) -> Tens
     return eigenvalues / (eigenvalues + floor)
 
 
-def remainder(eigenvalues: Tensor, mean_eigenvalue: Tensor, inputs: int) -> Tensor:
+def remainder(eigenvalues: Tensor, mean_eigenvalue: Tensor, inputs: int | Tensor) -> Tensor:
     """rho, the mean of the eigenvalues beyond the r kept ones of a second moment over d inputs: 0-dim, 0 if r = d."""
     beyond = inputs - len(eigenvalues)
     return (inputs * mean_eigenvalue - eigenvalues.sum()).clamp_min(0) / max(beyond, 1)
 
 
-def likeness(power: Tensor, energy: Tensor, eigenvalues: Tensor, mean_eigenvalue: Tensor, inputs: int) -> Tensor:
+def likeness(
+    power: Tensor, energy: Tensor, eigenvalues: Tensor, mean_eigenvalue: Tensor, inputs: int | Tensor
+) -> Tensor:
     """How alike new input and consolidated activity are, beyond chance.
 
         a = (<C - m I, C_new> / tr C_new) / (<C, C> / tr C),   clipped to [0, 1]

@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 
 from avalanche_sp.gate.consolidate import consolidate, inherited
 from avalanche_sp.gate.detection import ChangeDetector, RunningSurprise, page_hinkley
-from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layer_gate import LayerGate, StreamStatistics
 from avalanche_sp.gate.layers import (
     NORMALISATION,
@@ -35,7 +34,6 @@ from avalanche_sp.gate.observe import (
     check_outputs,
     observe,
     output_sensitivity,
-    some_rows,
 )
 from avalanche_sp.gate.penalty import Drift, Gated
 from avalanche_sp.gate.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
@@ -102,10 +100,11 @@ class PlasticityGate:
 
     No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs, and four bits a weight.
     Gated are linear and bilinear layers, convolutions and transposed convolutions of one to three dimensions, recurrent
-    layers and cells, and attention (``docs/coverage.md``). A convolution's input vectors are its patches; the groups of
-    a grouped one share one eigenspace. All other weights learn with the first experience and are frozen afterwards,
-    unless stored samples are trained on; those of recurrent layers and attention also train ungated then, as the error
-    of each of their rows is not known.
+    layers and cells, attention, and embeddings (``docs/coverage.md``). A convolution's input vectors are its patches;
+    the groups of a grouped one share one eigenspace. An embedding's are one-hot, so C is diagonal and exact: a row is
+    held by how often it was used, and an unused one is free. All other weights learn with the first experience and are
+    frozen afterwards, unless stored samples are trained on; those of recurrent layers, attention and embeddings also
+    train ungated then, as the error of each of their rows is not known.
 
     **What hooks carry.** Gradient accumulation, ``torch.amp.GradScaler``, gradient clipping, closures, and loops of
     other libraries, as long as the optimizer is a ``torch.optim.Optimizer`` and its ``step`` is called. What they do
@@ -335,8 +334,8 @@ class PlasticityGate:
         """Solves the readout for a coming experience with new classes, before it is trained. Optional, and worth it.
 
         The readout is then frozen until :meth:`consolidate`. So the layers below learn only the part of the loss that
-        the readout cannot remove, and the drift of old inputs is measured. Without a memory, without a new class, and
-        for a quadratic loss if stored samples stand for most of the old one, it does nothing.
+        the readout cannot remove, and the drift of old inputs is measured. Without a memory, without a new class or a
+        new task's head, and for a quadratic loss if stored samples stand for most of the old one, it does nothing.
 
         Args:
             data, criterion: as for :meth:`consolidate`, with the samples in the same order.
@@ -348,22 +347,27 @@ class PlasticityGate:
         if not (self.active and self.readout_step and self.memory.layers) or self._stream:
             return
         model = self._attached()
+        assert self._optimizer is not None
         layers = protected_layers(model, self.openness)
         samples = self._samples_of(data)
         observation = self._observed(samples, layers, criterion)
         self._loss_before, classified = observation.loss, observation.classified
         if classified is None or not self._solves(observation):
             return
+        if self._memory_size and classified.layer not in self.memory.layers:
+            return  # batches are of several tasks: no row is gated, and nothing bounds the sharpness of a solved head
         merged = self._merged(classified)
         if not self._solve(classified, layers, merged, criterion):
             return
         below = {n: layers[n] for n in self._gated if n != classified.layer and n in observation.layers}
         weights = {name: layer.weights_and_bias() for name, layer in below.items()}
-        sensitivity = output_sensitivity(model, observation.inputs, below, self._forward)
+        sensitivity = output_sensitivity(model, observation.inputs, below, self._forward, observation.shared)
         scale = {}
+        eps = self._optimizer.defaults.get("eps")
+        is_adaptive = isinstance(eps, float) and eps <= self.settings.adaptive_eps
         for name in below:
             g, reference = self._gated[name], self.memory.layers[name].sharpness
-            if reference is not None:
+            if reference is not None and not is_adaptive:
                 through = partial(g.gate.through, memory=g.memory)
                 sharpness = self._sharpness(g.layer, observation.layers[name], sensitivity[name], through)
                 scale[name] = float(reference / sharpness) if sharpness > reference else 1.0
@@ -434,7 +438,7 @@ class PlasticityGate:
         self._warn_of_unlearned(observation)
         self._remember(observation, layers, criterion)
         if first and self.readout_step:
-            sensitivity = output_sensitivity(model, observation.inputs, layers, self._forward)
+            sensitivity = output_sensitivity(model, observation.inputs, layers, self._forward, observation.shared)
             known = {}
             for name, memory in self.memory.layers.items():
                 sharpness = self._sharpness(layers[name], observation.layers[name], sensitivity[name])
@@ -624,6 +628,8 @@ class PlasticityGate:
         if not self.gating:
             return
         x, delta = ((t if stream is None else stream.of(t)).to(g.memory.vectors.dtype) for t in (x, delta))
+        if not len(x):
+            return
         if self._drift.is_looking:
             self._look_at(g, x)
         if self._memory_size:
@@ -633,7 +639,7 @@ class PlasticityGate:
 
     def _look_at(self, g: Gated, x: Tensor) -> None:
         x = x.to(g.memory.vectors.dtype)
-        g.statistics.add(g.gate, g.layer.energy(x), g.layer.project(x, g.memory.vectors))
+        g.statistics.add(g.gate, g.layer.energy(x), g.layer.power(x, g.memory.vectors))
 
     def _gate_backward(self, g: Gated, parameter: nn.Parameter, grad: Tensor) -> Tensor | None:
         """Hook on a parameter: gates the stream's part of the gradient of a backward pass, before it is accumulated."""
@@ -720,7 +726,7 @@ class PlasticityGate:
         through: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Leading eigenvalue of the Gauss-Newton matrix in a layer's weights, with Kronecker factors, 0-dim."""
-        return sensitivity.leading * seen.rows * leading_eigenvalue(some_rows(seen.inputs), through)
+        return sensitivity.leading * seen.rows * seen.leading_eigenvalue(through)
 
     def _remember(
         self,
@@ -759,14 +765,18 @@ class PlasticityGate:
             self._warn_of_ungated(layers)
 
     def _solves(self, observation: Observation) -> bool:
-        """Whether the readout is solved for an experience: it brings a new class.
+        """Whether the readout is solved for an experience: it brings a new class, or a new task's head.
 
         A loss that is quadratic in the outputs takes the Newton step instead if stored samples stand for most of the
         old loss.
         """
         samples = observation.classified
-        old = self.memory.layers.get(samples.layer) if samples is not None else None
-        if samples is None or not self.readout_step or old is None or old.class_counts is None:
+        if samples is None or not (self.readout_step and self.memory.layers):
+            return False
+        old = self.memory.layers.get(samples.layer)
+        if old is None:
+            return True
+        if old.class_counts is None:
             return False
         if self.trust > 0.5 and observation.readout is not None:
             return False
@@ -775,15 +785,16 @@ class PlasticityGate:
 
     def _merged(self, samples: ReadoutSamples) -> LayerMemory:
         """The readout's memory with that of an experience."""
-        rank = self.rank_of(samples.layer, samples.inputs.shape[1], True)
-        return self.memory.layers[samples.layer].merged(samples.inputs, int(samples.weight), 1.0, rank)
+        inputs = samples.inputs.shape[1]
+        old = self.memory.layers.get(samples.layer) or LayerMemory.empty(inputs, samples.inputs)
+        return old.merged(samples.inputs, int(samples.weight), 1.0, self.rank_of(samples.layer, inputs, True))
 
     def _solve(
         self, samples: ReadoutSamples, layers: Mapping[str, GatedLayer], merged: LayerMemory, criterion: Criterion
     ) -> bool:
         """Solves the readout, on stored samples also; False if these do not all reach the same one."""
-        layer, old, stored = layers[samples.layer], self.memory.layers[samples.layer], []
-        for replayed in self._replays:
+        layer, old, stored = layers[samples.layer], self.memory.layers.get(samples.layer), []
+        for replayed in self._replays if old is not None else ():
             seen = self._observed(replayed, {samples.layer: layer}, None).classified
             if seen is None:  # several heads, for instance
                 return False
@@ -800,15 +811,17 @@ class PlasticityGate:
         prepared, now = self._prepared, observation.classified
         if prepared is None or now is None or not torch.equal(prepared.targets, now.targets):
             return
+        if now.layer not in self.memory.layers:
+            return
         old = new = now.inputs.new_zeros(())
         for name, before in prepared.weights.items():
             memory, seen = self.memory.layers[name], observation.layers[name]
             change = layers[name].weights_and_bias()[: len(before)] - before
-            along, inputs = change @ memory.vectors, some_rows(seen.inputs)
+            along = memory.along(change)
             of_rest = (change.square().sum() - along.square().sum()).clamp_min(0) * memory.rest
             scale = prepared.sensitivity[name] * seen.rows
             old = old + scale * ((along.square() * memory.eigenvalues).sum() + of_rest)
-            new = new + scale * (inputs @ change.T).square().sum() / len(inputs)
+            new = new + scale * seen.mean_square(change)
         share = float((old / new.clamp_min(torch.finfo(new.dtype).tiny)).sqrt().clamp(0, 1))
         memory, basis = self.memory.layers[now.layer], prepared.vectors
         moved = memory.moved(lambda rows: drifted(rows, prepared.inputs, now.inputs, basis, share, self.settings))

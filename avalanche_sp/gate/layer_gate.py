@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avalanche_sp.gate.functional import held_back, likeness
+from avalanche_sp.gate.functional import held_back
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.processes import mean_over_processes
@@ -25,7 +25,7 @@ class LayerGate:
         closed_rest: along all other directions.
         closed_more: (r,), how much more it is closed along each vector than along the others.
         leading, closed_leading: views of the leading vectors (d, k), and of ``closed_more`` along them; these are gated
-            in every step.
+            in every step. Of an embedding these are all.
     """
 
     closed: Tensor
@@ -45,9 +45,9 @@ class LayerGate:
         if scale < 1:
             closed, closed_rest = 1 - scale * (1 - closed), 1 - scale * (1 - closed_rest)
         rest = float(closed_rest)
-        first = max(len(closed) - gated_vectors, 0)
+        first = 0 if memory.of_rows else max(len(closed) - gated_vectors, 0)
         more = closed - rest
-        return cls(closed, rest, more, memory.vectors[:, first:], more[first:])
+        return cls(closed, rest, more, memory.vectors[..., first:], more[first:])
 
     def held_activity(self, layer: GatedLayer, x: Tensor, delta: Tensor) -> Tensor:
         """The part held back of the gradient that input ``x`` and error ``delta`` make: (out, k)."""
@@ -63,7 +63,7 @@ class LayerGate:
         vectors, held = self.leading, layer.gradient_along(self.leading).mul_(self.closed_leading)
         if added is not None:
             vectors = memory.vectors
-            held = F.pad(held, (vectors.shape[1] - held.shape[1], 0))
+            held = F.pad(held, (vectors.shape[-1] - held.shape[1], 0))
             held[: len(added)] -= added
         layer.gate_gradient(held, vectors, 1 - self.closed_rest)
 
@@ -73,8 +73,7 @@ class LayerGate:
 
     def through(self, change: Tensor, memory: LayerMemory) -> Tensor:
         """The part of a change (out, d) of the layer's weights and bias that the gate lets through."""
-        held = (change @ memory.vectors).mul_(self.closed_more) @ memory.vectors.T
-        return change * (1 - self.closed_rest) - held
+        return change * (1 - self.closed_rest) - memory.held(change, self.closed_more)
 
 
 @dataclass
@@ -102,9 +101,8 @@ class StreamStatistics:
         """Starts the sums of an epoch."""
         self.energy = self.passed = self.novel = torch.zeros_like(self.energy)
 
-    def add(self, gate: LayerGate, energy: Tensor, projection: Tensor) -> None:
-        """Adds input vectors: their energy, 0-dim, and their projection onto the memory's vectors (..., rows, r)."""
-        power = projection.square().flatten(0, -2).sum(0)
+    def add(self, gate: LayerGate, energy: Tensor, power: Tensor) -> None:
+        """Adds input vectors: their energy, 0-dim, and their energy along each of the memory's vectors (r,)."""
         novel = energy - power.sum()
         through = (power * (1 - gate.closed).square()).sum() + novel * (1 - gate.closed_rest) ** 2
         self.energy, self.passed, self.novel = self.energy + energy, self.passed + through, self.novel + novel
@@ -123,7 +121,7 @@ class StreamStatistics:
     def likeness(self, memory: LayerMemory) -> Tensor:
         """How alike the stream and the memory are: 0-dim, 0 to 1, 0 before any input."""
         power, energy = mean_over_processes(self.power), mean_over_processes(self.power_energy)
-        return likeness(power, energy, memory.eigenvalues, memory.mean_eigenvalue, len(memory.vectors))
+        return memory.likeness(power, energy)
 
     def state_dict(self) -> dict:
         return {f.name: getattr(self, f.name) for f in fields(self)}

@@ -2,7 +2,8 @@
 
 A linear layer's input vector is its input; a convolution's is the patch under its kernel, once for every position; a
 transposed convolution's is a pixel's channels; a recurrent layer's are its input and its hidden state, once for every
-step; a bilinear layer's is the product of its two inputs. A bias is the weight of one more input, which is always 1.
+step; a bilinear layer's is the product of its two inputs; an embedding's is one-hot. A bias is the weight of one more
+input, which is always 1.
 The groups of a grouped convolution share one input space.
 """
 
@@ -36,12 +37,14 @@ class GatedLayer:
         per_row: whether the gradient in the module's output is that in the map's output. If not, the gradients of the
             stream's rows and of stored samples can't be told apart.
         projects_attention: whether it makes the queries, keys or values of an attention.
+        of_rows: whether its input vectors are one-hot, so that each of them is the place of a row of the weight.
         groups: of a grouped convolution.
         name: of the map within its module; "" for a module's only one.
     """
 
     per_row = True
     projects_attention = False
+    of_rows = False
     groups = 1
     name = ""
     module: Any  # of the class's kind
@@ -137,6 +140,14 @@ class GatedLayer:
         inputs = self.inputs
         projection = x.reshape(-1, inputs) @ vectors[:inputs]
         return projection if self.bias is None else projection.add_(vectors[-1])
+
+    def power(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """The energy of the input vectors along each vector: shape (r,)."""
+        return self.project(x, vectors).square().flatten(0, -2).sum(0)
+
+    def uses(self, x: Tensor) -> Tensor:
+        """How often ``x`` uses each row of the weight: shape (d,). Only of a map that is ``of_rows``."""
+        raise NotImplementedError
 
     def postsynaptic(self, delta: Tensor) -> Tensor:
         """The gradient in the map's output, one row for each of its input vectors.
@@ -280,6 +291,74 @@ class _Bilinear(GatedLayer):
     def input_of(self, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Tensor:
         first, second = (_argument(f"input{i + 1}", i, args, kwargs) for i in range(2))
         return (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2)
+
+
+class _Rows(GatedLayer):
+    """Input vectors say how often each row of the weight is used, so it has an input a row. Padding is none."""
+
+    def __init__(self, module: Any):
+        super().__init__(module, bias=None)
+
+    @property
+    def units(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def inputs(self) -> int:
+        return len(self.weight)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+
+class _EmbeddingBag(_Rows):
+    """The sums or means of an embedding's rows, a bag a sample."""
+
+    def input_of(self, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Tensor:
+        places, offsets, weights = (
+            _argument(name, i, args, kwargs) for i, name in enumerate(("input", "offsets", "per_sample_weights"))
+        )
+        x = output.new_zeros(len(output), self.inputs)
+        each = torch.arange(places.numel(), device=x.device)
+        which = each // places.shape[1] if places.dim() == 2 else torch.bucketize(each, offsets, right=True) - 1
+        used = (which < len(x)) & (places.flatten() != self.module.padding_idx)
+        weights = x.new_ones(len(each)) if weights is None else weights.detach().flatten()
+        x.index_put_((which[used], places.flatten()[used]), weights[used], accumulate=True)
+        return x / x.sum(1, keepdim=True).clamp_min(1) if self.module.mode == "mean" else x
+
+
+class _Embedding(_Rows):
+    """An embedding: a linear map of one-hot vectors. Vectors are coordinate axes, given by the places (r,) of rows.
+
+    Its output is often shared by all samples (positions), so stored samples' part of the gradient can't be told apart.
+    """
+
+    per_row = False
+    of_rows = True
+
+    def uses(self, x: Tensor) -> Tensor:
+        uses = torch.bincount(x.flatten(), minlength=self.inputs).float()
+        if self.module.padding_idx is not None:
+            uses[self.module.padding_idx] = 0
+        return uses
+
+    def energy(self, x: Tensor) -> Tensor:
+        return self.uses(x).sum()
+
+    def power(self, x: Tensor, vectors: Tensor) -> Tensor:
+        return self.uses(x)[vectors]
+
+    def _along(self, weight: Tensor, bias: Tensor | None, vectors: Tensor) -> Tensor:
+        return weight[vectors].T.float()
+
+    def add_along(self, coordinates: Tensor, vectors: Tensor) -> None:
+        weight = self.weight.detach()
+        weight.index_add_(0, vectors, coordinates.T.to(weight))
+
+    def gate_gradient(self, held: Tensor, vectors: Tensor, open_rest: float = 1.0) -> None:
+        grad = self.weight.grad
+        if grad is not None:
+            grad.mul_(open_rest).index_add_(0, vectors, held.T.to(grad), alpha=-1)
 
 
 class _Convolution(GatedLayer):
@@ -527,7 +606,17 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _RECURRENT, _CELL = (nn.RNN, nn.LSTM, nn.GRU), (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 _FORWARDS = {
     kind.forward
-    for kind in (*_LINEAR, *_CONVOLUTION, *_TRANSPOSED, nn.Bilinear, *_RECURRENT, *_CELL, nn.MultiheadAttention)
+    for kind in (
+        *_LINEAR,
+        *_CONVOLUTION,
+        *_TRANSPOSED,
+        nn.Bilinear,
+        nn.Embedding,
+        nn.EmbeddingBag,
+        *_RECURRENT,
+        *_CELL,
+        nn.MultiheadAttention,
+    )
 }
 _EXPLAINED = 0.05  # of a gradient may differ by rounding
 
@@ -549,6 +638,11 @@ def _maps(module: nn.Module) -> Iterable[GatedLayer]:
         return [_Bilinear(module)]
     if _is_overridden(module):  # the input vectors are not known
         return []
+    if isinstance(module, nn.Embedding):
+        return [] if module.sparse else [_Embedding(module)]  # a sparse gradient can't be gated
+    if isinstance(module, nn.EmbeddingBag):
+        is_linear = module.mode != "max" and not module.scale_grad_by_freq
+        return [_EmbeddingBag(module)] if is_linear and not module.sparse else []
     if isinstance(module, _RECURRENT):
         places = [(i, back) for i in range(module.num_layers) for back in (False, True)[: 1 + module.bidirectional]]
         return [_Recurrent(module, which, *place) for place in places for which in ("ih", "hh")]
@@ -565,13 +659,16 @@ def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
     """The trainable weights that the coincidence gate knows, by name.
 
     The name is the module's, followed by the parameter's if a module has several: ``"recurrent.weight_ih_l0"``. A
-    weight that is computed from other parameters (a parametrisation, pruning) is none of them.
+    weight that is computed from other parameters (a parametrisation, pruning) is none of them. An embedding whose
+    weight is another layer's also is gated as that layer.
     """
     found: dict[str, GatedLayer] = {}
     for name, module in model.named_modules():
         for layer in _maps(module):
             found.setdefault(".".join(part for part in (name, layer.name) if part), layer)
-    return {name: layer for name, layer in found.items() if layer.trains}
+    weights = [layer.weight for layer in found.values() if not layer.of_rows and layer.trains]
+    tied = {name for name, layer in found.items() if layer.of_rows and any(layer.weight is w for w in weights)}
+    return {name: layer for name, layer in found.items() if layer.trains and name not in tied}
 
 
 def ungated_parameters(model: nn.Module, gated: Iterable[GatedLayer]) -> dict[str, list[nn.Parameter]]:

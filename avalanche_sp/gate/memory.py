@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-from avalanche_sp.gate.functional import claim, leading_eigenpairs, merge_eigenspace, remainder
+from avalanche_sp.gate.functional import claim, leading_eigenpairs, likeness, merge_eigenspace, remainder
 from avalanche_sp.gate.packed import PackedRows
 
 __all__ = ["LayerMemory", "Memory"]
@@ -20,7 +20,8 @@ class LayerMemory:
 
     Attributes:
         eigenvalues: (r,), rising; of the mean second moment of the layer's input vectors.
-        vectors: (d, r), the eigenvectors.
+        vectors: (d, r), the eigenvectors. Of an embedding, whose input vectors are one-hot, they are coordinate axes:
+            the places (r,) of the used rows.
         mean_eigenvalue: 0-dim, over all d directions.
         samples: number of samples of all consolidated experiences.
         rows: number of input vectors that a sample gives a weight: 1, or the positions of a convolution or a sequence.
@@ -48,8 +49,9 @@ class LayerMemory:
 
     @classmethod
     def empty(cls, inputs: int, like: Tensor) -> LayerMemory:
-        """Memory of nothing, for a layer with d inputs."""
-        return cls(like.new_zeros(0), like.new_zeros(inputs, 0), like.new_zeros(()), 0, 0.0, like.new_zeros(0, 0))
+        """Memory of nothing, for d inputs: input vectors such as ``like`` (n, d), or their frequencies (d,)."""
+        vectors = like.new_zeros(inputs, 0) if like.dim() > 1 else like.new_zeros(0, dtype=torch.long)
+        return cls(like.new_zeros(0), vectors, like.new_zeros(()), 0, 0.0, like.new_zeros(0, 0))
 
     def merged(
         self, x: Tensor, samples: int, rows: float, rank: float, mean_eigenvalue: Tensor | None = None
@@ -57,7 +59,8 @@ class LayerMemory:
         """The second moment of this memory and of one more experience. Weights are not remembered yet.
 
         Args:
-            x: input vectors, shape (n, d), or others of the same leading second moment.
+            x: input vectors, shape (n, d), or others of the same leading second moment; or, for one-hot input vectors,
+                the frequency of each (d,), of which all above 0 are kept.
             samples: number of samples of the experience.
             rows: number of input vectors that a sample gives a weight.
             rank: eigenvectors to keep, or the share of the energy that they are to have.
@@ -65,16 +68,21 @@ class LayerMemory:
         """
         total = self.samples + samples
         share = self.samples / total
-        values, vectors = merge_eigenspace(self.eigenvalues, self.vectors, share, x, rank)
+        if x.dim() == 1:
+            frequency = (x * (1 - share)).index_add_(0, self.vectors, share * self.eigenvalues)
+            values, vectors = frequency.sort(stable=True)
+            values, vectors = values[values > 0], vectors[values > 0]
+        else:
+            values, vectors = merge_eigenspace(self.eigenvalues, self.vectors, share, x, rank)
         if mean_eigenvalue is None:
-            mean_eigenvalue = x.square().mean(0).mean()
+            mean_eigenvalue = x.mean() if x.dim() == 1 else x.square().mean(0).mean()
         return LayerMemory(
             values,
             vectors,
             share * self.mean_eigenvalue + (1 - share) * mean_eigenvalue,
             total,
             share * self.rows + (1 - share) * rows,
-            vectors.new_zeros(0, vectors.shape[1]),
+            values.new_zeros(0, len(values)),
         )
 
     def moved(self, drift: Callable[[Tensor], Tensor]) -> LayerMemory:
@@ -92,15 +100,41 @@ class LayerMemory:
         return replace(self, eigenvalues=values, vectors=vectors, mean_eigenvalue=mean, class_sums=sums)
 
     @property
+    def of_rows(self) -> bool:
+        """Whether the eigenvectors are coordinate axes, as an embedding's."""
+        return self.vectors.dim() == 1
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no input is known beyond the kept directions."""
+        return self.of_rows or self.vectors.shape[1] == len(self.vectors)
+
+    def along(self, rows: Tensor) -> Tensor:
+        """Rows (n, d) along each vector: (n, r)."""
+        return rows[:, self.vectors] if self.of_rows else rows @ self.vectors
+
+    def held(self, rows: Tensor, closed: Tensor) -> Tensor:
+        """The part of rows (n, d) that a gate holds which is closed (r,) along the vectors."""
+        along = self.along(rows).mul_(closed)
+        return torch.zeros_like(rows).index_copy_(1, self.vectors, along) if self.of_rows else along @ self.vectors.T
+
+    @property
     def rest(self) -> Tensor:
         """Mean eigenvalue of the directions beyond the kept ones, 0-dim."""
+        if self.of_rows:
+            return torch.zeros_like(self.mean_eigenvalue)
         return remainder(self.eigenvalues, self.mean_eigenvalue, len(self.vectors))
+
+    def likeness(self, power: Tensor, energy: Tensor) -> Tensor:
+        """How alike the memory and other inputs are, of a power along each vector (r,) and an energy in all, 0-dim."""
+        inputs = self.eigenvalues.sum() / self.mean_eigenvalue if self.of_rows else len(self.vectors)
+        return likeness(power, energy, self.eigenvalues, self.mean_eigenvalue, inputs)
 
     def closed(self, openness: float) -> tuple[Tensor, Tensor]:
         """How far a gate of this openness is closed: along each vector (r,), and along all others, 0-dim."""
         openness = openness / max(self.rows, 1)  # a change to the weights acts on each of a sample's input vectors
         closed = claim(self.eigenvalues, self.mean_eigenvalue, openness)
-        if self.vectors.shape[1] == len(self.vectors):
+        if self.is_complete:
             return closed, torch.zeros_like(self.mean_eigenvalue)
         return closed, claim(self.rest, self.mean_eigenvalue, openness)
 

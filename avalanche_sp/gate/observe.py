@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -45,16 +45,33 @@ class LayerObservation:
     """A layer's inputs.
 
     Attributes:
-        inputs: input vectors (n, d), or others of the same leading second moment.
+        inputs: input vectors (n, d), or others of the same leading second moment; of an embedding, whose input vectors
+            are one-hot, the frequency of each (d,).
         rows: number of input vectors that a sample gives a weight.
         mean_eigenvalue: of the second moment, over all directions; None for that of ``inputs``.
         fed_by_data: True if no trained layer makes this layer's input.
+        shared: True if a batch's samples share one input, as those of position embeddings do.
     """
 
     inputs: Tensor
     rows: float
     mean_eigenvalue: Tensor | None
     fed_by_data: bool
+    shared: bool = False
+
+    def mean_square(self, weights: Tensor) -> Tensor:
+        """Mean squared norm of the outputs that weights (out, d) make of the inputs, 0-dim."""
+        if self.inputs.dim() == 1:
+            return (weights.square() * self.inputs).sum()
+        x = some_rows(self.inputs)
+        return (x @ weights.T).square().sum() / len(x)
+
+    def leading_eigenvalue(self, through: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The largest eigenvalue of the second moment, behind a gate (:func:`leading_eigenvalue`)."""
+        if self.inputs.dim() == 1:
+            axes = torch.ones_like(self.inputs).unsqueeze(0)
+            return (self.inputs * (axes if through is None else through(axes))).max()
+        return leading_eigenvalue(some_rows(self.inputs), through)
 
 
 @dataclass(frozen=True)
@@ -81,6 +98,11 @@ class Observation:
     classified: ReadoutSamples | None = None
     inputs: Any = None
     loss: Tensor | None = None
+
+    @property
+    def shared(self) -> set[str]:
+        """Names of the layers of which a batch's samples share one input."""
+        return {name for name, seen in self.layers.items() if seen.shared}
 
 
 @dataclass(frozen=True)
@@ -170,6 +192,7 @@ def observe(
     units: list[tuple[str, Tensor] | None] = []
     last: tuple[str, GatedLayer, Tensor] | None = None
     count, some = 0, None
+    of_first: dict[str, int] = {}  # input vectors of the first batch
 
     def record(name, layer, x, output):
         nonlocal last
@@ -185,6 +208,7 @@ def observe(
                 some = _first(x, _SENSITIVITY) if not count else some
                 count += len(y)
                 outputs = forward(model, x)
+                of_first = of_first or dict(vectors_seen)
                 units.append(_masked_units(outputs, y, last))
                 targets.append(y)
                 if criterion is not None:
@@ -193,7 +217,7 @@ def observe(
                     curvatures.append(curvature)
                     losses.append(criterion(outputs, y).detach() * len(y))
                     errors.append((name, error))
-        given, explained = _fed_by_data(model, layers, _first(some, 2), forward)
+        given, explained, of_two = _fed_by_data(model, layers, _first(some, 2), forward)
     inputs = {name: parts for name, parts in inputs.items() if name in explained}
     for name, parts in inputs.items():
         if not torch.stack([part.square().sum() for part in parts]).sum().isfinite():
@@ -201,10 +225,12 @@ def observe(
                 f"the input of layer {name} is not finite, or its square is not, at the end of an experience: nothing "
                 "was consolidated. The usual cause is too high a learning rate."
             )
-    observed = {
-        name: LayerObservation(torch.cat(parts), vectors_seen[name] / count, None, name in given)
-        for name, parts in inputs.items()
-    }
+    observed = {}
+    for name, parts in inputs.items():
+        shared = len(targets[0]) > 2 and of_first.get(name) == of_two[name]
+        rows = vectors_seen[name] / (len(targets) if shared else count)
+        x = torch.stack(parts).sum(0) / max(vectors_seen[name], 1) if layers[name].of_rows else torch.cat(parts)
+        observed[name] = LayerObservation(x, rows, None, name in given, shared)
     curvature = torch.stack(curvatures).mean() if curvatures else torch.zeros(())
     readout, names = None, {name for name, _ in errors}
     if len(names) == 1 and (name := names.pop()) is not None:
@@ -254,7 +280,13 @@ def some_rows(inputs: Tensor) -> Tensor:
 
 
 def some_inputs(layer: GatedLayer, x: Tensor, most: int) -> tuple[Tensor, int]:
-    """At most ``most`` input vectors a sample of a layer (n, d), evenly spread; and the number of all for a weight."""
+    """At most ``most`` input vectors a sample of a layer (n, d), evenly spread; and the number of all for a weight.
+
+    Of an embedding the uses of each row (d,).
+    """
+    if layer.of_rows:
+        rows = layer.uses(x)
+        return rows, int(rows.sum())
     each = len(layer.presynaptic(x[:1].float()))  # of a sample, or of a row of a flattened sequence
     every, uses = each * len(x), each * len(x) // layer.groups
     if each <= most:
@@ -302,7 +334,7 @@ class Sensitivity:
 
 
 def output_sensitivity(
-    model: nn.Module, inputs: Any, layers: Mapping[str, GatedLayer], forward: Forward
+    model: nn.Module, inputs: Any, layers: Mapping[str, GatedLayer], forward: Forward, shared: Collection[str] = ()
 ) -> dict[str, Sensitivity]:
     """Sensitivities of a network's outputs, by layer.
 
@@ -311,6 +343,7 @@ def output_sensitivity(
 
     Args:
         inputs: the network's, of some samples, on its device.
+        shared: names of the layers of which all samples share one input.
     """
     made: dict[str, Tensor] = {}
     energy: dict[str, Tensor] = {}
@@ -319,7 +352,8 @@ def output_sensitivity(
         if layer.per_row and isinstance(output, Tensor):
             made[name] = output
         else:
-            energy[name] = energy.get(name, 0) + x.detach().float().square().sum()
+            squares_of_x = layer.energy(x) if layer.of_rows else x.detach().float().square().sum()
+            energy[name] = energy.get(name, 0) + squares_of_x
 
     # cuDNN's recurrent layers have no backward pass in evaluation mode.
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
@@ -337,12 +371,14 @@ def output_sensitivity(
         layer = layers[name]
         if gradient is None:
             continue
+        each = len(outputs) if name in shared else 1  # the gradient is a sum over samples
         if name in energy:  # (sum of delta x^T)^2 is about the sum of delta^2 x^2
-            trace = gradient.square().sum() / energy[name]
+            trace = gradient.square().sum() / (energy[name] * each)
             sensitivity[name] = Sensitivity(trace / layer.units, trace)
         else:
             rows = layer.postsynaptic(gradient).flatten(0, -2)
-            sensitivity[name] = Sensitivity(gradient.square().mean(), leading_eigenvalue(some_rows(rows)))
+            leading = leading_eigenvalue(some_rows(rows))
+            sensitivity[name] = Sensitivity(gradient.square().mean() / each, leading / each)
     return sensitivity
 
 
@@ -395,21 +431,23 @@ def _gradient(criterion: Criterion, outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _fed_by_data(
     model: nn.Module, layers: Mapping[str, GatedLayer], inputs: Any, forward: Forward
-) -> tuple[set[str], set[str]]:
+) -> tuple[set[str], set[str], dict[str, int]]:
     """Names of layers whose input no trained layer makes, and of those whose gradient the input explains.
 
-    Both are measured on a few samples.
+    Both are measured on a few samples, and so are the layers' numbers of input vectors.
     """
+    vectors: dict[str, int] = {}
     given: dict[str, bool] = {}
     explained: dict[str, bool] = {}
 
     def note(name, layer, x, output):
         given[name] = given.get(name, True) and not x.requires_grad
         explained[name] = explained.get(name, True) and layer.explains(x, output)
+        vectors[name] = vectors.get(name, 0) + some_inputs(layer, x.detach(), 1)[1]
 
     with torch.enable_grad(), _after_each(layers, note):
         forward(model, inputs)
-    return {name for name in given if given[name]}, {name for name in explained if explained[name]}
+    return {name for name in given if given[name]}, {name for name in explained if explained[name]}, vectors
 
 
 def _is_readout(layer: GatedLayer, made: Tensor, outputs: Tensor) -> bool:

@@ -219,7 +219,7 @@ def _outputs(inputs: Tensor, weights: Tensor, masked: Tensor) -> Tensor:
 def solve_readout(
     layer: GatedLayer,
     new: ReadoutSamples,
-    old: LayerMemory,
+    old: LayerMemory | None,
     merged: LayerMemory,
     criterion: Callable[[Tensor, Tensor], Tensor],
     settings: Settings,
@@ -243,7 +243,7 @@ def solve_readout(
     Args:
         layer: the network's last, a linear one.
         new: samples of the experience.
-        old: the layer's memory, with class sums.
+        old: the layer's memory, with class sums; None for the head of a new task.
         merged: the memory with the experience, whose eigenvectors the solution is sought along.
         criterion: of (outputs, class labels), a mean over samples.
         settings: the constants.
@@ -251,13 +251,12 @@ def solve_readout(
         trust: t, the share of the old loss that they stand for, 0 to 1; 0 without.
     """
     values, vectors = merged.eigenvalues, merged.vectors
-    share = old.samples / merged.samples
+    share = old.samples / merged.samples if old is not None else 0.0
     ridge = settings.solve_ridge * values.sum() / len(vectors)
     white = vectors * (values + ridge).clamp_min(torch.finfo(values.dtype).tiny).rsqrt()  # W = units white^T
-    parts = [
-        (new.inputs @ white, new.targets, 1 - share),
-        (*pseudo_samples(old, settings.solve_samples, white), share * (1 - trust)),
-    ]
+    parts = [(new.inputs @ white, new.targets, 1 - share)]
+    if old is not None:
+        parts.append((*pseudo_samples(old, settings.solve_samples, white), share * (1 - trust)))
     total = sum(samples.weight for samples in stored)
     parts += [(s.inputs @ white, s.targets, share * trust * s.weight / total) for s in stored]
     start = layer.weights_and_bias()

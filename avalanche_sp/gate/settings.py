@@ -58,6 +58,9 @@ class Settings:
     solve_samples: int = _setting(2000, "count", "pseudo-samples of old classes, at least")
     solve_steps: int = _setting(20, "count", "iterations of L-BFGS, at most")
     solve_tolerance: float = _setting(1e-3, "positive", "least gain of an iteration, in losses of zero outputs")
+    adaptive_eps: float = _setting(
+        1e-6, "not negative", "largest eps of an optimizer whose steps do not grow with the sharpness of the loss"
+    )
     drift_ridge: float = _setting(0.1, "positive", "ridge of the drift's map, in units of the mean eigenvalue")
     # Stored samples, c for each class of each experience.
     half_trust: float = _setting(50, "positive", "c at which stored samples stand for half of the old loss")

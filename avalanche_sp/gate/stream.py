@@ -85,6 +85,29 @@ class Moment:
         return (rows * len(rows) ** 0.5).to(self.sketch.dtype)
 
 
+class RowFrequencies(Moment):
+    """The same of an embedding, whose second moment is diagonal: running frequencies of its rows.
+
+    Args:
+        inputs: number of rows.
+        memory, like: as above.
+    """
+
+    def __init__(self, inputs: int, memory: int, like: Tensor):
+        super().__init__(inputs, 0, memory, like)
+        self.sketch = like.new_zeros(inputs)
+        self._waiting = like.new_zeros(inputs), like.new_zeros(()), 0
+
+    def add(self, x: Tensor, targets: Tensor | None = None) -> None:
+        """Adds the uses of each row (d,)."""
+        uses, energy, n = self._waiting
+        self._waiting = uses.add_(x), energy + x.mean(), n + int(x.sum())
+
+    def factor(self) -> Tensor:
+        """The frequencies (d,)."""
+        return self.sketch
+
+
 def _grown(rows: Tensor, n: int) -> Tensor:
     """Rows (n, d), the new ones zero: an output unit that was not there should have been silent."""
     return torch.cat([rows, rows.new_zeros(n - len(rows), rows.shape[1])]) if len(rows) < n else rows
@@ -182,12 +205,15 @@ class StreamWatch:
         if self._called and self.measure_loss:
             readout, wanted = self._wanted(outputs, criterion, stream)
         for name, layer, x, _ in self._called:
-            x, count = some_inputs(layer, stream.of(x), self.settings.vectors_a_sample)
-            if name not in self.moments:
+            shared = len(x) % stream.batch != 0  # by all samples, as positions are
+            x, count = some_inputs(layer, x if shared else stream.of(x), self.settings.vectors_a_sample)
+            if name not in self.moments and layer.of_rows:
+                self.moments[name] = RowFrequencies(len(x), self.settings.stream_memory, x)
+            elif name not in self.moments:
                 rank = int(self.rank_of(name, x.shape[1], name == self._called[-1][0]))
                 self.moments[name] = Moment(x.shape[1], rank, self.settings.stream_memory, x)
             self.moments[name].add(x, wanted if name == readout else None)
-            self._rows[name] = count / n
+            self._rows[name] = count if shared else count / n
         self._called.clear()
 
     def _wanted(self, outputs: Tensor, criterion: Criterion, stream: StreamRows) -> tuple[str | None, Tensor | None]:

@@ -15,7 +15,7 @@ from avalanche_sp.gate.layers import gated_layers
 from avalanche_sp.gate.per_layer import PerLayer
 from avalanche_sp.optim import SelectivePlasticityOptimizer
 from avalanche_sp.training.consolidation import ConsolidatedEligibility
-from avalanche_sp.training.replay import is_mixture, memories_of, samples_of, stored_rows
+from avalanche_sp.training.replay import is_mixture, memories_of, samples_of, stored_rows, trains_apart
 
 __all__ = ["SelectivePlasticityPlugin"]
 
@@ -156,6 +156,13 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
             self.gate.attach(strategy.model, strategy.optimizer)
         self.gate.replayed(stored_rows(strategy))
         self.gate.listening, self.gate.gating = True, False
+        if trains_apart(strategy):
+
+            def end(*args):  # of the stream's forward pass
+                self.gate.listening = False
+                handle.remove()
+
+            handle = strategy.model.register_forward_hook(end)
 
     def after_forward(self, strategy, **kwargs):
         self.gate.listening = False

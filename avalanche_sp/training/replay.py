@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from avalanche.benchmarks.utils.data_loader import ReplayDataLoader
 from avalanche.models import MultiTaskModule
+from avalanche.training import ER_ACE
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -24,6 +25,7 @@ __all__ = [
     "samples_of",
     "stored_rows",
     "stream_rows",
+    "trains_apart",
 ]
 
 
@@ -59,10 +61,12 @@ def samples_of(dataset, limit: int) -> Samples:
 def memories_of(strategy) -> list:
     """The datasets of stored samples that the strategy trains on, as far as they are known.
 
-    Those that the present data loader replays; none without replay. If a strategy mixes stored samples with the
-    experience's (:func:`is_mixture`), the whole mixture.
+    Those that the present data loader replays; those of :func:`trains_apart`; none without replay. If a strategy mixes
+    stored samples with the experience's (:func:`is_mixture`), the whole mixture.
     """
-    return [strategy.adapted_dataset] if is_mixture(strategy) else _replayed(strategy)
+    if is_mixture(strategy):
+        return [strategy.adapted_dataset]
+    return _old_classes(strategy) if trains_apart(strategy) else _replayed(strategy)
 
 
 def memory_size(strategy) -> int:
@@ -74,6 +78,17 @@ def is_mixture(strategy) -> bool:
     """Whether stored samples are in any place among the experience's, as in Cumulative and iCaRL."""
     is_apart = isinstance(strategy.dataloader, ReplayDataLoader)
     return not is_apart and len(strategy.adapted_dataset) > len(strategy.experience.dataset)
+
+
+def trains_apart(strategy) -> bool:
+    """Whether stored samples follow those of the experience in a forward pass of their own, as in ER_ACE."""
+    return isinstance(strategy, ER_ACE) and strategy.replay_loader is not None
+
+
+def _old_classes(strategy) -> list:
+    """The stored samples of classes that are not in the present experience, whose samples the buffer has already."""
+    new = strategy.experience.classes_in_this_experience
+    return [group.buffer for c, group in strategy.storage_policy.buffer_groups.items() if c not in new]
 
 
 def _replayed(strategy) -> list:
@@ -105,8 +120,8 @@ def stored_rows(strategy) -> Tensor:
 
     A multi-task model computes the tasks of a mini-batch one after another, so its layers' rows are not known. If there
     are several tasks, all rows count as stored samples: none is gated. So it is if stored samples are in any place
-    (:func:`is_mixture`). The samples that DER, ER_ACE, MIR, GenerativeReplay and A-GEM store or generate count as the
-    stream's: that is better than to tell them apart (``docs/guide.md``).
+    (:func:`is_mixture`). The samples that DER, MIR, GenerativeReplay and A-GEM store or generate count as the stream's:
+    that is no worse than to tell them apart (``docs/guide.md``).
     """
     several_tasks = isinstance(strategy.model, MultiTaskModule) and len(strategy.mb_task_id.unique()) > 1
     if several_tasks or is_mixture(strategy):
