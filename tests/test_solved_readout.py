@@ -17,7 +17,7 @@ from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layer_gate import LayerGate
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
-from avalanche_sp.gate.observe import output_sensitivity
+from avalanche_sp.gate.preparation import output_sensitivity
 from avalanche_sp.gate.readout import ReadoutSamples, class_sums, drifted, pseudo_samples
 
 from conftest import MNIST, accuracy, mlp, sliced, strategy_of

@@ -26,19 +26,16 @@ from avalanche_sp.gate.memory import LayerMemory, Memory
 from avalanche_sp.gate.observe import (
     Criterion,
     Forward,
-    LayerObservation,
     Observation,
-    Preparation,
     Samples,
-    Sensitivity,
     check_outputs,
     observe,
-    output_sensitivity,
 )
 from avalanche_sp.gate.penalty import Drift, Gated
 from avalanche_sp.gate.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
+from avalanche_sp.gate.preparation import Preparation, follow_drift, output_sensitivity, sharpness
 from avalanche_sp.gate.processes import mean_over_processes
-from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples, drifted, solve_readout
+from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples, solve_readout
 from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.settings import Settings
 from avalanche_sp.gate.stream import StreamWatch
@@ -369,8 +366,8 @@ class PlasticityGate:
             g, reference = self._gated[name], self.memory.layers[name].sharpness
             if reference is not None and not is_adaptive:
                 through = partial(g.gate.through, memory=g.memory)
-                sharpness = self._sharpness(g.layer, observation.layers[name], sensitivity[name], through)
-                scale[name] = float(reference / sharpness) if sharpness > reference else 1.0
+                sharp = sharpness(observation.layers[name], sensitivity[name], through)
+                scale[name] = float(reference / sharp) if sharp > reference else 1.0
         inputs, targets = classified.inputs, classified.targets
         means = {name: s.mean for name, s in sensitivity.items()}
         self._prepared = Preparation(classified.layer, inputs, targets, merged.vectors, weights, means, scale)
@@ -441,8 +438,7 @@ class PlasticityGate:
             sensitivity = output_sensitivity(model, observation.inputs, layers, self._forward, observation.shared)
             known = {}
             for name, memory in self.memory.layers.items():
-                sharpness = self._sharpness(layers[name], observation.layers[name], sensitivity[name])
-                known[name] = replace(memory, sharpness=sharpness)
+                known[name] = replace(memory, sharpness=sharpness(observation.layers[name], sensitivity[name]))
             self.memory = replace(self.memory, layers=known)
         self.begin()
 
@@ -718,16 +714,6 @@ class PlasticityGate:
         finally:
             self.listening = listening
 
-    @staticmethod
-    def _sharpness(
-        layer: GatedLayer,
-        seen: LayerObservation,
-        sensitivity: Sensitivity,
-        through: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """Leading eigenvalue of the Gauss-Newton matrix in a layer's weights, with Kronecker factors, 0-dim."""
-        return sensitivity.leading * seen.rows * seen.leading_eigenvalue(through)
-
     def _remember(
         self,
         observation: Observation,
@@ -742,7 +728,8 @@ class PlasticityGate:
         classified, losses, solved = observation.classified, None, False
         merged: dict[str, LayerMemory] = {}
         if classified is not None and criterion is not None and self._solves(observation):
-            self._follow_drift(observation, layers)
+            if self._prepared is not None:
+                self.memory = follow_drift(self.memory, self._prepared, observation, layers, self.settings)
             merged = {classified.layer: self._merged(classified)}
             solved = self._solve(classified, layers, merged[classified.layer], criterion)
         if self.readout_step and not solved:
@@ -801,31 +788,6 @@ class PlasticityGate:
             stored.append(seen)
         solve_readout(layer, samples, old, merged, criterion, self.settings, stored, self.trust if stored else 0)
         return True
-
-    def _follow_drift(self, observation: Observation, layers: Mapping[str, GatedLayer]) -> None:
-        """Moves the memory of the readout's old inputs as far as the layers below have moved them.
-
-        The map is learned on new inputs. Its share is the root of the change of the outputs by the updates on old
-        inputs over that on new ones, to first order, with each layer's sensitivity.
-        """
-        prepared, now = self._prepared, observation.classified
-        if prepared is None or now is None or not torch.equal(prepared.targets, now.targets):
-            return
-        if now.layer not in self.memory.layers:
-            return
-        old = new = now.inputs.new_zeros(())
-        for name, before in prepared.weights.items():
-            memory, seen = self.memory.layers[name], observation.layers[name]
-            change = layers[name].weights_and_bias()[: len(before)] - before
-            along = memory.along(change)
-            of_rest = (change.square().sum() - along.square().sum()).clamp_min(0) * memory.rest
-            scale = prepared.sensitivity[name] * seen.rows
-            old = old + scale * ((along.square() * memory.eigenvalues).sum() + of_rest)
-            new = new + scale * seen.mean_square(change)
-        share = float((old / new.clamp_min(torch.finfo(new.dtype).tiny)).sqrt().clamp(0, 1))
-        memory, basis = self.memory.layers[now.layer], prepared.vectors
-        moved = memory.moved(lambda rows: drifted(rows, prepared.inputs, now.inputs, basis, share, self.settings))
-        self.memory = replace(self.memory, layers={**self.memory.layers, now.layer: moved})
 
     def _ungated_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Parameters that the gate has no memory for, by name; without the layers that openness switches off."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +19,13 @@ from avalanche_sp.gate.settings import Settings
 __all__ = [
     "LayerObservation",
     "Observation",
-    "Preparation",
     "Samples",
-    "Sensitivity",
+    "after_each",
     "check_outputs",
+    "evaluation_mode",
     "evenly_spread",
     "observe",
     "output_derivatives",
-    "output_sensitivity",
     "some_inputs",
     "some_rows",
 ]
@@ -201,8 +200,8 @@ def observe(
         inputs.setdefault(name, []).append(x)
         vectors_seen[name] = vectors_seen.get(name, 0) + vectors
 
-    with torch.no_grad(), _evaluation(model) as device:
-        with _after_each(layers, record):
+    with torch.no_grad(), evaluation_mode(model) as device:
+        with after_each(layers, record):
             for x, y in samples.batches:
                 x, y = _on(device, x), y.to(device)
                 some = _first(x, _SENSITIVITY) if not count else some
@@ -294,94 +293,6 @@ def some_inputs(layer: GatedLayer, x: Tensor, most: int) -> tuple[Tensor, int]:
     return layer.presynaptic_at(x.float(), torch.linspace(0, every - 1, most * len(x), device=x.device).long()), uses
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """A network before it trains on an experience for which its readout has been solved.
-
-    Attributes:
-        layer: the readout's name.
-        inputs, targets: the readout's inputs (n, d) and their classes (n,).
-        vectors: leading eigenvectors of old and new inputs (d, k).
-        weights: of the layers below, by name: (out, d).
-        sensitivity: of the network's outputs to their outputs, the mean (:class:`Sensitivity`).
-        scale: factors of what their gates let through, 0 to 1, so that the loss is no sharper than in the first
-            experience, which was trained without a gate.
-    """
-
-    layer: str
-    inputs: Tensor
-    targets: Tensor
-    vectors: Tensor
-    weights: dict[str, Tensor]
-    sensitivity: dict[str, Tensor]
-    scale: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """Of the network's outputs to a layer's: the second moment of J^T v over samples, the Gauss-Newton matrix's factor.
-
-    J is the Jacobian of the network's outputs in the layer's, and v are random signs (J. Martens, R. Grosse: Optimizing
-    neural networks with Kronecker-factored approximate curvature, ICML 2015).
-
-    Attributes:
-        mean: its mean eigenvalue, 0-dim; 0 if the layer is not called.
-        leading: its leading eigenvalue, 0-dim; its trace, if the gradient in the layer's own output is not known.
-    """
-
-    mean: Tensor
-    leading: Tensor
-
-
-def output_sensitivity(
-    model: nn.Module, inputs: Any, layers: Mapping[str, GatedLayer], forward: Forward, shared: Collection[str] = ()
-) -> dict[str, Sensitivity]:
-    """Sensitivities of a network's outputs, by layer.
-
-    If the gradient in the layer's own output is not known, the weight's gradient and the energy of its input stand for
-    it.
-
-    Args:
-        inputs: the network's, of some samples, on its device.
-        shared: names of the layers of which all samples share one input.
-    """
-    made: dict[str, Tensor] = {}
-    energy: dict[str, Tensor] = {}
-
-    def note(name, layer, x, output):
-        if layer.per_row and isinstance(output, Tensor):
-            made[name] = output
-        else:
-            squares_of_x = layer.energy(x) if layer.of_rows else x.detach().float().square().sum()
-            energy[name] = energy.get(name, 0) + squares_of_x
-
-    # cuDNN's recurrent layers have no backward pass in evaluation mode.
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with torch.enable_grad(), _evaluation(model) as device:
-        with _after_each(layers, note), torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
-            outputs = forward(model, inputs)
-        signs = torch.randint(0, 2, outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs) * 2 - 1
-        varied = {name: output for name, output in made.items() if output.requires_grad}
-        varied |= {name: layers[name].weight for name in energy}
-        scalar = (outputs * signs).sum()
-        found = torch.autograd.grad(scalar, list(varied.values()), allow_unused=True) if varied else ()
-    zero = torch.zeros((), device=device)
-    sensitivity = dict.fromkeys(layers, Sensitivity(zero, zero))
-    for name, gradient in zip(varied, found):
-        layer = layers[name]
-        if gradient is None:
-            continue
-        each = len(outputs) if name in shared else 1  # the gradient is a sum over samples
-        if name in energy:  # (sum of delta x^T)^2 is about the sum of delta^2 x^2
-            trace = gradient.square().sum() / (energy[name] * each)
-            sensitivity[name] = Sensitivity(trace / layer.units, trace)
-        else:
-            rows = layer.postsynaptic(gradient).flatten(0, -2)
-            leading = leading_eigenvalue(some_rows(rows))
-            sensitivity[name] = Sensitivity(gradient.square().mean() / each, leading / each)
-    return sensitivity
-
-
 def check_outputs(outputs: Any) -> None:
     """Raises TypeError if a network's outputs are not one tensor, on which a loss can be measured."""
     if not isinstance(outputs, Tensor):
@@ -445,7 +356,7 @@ def _fed_by_data(
         explained[name] = explained.get(name, True) and layer.explains(x, output)
         vectors[name] = vectors.get(name, 0) + some_inputs(layer, x.detach(), 1)[1]
 
-    with torch.enable_grad(), _after_each(layers, note):
+    with torch.enable_grad(), after_each(layers, note):
         forward(model, inputs)
     return {name for name in given if given[name]}, {name for name in explained if explained[name]}, vectors
 
@@ -456,7 +367,7 @@ def _is_readout(layer: GatedLayer, made: Tensor, outputs: Tensor) -> bool:
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[torch.device]:
+def evaluation_mode(model: nn.Module) -> Iterator[torch.device]:
     """Puts the network into evaluation mode, leaves the global random state alone, and gives the network's device."""
     device = next(model.parameters()).device
     modes = {module: module.training for module in model.modules()}
@@ -470,7 +381,7 @@ def _evaluation(model: nn.Module) -> Iterator[torch.device]:
 
 
 @contextmanager
-def _after_each(
+def after_each(
     layers: Mapping[str, GatedLayer], note: Callable[[str, GatedLayer, Tensor, Any], None]
 ) -> Iterator[None]:
     """Within it, each forward pass of a layer's module is noted: name, layer, input, and the module's output."""

@@ -1,0 +1,160 @@
+"""The readout solved before an experience: how sharp that makes the loss below it, and how far old inputs move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from avalanche_sp.gate.functional import leading_eigenvalue
+from avalanche_sp.gate.layers import GatedLayer
+from avalanche_sp.gate.memory import Memory
+from avalanche_sp.gate.observe import Forward, LayerObservation, Observation, after_each, evaluation_mode, some_rows
+from avalanche_sp.gate.readout import drifted
+from avalanche_sp.gate.settings import Settings
+
+__all__ = ["Preparation", "Sensitivity", "follow_drift", "output_sensitivity", "sharpness"]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A network before it trains on an experience for which its readout has been solved.
+
+    Attributes:
+        layer: the readout's name.
+        inputs, targets: the readout's inputs (n, d) and their classes (n,).
+        vectors: leading eigenvectors of old and new inputs (d, k).
+        weights: of the layers below, by name: (out, d).
+        sensitivity: of the network's outputs to their outputs, the mean (:class:`Sensitivity`).
+        scale: factors of what their gates let through, 0 to 1, so that the loss is no sharper than in the first
+            experience, which was trained without a gate.
+    """
+
+    layer: str
+    inputs: Tensor
+    targets: Tensor
+    vectors: Tensor
+    weights: dict[str, Tensor]
+    sensitivity: dict[str, Tensor]
+    scale: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Of the network's outputs to a layer's: the second moment of J^T v over samples, the Gauss-Newton matrix's factor.
+
+    J is the Jacobian of the network's outputs in the layer's, and v are random signs (J. Martens, R. Grosse: Optimizing
+    neural networks with Kronecker-factored approximate curvature, ICML 2015).
+
+    Attributes:
+        mean: its mean eigenvalue, 0-dim; 0 if the layer is not called.
+        leading: its leading eigenvalue, 0-dim; its trace, if the gradient in the layer's own output is not known.
+    """
+
+    mean: Tensor
+    leading: Tensor
+
+
+def output_sensitivity(
+    model: nn.Module, inputs: Any, layers: Mapping[str, GatedLayer], forward: Forward, shared: Collection[str] = ()
+) -> dict[str, Sensitivity]:
+    """Sensitivities of a network's outputs, by layer.
+
+    If the gradient in the layer's own output is not known, the weight's gradient and the energy of its input stand for
+    it.
+
+    Args:
+        inputs: the network's, of some samples, on its device.
+        shared: names of the layers of which all samples share one input.
+    """
+    made: dict[str, Tensor] = {}
+    energy: dict[str, Tensor] = {}
+
+    def note(name, layer, x, output):
+        if layer.per_row and isinstance(output, Tensor):
+            made[name] = output
+        else:
+            squares_of_x = layer.energy(x) if layer.of_rows else x.detach().float().square().sum()
+            energy[name] = energy.get(name, 0) + squares_of_x
+
+    # cuDNN's recurrent layers have no backward pass in evaluation mode.
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with torch.enable_grad(), evaluation_mode(model) as device:
+        with after_each(layers, note), torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
+            outputs = forward(model, inputs)
+        signs = torch.randint(0, 2, outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs) * 2 - 1
+        varied = {name: output for name, output in made.items() if output.requires_grad}
+        varied |= {name: layers[name].weight for name in energy}
+        scalar = (outputs * signs).sum()
+        found = torch.autograd.grad(scalar, list(varied.values()), allow_unused=True) if varied else ()
+    zero = torch.zeros((), device=device)
+    sensitivity = dict.fromkeys(layers, Sensitivity(zero, zero))
+    for name, gradient in zip(varied, found):
+        layer = layers[name]
+        if gradient is None:
+            continue
+        each = len(outputs) if name in shared else 1  # the gradient is a sum over samples
+        if name in energy:  # (sum of delta x^T)^2 is about the sum of delta^2 x^2
+            trace = gradient.square().sum() / (energy[name] * each)
+            sensitivity[name] = Sensitivity(trace / layer.units, trace)
+        else:
+            rows = layer.postsynaptic(gradient).flatten(0, -2)
+            leading = leading_eigenvalue(some_rows(rows))
+            sensitivity[name] = Sensitivity(gradient.square().mean() / each, leading / each)
+    return sensitivity
+
+
+def sharpness(
+    seen: LayerObservation, sensitivity: Sensitivity, through: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Leading eigenvalue of the Gauss-Newton matrix in a layer's weights, with Kronecker factors, 0-dim.
+
+    Args:
+        seen: the layer's inputs.
+        sensitivity: of the network's outputs to the layer's.
+        through: multiplies rows by what the layer's gate lets through; None without a gate.
+    """
+    return sensitivity.leading * seen.rows * seen.leading_eigenvalue(through)
+
+
+def follow_drift(
+    memory: Memory,
+    prepared: Preparation,
+    observation: Observation,
+    layers: Mapping[str, GatedLayer],
+    settings: Settings,
+) -> Memory:
+    """Moves the memory of the readout's old inputs as far as the layers below have moved them.
+
+    The map is learned on new inputs (:func:`~avalanche_sp.gate.readout.drifted`). Its share is the root of the change
+    of the outputs by the updates on old inputs over that on new ones, to first order, with each layer's sensitivity.
+
+    Args:
+        memory: before the experience.
+        prepared: the network before the experience.
+        observation: of the same samples after it. If they are others, or the readout is new, nothing moves.
+        layers: the network's gated layers by name.
+        settings: the constants.
+    """
+    now = observation.classified
+    if now is None or now.layer not in memory.layers or not torch.equal(prepared.targets, now.targets):
+        return memory
+    old = new = now.inputs.new_zeros(())
+    for name, before in prepared.weights.items():
+        known, seen = memory.layers[name], observation.layers[name]
+        change = layers[name].weights_and_bias()[: len(before)] - before
+        along = known.along(change)
+        of_rest = (change.square().sum() - along.square().sum()).clamp_min(0) * known.rest
+        scale = prepared.sensitivity[name] * seen.rows
+        old = old + scale * ((along.square() * known.eigenvalues).sum() + of_rest)
+        new = new + scale * seen.mean_square(change)
+    share = float((old / new.clamp_min(torch.finfo(new.dtype).tiny)).sqrt().clamp(0, 1))
+    basis = prepared.vectors
+    moved = memory.layers[now.layer].moved(
+        lambda rows: drifted(rows, prepared.inputs, now.inputs, basis, share, settings)
+    )
+    return replace(memory, layers={**memory.layers, now.layer: moved})
