@@ -7,7 +7,6 @@ The transformer is made and pretrained on the spot, on sentences of random words
 """
 
 import tempfile
-import warnings
 
 import torch
 from torch import nn
@@ -68,7 +67,6 @@ def fine_tune(folder, gated):
 
 
 def main():
-    warnings.simplefilter("ignore", UserWarning)  # embeddings are frozen after the first task
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         pretrain(folder)
