@@ -45,6 +45,9 @@ def test_the_readmes_claims_hold_in_the_stored_results(stored):
     assert "ends above every other method of this kind that we tuned, in each column" in text
     for name, acc in columns.items():
         assert all(acc["sp-both"] > acc[other] for other in OTHERS if other in acc), name
+    assert "Gates and Gaussians together end above both controls, in each column" in text
+    for name, acc in columns.items():
+        assert acc["sp-gaussian"] > max(acc["rf-ridge"], acc["gaussian-replay"]), name
     assert "Where each task has new classes they can be better than the gates" in text
     split = [acc for name, acc in columns.items() if not name.startswith("Permuted")]
     assert sum(max(acc["rf-ridge"], acc["gaussian-replay"]) > acc["sp-both"] for acc in split) >= 2

@@ -294,7 +294,7 @@ STUDIES |= {f"layers_{network}": _layers(network) for network in LAYERS}
 # The table of the README, by the heads of its columns: naive training, other methods that store no sample, the
 # controls, ours and the bound.
 OTHERS = ("ewc", "si", "mas", "lwf", "owm", "gpm")
-_FRONT = ("naive-sgd", *OTHERS, "rf-ridge", "gaussian-replay", "sp", ALONE, "joint")
+_FRONT = ("naive-sgd", *OTHERS, "rf-ridge", "gaussian-replay", "sp", ALONE, "sp-gaussian", "joint")
 FRONT = {
     name: Study(name, settings, tuple(map(Row, _FRONT)))
     for name, settings in {

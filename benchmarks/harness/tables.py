@@ -315,7 +315,7 @@ def front(frame: pd.DataFrame) -> str:
         put("best other method without stored samples", column, found[best], f" ({best.upper()})")
         for control in ("rf-ridge", "gaussian-replay"):
             put(f"{name_of(control)} (control)", column, found[control])
-        for ours in ("sp", "sp-both"):
+        for ours in ("sp", "sp-both", "sp-gaussian"):
             put(f"**{name_of(ours)}**", column, found[ours])
         put("joint training, one pass", column, found["joint"])
     seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
