@@ -245,6 +245,8 @@ def _dendrites(title: str, tasks: int, wider: str, **settings) -> Study:
     for name, alone in _WITH_DENDRITES.items():
         rows += [Row(alone), Row(name), Row(alone, f"{alone}-wider", None, {"network": wider})]
     rows.append(_set({"sigmoid": 1.0}, "sp-dendrites", "sp-dendrites-sigmoid"))
+    if tasks > 2:
+        rows.append(_set({"most": 1.0}, "sp-dendrites", "sp-dendrites-one"))
     return Study(title, _split(tasks, **settings), rows)
 
 
