@@ -16,7 +16,7 @@ results-rerun: $(READY)
 	$(VENV)/bin/python benchmarks/results.py
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile
+	$(VENV)/bin/python -m pytest -n logical --dist loadfile
 
 lint: $(READY)
 	$(VENV)/bin/python -m ruff check .
