@@ -212,9 +212,9 @@ def observe(
                 targets.append(y)
                 if criterion is not None:
                     check_outputs(outputs)
-                    curvature, name, error = output_derivatives(criterion, outputs, y, last)
+                    loss, curvature, name, error = output_derivatives(criterion, outputs, y, last)
                     curvatures.append(curvature)
-                    losses.append(criterion(outputs, y).detach() * len(y))
+                    losses.append(loss * len(y))
                     errors.append((name, error))
         given, explained, of_two = _fed_by_data(model, layers, _first(some, 2), forward)
     inputs = {name: parts for name, parts in inputs.items() if name in explained}
@@ -239,8 +239,8 @@ def observe(
     if units and (found := units[-1]) is not None and all(u is not None and u[0] == found[0] for u in units):
         x = observed[found[0]].inputs
         classified = ReadoutSamples(found[0], x, torch.cat(targets), found[1], samples.total)
-    loss = torch.stack(losses).sum() / count if losses else None
-    return Observation(observed, samples.total, samples.classes, curvature, readout, classified, some, loss)
+    mean_loss = torch.stack(losses).sum() / count if losses else None
+    return Observation(observed, samples.total, samples.classes, curvature, readout, classified, some, mean_loss)
 
 
 def _masked_units(
@@ -307,8 +307,8 @@ def output_derivatives(
     outputs: Tensor,
     targets: Tensor,
     last: tuple[str, GatedLayer, Tensor] | None,
-) -> tuple[Tensor, str | None, Tensor]:
-    """The loss's mean curvature in the outputs, 0-dim; the readout's name; its gradient in the readout's output.
+) -> tuple[Tensor, Tensor, str | None, Tensor]:
+    """The loss and its mean curvature in the outputs, 0-dim; the readout's name; the gradient in the readout's output.
 
     The gradient has a row a sample. The name is None if the last layer is not a readout or part of it is frozen, or if
     the loss is not quadratic and convex in the outputs.
@@ -320,18 +320,19 @@ def output_derivatives(
     """
     with torch.enable_grad():
         varied = outputs.detach().requires_grad_()
-        curvature = loss_curvature(varied, criterion(varied, targets))
+        value = criterion(varied, targets)
+        curvature, loss = loss_curvature(varied, value), value.detach()
     if last is None:
-        return curvature, None, outputs
+        return loss, curvature, None, outputs
     name, layer, made = last
     if not _is_readout(layer, made, outputs):
-        return curvature, None, outputs
+        return loss, curvature, None, outputs
     kept = (outputs == made).all(0)  # the others are masked: Avalanche's incremental heads do it
     nothing, error, twice = (_gradient(criterion, scale * outputs, targets) for scale in (0.0, 1.0, 2.0))
     curved = (nothing + twice - 2 * error).abs().max()
     quadratic = curved <= _QUADRATIC * error.abs().max() and (nothing != twice).any()
     is_readout = kept.any() and quadratic and curvature > 0
-    return curvature, name if is_readout else None, error * kept * len(outputs)
+    return loss, curvature, name if is_readout else None, error * kept * len(outputs)
 
 
 @torch.enable_grad()

@@ -220,7 +220,7 @@ class StreamWatch:
         """The readout, and its outputs for the stream's samples at the minimum of the loss, if that is quadratic."""
         name, layer, _, made = self._called[-1]
         last = None if made is None else (name, layer, made := stream.of(made))
-        self._curvature, readout, errors = output_derivatives(criterion, outputs, self._targets, last)
+        _, self._curvature, readout, errors = output_derivatives(criterion, outputs, self._targets, last)
         if readout is None or made is None:
             return None, None
         self.readout = readout
