@@ -10,6 +10,7 @@ import pandas as pd
 
 from harness.protocols import PROTOCOLS, overrides_of
 from harness.recipes import TASK_INCREMENTAL, USES_REPLAY
+from harness.recipes.split_mnist import WITH_DENDRITES
 from harness.settings import STRATEGIES, title_of
 from harness.store import USUAL_RUN, as_text
 
@@ -236,13 +237,11 @@ _PUBLISHED_DENDRITES = (
     _set({"patience": 1.0}, "legacy-dendrites", "legacy-dendrites-added"),
     _set({"patience": 1.0}, "legacy-dendrites-replay", "legacy-dendrites-replay-added"),
 )
-_WITH_DENDRITES = {"sp-dendrites": "sp", "dendrites": "naive-sgd"}
-_WITH_DENDRITES |= {"sp-dendrites-replay": "sp-replay-sgd", "dendrites-replay": "replay-joint"}
 
 
 def _dendrites(title: str, tasks: int, wider: str, **settings) -> Study:
     rows = []
-    for name, alone in _WITH_DENDRITES.items():
+    for name, alone in WITH_DENDRITES.items():
         rows += [Row(alone), Row(name), Row(alone, f"{alone}-wider", None, {"network": wider})]
     rows.append(_set({"sigmoid": 1.0}, "sp-dendrites", "sp-dendrites-sigmoid"))
     if tasks > 2:

@@ -52,15 +52,20 @@ def markdown(rows: Iterable[Mapping[str, object]]) -> str:
     return "".join("| " + " | ".join(map(str.ljust, line, widths)) + " |\n" for line in lines)
 
 
+def older(runs: pd.DataFrame) -> int:
+    """Number of runs of an older version of their algorithm."""
+    return sum(version < version_of(name) for version, name in zip(runs["version"], runs["strategy"]))
+
+
 def caption(title: str, runs: pd.DataFrame) -> str:
     """Settings that the runs share, and their number of seeds."""
     run, seeds = runs.iloc[0], runs.groupby([*CELL, "strategy"]).size()
-    older = sum(version < version_of(name) for version, name in zip(runs["version"], runs["strategy"]))
+    old = older(runs)
     parts = [f"{run.epochs} epoch{'s' if run.epochs > 1 else ''}", f"batch {run.batch_size}"]
     parts.append(network_title(run.network, run.benchmark))
     number = " to ".join(str(n) for n in sorted({seeds.min(), seeds.max()}))
     parts.append(f"{number} seed{'s' if seeds.max() > 1 else ''}")
-    return f"**{title}**: {', '.join(parts)}{f'; {older} runs of an older version' if older else ''}.\n\n"
+    return f"**{title}**: {', '.join(parts)}{f'; {old} runs of an older version' if old else ''}.\n\n"
 
 
 def title(runs: pd.DataFrame) -> str:
@@ -299,7 +304,7 @@ def overview(frame: pd.DataFrame) -> str:
 def front(frame: pd.DataFrame) -> str:
     """The README's table: mean ACC of the gates, of their controls and of the best other method of each column."""
     rows: dict[str, dict] = {}
-    counts, widths, older = [], [0.0], 0
+    counts, widths, old = [], [0.0], 0
 
     def put(row: str, column: str, acc: pd.Series, remark: str = "") -> None:
         rows.setdefault(row, {"": row})[column] = f"{acc.mean():.1f}{remark}"
@@ -308,7 +313,7 @@ def front(frame: pd.DataFrame) -> str:
 
     for column, study in FRONT.items():
         runs = study.select(frame)
-        older += sum(version < version_of(name) for version, name in zip(runs["version"], runs["strategy"]))
+        old += older(runs)
         found = {label: cell["acc"] for label, _, cell in cells(runs)}
         best = max((name for name in OTHERS if name in found), key=lambda name: found[name].mean())
         put("naive SGD", column, found["naive-sgd"])
@@ -320,7 +325,7 @@ def front(frame: pd.DataFrame) -> str:
         put("joint training, one pass", column, found["joint"])
     seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     note = f"Means of {seeds} seeds. Intervals of 95% are ± {max(widths):.1f} or less."
-    note += f" {older} runs are of an older version." if older else ""
+    note += f" {old} runs are of an older version." if old else ""
     return f"{markdown(rows.values())}\n{note}\n"
 
 
@@ -353,9 +358,9 @@ def overhead(frame: pd.DataFrame) -> str:
 
 def costs(frame: pd.DataFrame) -> str:
     """The README's costs: ratios of times that ``overhead.py`` measured, and the memory of a run."""
-    rows = []
+    rows, measured = [], _measured()
     for text, (part, name) in _COSTS.items():
-        (ratio,) = (row["ratio"] for row in _measured()[part]["rows"] if row["name"] == name)
+        (ratio,) = (row["ratio"] for row in measured[part]["rows"] if row["name"] == name)
         rows.append({"": text, "time, relative to plain training": f"{ratio:.2f}"})
     runs = FRONT["Split MNIST, 5 tasks"].select(frame)
     kept = runs.loc[runs["strategy"] == "sp", "extra_memory_bytes"].max()

@@ -53,15 +53,15 @@ RECIPES = common.with_boundaries_found({
     "legacy-control": Recipe("legacy", 3e-3, optimizer_arguments={"plasticity_k": 0.0}, **_LEGACY),
     "legacy-sp-replay": Recipe("legacy", 3e-3, optimizer_arguments={"plasticity_k": 5.0}, **_LEGACY),
 })
-_WITH_DENDRITES = {
-    "dendrites": "naive-sgd", "dendrites-replay": "replay-joint",
-    "sp-dendrites": "sp", "sp-dendrites-replay": "sp-replay-sgd",
+WITH_DENDRITES = {  # each with the same strategy without them, in the order of tables
+    "sp-dendrites": "sp", "dendrites": "naive-sgd",
+    "sp-dendrites-replay": "sp-replay-sgd", "dendrites-replay": "replay-joint",
 }
 _AS_PUBLISHED = {
     "legacy-dendrites": "legacy-adam", "legacy-dendrites-replay": "legacy-adam-replay",
     "legacy-sp-dendrites": "legacy-sp",
 }
-for _name, _without in _WITH_DENDRITES.items():
+for _name, _without in WITH_DENDRITES.items():
     RECIPES[_name] = common.with_dendrites(RECIPES[_without])
 for _name, _without in _AS_PUBLISHED.items():
     RECIPES[_name] = common.with_dendrites(RECIPES[_without], common.PUBLISHED_DENDRITES)
