@@ -184,6 +184,20 @@ def test_the_stored_samples_of_er_ace_are_not_gated(split2):
         assert float(stored.norm()) > 0
 
 
+def test_an_error_in_er_aces_forward_pass_leaves_no_hook_on_the_model(split2):
+    class Broken(SupervisedPlugin):
+        def before_forward(self, strategy, **kwargs):
+            strategy.mb_x.resize_(1)
+
+    model, plugins = mlp(), [SelectivePlasticityPlugin(rank=10)]
+    strategy = build(ER_ACE, {"mem_size": 40, "batch_size_mem": 20}, model, plugins)
+    strategy.train(sliced(split2, train=100).train_stream[0])
+    strategy.plugins.append(Broken())
+    with pytest.raises((RuntimeError, IndexError)):
+        strategy.train(sliced(split2, train=100).train_stream[1])
+    assert not model._forward_hooks
+
+
 @pytest.mark.parametrize("name", ["MultiHead", "PackNet"])
 def test_task_incremental(name):
     benchmark = sliced(split_mnist(5, return_task_id=True, dataset_root=MNIST), train=100, test=50)

@@ -162,7 +162,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
                 self.gate.listening = False
                 handle.remove()
 
-            handle = strategy.model.register_forward_hook(end)
+            handle = strategy.model.register_forward_hook(end, always_call=True)
 
     def after_forward(self, strategy, **kwargs):
         self.gate.listening = False
