@@ -131,7 +131,7 @@ def last(out):
     return out[0][:, -1]
 
 
-# Type, network, what happens to the layer's weights, names of the frozen weights.
+# Type, network, treatment of the layer's weights, names of the frozen weights.
 ROWS, IMAGE, FLAT = (28, 28), (1, 28, 28), (784,)
 TYPES = {
     "`nn.Linear`": (lambda: Net(nn.Linear(784, 32), FLAT), GATED),

@@ -481,7 +481,7 @@ def test_an_experience_that_is_hardly_learned_is_named(kwargs, hardly):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         gate.consolidate(contrary, OneHotMSELoss())
-        gate.consolidate(contrary, OneHotMSELoss())  # not prepared: what it was before is not known
+        gate.consolidate(contrary, OneHotMSELoss())  # not prepared: its loss before is not known
     said = [str(w.message) for w in caught if "hardly learned" in str(w.message)]
     assert len(said) == hardly
     if hardly:

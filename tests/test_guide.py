@@ -38,7 +38,7 @@ def applied(diff, script):
 
 @pytest.fixture
 def example(monkeypatch, tmp_path, capsys):
-    """Runs a script of examples/ in an empty folder, on the first images of MNIST; returns what it prints."""
+    """Runs a script of examples/ in an empty folder, on the first images of MNIST; returns its output."""
     monkeypatch.chdir(tmp_path)
 
     def run(name, images=640):

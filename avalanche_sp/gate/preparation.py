@@ -116,7 +116,7 @@ def sharpness(
     Args:
         seen: the layer's inputs.
         sensitivity: of the network's outputs to the layer's.
-        through: multiplies rows by what the layer's gate lets through; None without a gate.
+        through: applies the layer's gate to rows; None without a gate.
     """
     return sensitivity.leading * seen.rows * seen.leading_eigenvalue(through)
 

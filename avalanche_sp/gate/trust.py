@@ -11,7 +11,7 @@ __all__ = ["StoredSamples"]
 
 @dataclass(frozen=True)
 class StoredSamples:
-    """What the number of stored samples means for the gate. Found on Split MNIST (``docs/trials/gate.csv``).
+    """The effect of the number of stored samples on the gate. Found on Split MNIST (``docs/trials/gate.csv``).
 
     Attributes:
         each: c, the number of stored samples for each class of each experience; 0 without a memory.

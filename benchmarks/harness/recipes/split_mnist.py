@@ -1,4 +1,4 @@
-"""Split MNIST: what each strategy trains with, tuned on validation images (seeds 100 to 104; docs/trials)."""
+"""Split MNIST: the settings of each strategy, tuned on validation images, seeds 100 to 104 (docs/trials)."""
 
 from harness.recipes import common
 from harness.recipes.recipe import CE, SE, Recipe, Size, Tasks
