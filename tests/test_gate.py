@@ -340,6 +340,28 @@ def test_the_gradient_of_a_layer_that_is_used_twice_is_gated_for_both_uses(mask)
     torch.testing.assert_close(gated["shared"].double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_where_stored_samples_and_the_stream_are_in_balance_nothing_moves():
+    """Each asks for the opposite of the other. If the stream alone were gated, the stored samples would have their way."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gate = PlasticityGate(model, optimizer, rank=20, pull_back=0, settings=Settings(look=1000))
+    x, asked = TASKS[0][0][:20].flatten(1), torch.randn(20, 5)
+    gate.consolidate([(x, TASKS[0][1][:20])], nn.CrossEntropyLoss())
+    gate.begin(20, stored=10)
+    moved = []
+    for _ in range(3):
+        before = weights(model)
+        gate.replayed(torch.arange(40) >= 20)
+        outputs = model(torch.cat([x, x]))
+        targets = outputs.detach() + torch.cat([asked, -asked])
+        optimizer.zero_grad()
+        nn.functional.mse_loss(outputs, targets).backward()
+        optimizer.step()
+        moved.append(float((weights(model) - before).norm()))
+    assert moved[0] > 1e-3 and moved[1] < 1e-6 and moved[2] < 1e-6
+
+
 def gradients_of(model):
     layers = gated_layers(model)
     return {

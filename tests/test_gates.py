@@ -152,6 +152,21 @@ def test_claim_and_held_back_equal_gating_each_sample_with_the_whole_matrix(rank
     torch.testing.assert_close(gated, reference.gated_gradient(delta, x, gate))
 
 
+@pytest.mark.parametrize("answer, held", [(0, 1), (1, 1), (-0.3, 0.5), (-0.6, 0), (-1, 0)])
+def test_what_stored_samples_cancel_is_not_held_back(answer, held):
+    stream, closed = tensor(4, 6), torch.full((6,), 0.6, dtype=torch.float64)
+    gradient = stream + answer * stream  # with that of the stored samples
+    assert float(gates.unanswered(gradient, stream * closed, closed)) == pytest.approx(held)
+    opposed = tensor(4, 6)
+    opposed -= (opposed * stream).sum() / stream.square().sum() * stream
+    assert float(gates.unanswered(gradient + opposed, stream * closed, closed)) == pytest.approx(held)
+
+
+def test_nothing_of_a_stream_without_gradient_is_held_back():
+    zero, closed = torch.zeros(4, 6), torch.tensor([0, 0, 0.2, 0.5, 0.9, 1])
+    assert float(gates.unanswered(torch.ones(4, 6), zero, closed)) == 1
+
+
 def test_the_penaltys_gradient_is_the_gated_gradient_of_its_quadratic():
     values, vectors, mean = reference.merged_eigenpairs([tensor(20, 6)], 3)
     anchor, w, f = tensor(4, 6), tensor(4, 6), gates.claim(values, mean, 0.7)

@@ -49,7 +49,7 @@ class Step(torch.optim.SGD):
 class Spy(SelectivePlasticityPlugin):
     """Compares every gradient with gating each sample by itself and with the penalty, as the docstring says it."""
 
-    compared, pulled_beyond, seen = 0, False, 0
+    compared, pulled_beyond, seen, least_held = 0, False, 0, 1.0
 
     def before_training_epoch(self, strategy, **kwargs):
         super().before_training_epoch(strategy, **kwargs)
@@ -88,7 +88,10 @@ class Spy(SelectivePlasticityPlugin):
             self.met.append(inputs["1"][:n])
         for (name, xs), delta in zip(inputs.items(), deltas):
             v, rest, is_stored = self.layers[name].vectors.double(), self.rests[name], torch.arange(len(xs)) >= n
-            total = reference.gated_gradient(delta, xs, self.gates_in_step[name], is_stored, rest)
+            held = float(self.gate.statistics[name].holding)
+            self.least_held = min(self.least_held, held)
+            gate = held * self.gates_in_step[name] + (1 - held) * rest * torch.eye(len(v)).double()
+            total = reference.gated_gradient(delta, xs, gate, is_stored, rest)
             if name in self.drifted:
                 w, anchor, kept = self.drifted.pop(name), self.anchors[name], v @ (v.T @ self.moments[name])
                 total += reference.penalty_gradient(w, anchor, kept, self.strength * self.ratio) @ self.gates[name]
@@ -135,6 +138,7 @@ def test_gradients_equal_gating_every_stream_sample(split5, replay, pull_back):
     trained(few, plugins, criterion=criterion, batch=20, optimizer=lambda p: Step(p, lr=0.02))
     assert spy.compared > 35
     assert spy.pulled_beyond == (pull_back > 0)
+    assert (spy.least_held < 1) == replay
 
 
 def test_what_remembers_all_its_weights_and_what_is_fed_by_data(split2):

@@ -20,6 +20,7 @@ __all__ = [
     "merge_eigenspace",
     "leading_eigenpairs",
     "held_back",
+    "unanswered",
     "penalty_gradient",
     "newton_step",
     "loss_curvature",
@@ -188,6 +189,27 @@ def held_back(delta: Tensor, projection: Tensor, closed: Tensor) -> Tensor:
         The bracket, shape (..., out, r).
     """
     return (delta.mT @ projection).mul_(closed)
+
+
+def unanswered(gradient: Tensor, held: Tensor, closed: Tensor) -> Tensor:
+    """How much of what a gate f closes off of the stream's gradient S is held back if stored samples pass it.
+
+        H = S diag(f),   M = G - S,      h = 1 + <M, H> / <H, H>, clipped to [0, 1]
+
+    M, the gradient of the stored samples, passes. As far as it is opposed to H, both cancel without a gate. If H alone
+    were held back, M would move the weights with nothing to answer it, and raise the loss of the stream.
+
+    Args:
+        gradient: G, of a mini-batch, in the coordinates of the gated vectors: (out, r).
+        held: H, (out, r).
+        closed: f, (r,).
+
+    Returns:
+        h, 0-dim.
+    """
+    stored = gradient - held / closed.clamp_min(torch.finfo(closed.dtype).eps)
+    square = held.square().sum().clamp_min(torch.finfo(held.dtype).tiny)
+    return (1 + (stored * held).sum() / square).clamp(0, 1)
 
 
 def penalty_gradient(drift: Tensor, eigenvalues: Tensor, closed: Tensor, weight: float | Tensor) -> Tensor:

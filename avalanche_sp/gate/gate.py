@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from avalanche_sp.gate.consolidate import consolidate, inherited
 from avalanche_sp.gate.detection import ChangeDetector, RunningSurprise, page_hinkley
+from avalanche_sp.gate.functional import unanswered
 from avalanche_sp.gate.layer_gate import LayerGate, StreamStatistics
 from avalanche_sp.gate.layers import (
     NORMALISATION,
@@ -225,6 +226,8 @@ class PlasticityGate:
         self._rows: StreamRows | None = None  # None: all rows come from the stream
         # With stored samples: the part of the stream's gradient that the gate holds back, by parameter.
         self._held: dict[nn.Parameter, Tensor] = {}
+        # At a look, by layer: the gradient along the gated vectors, and the part of it that the gate holds back.
+        self._along: dict[str, list[Tensor]] = {}
         self._withheld: dict[nn.Parameter, Tensor | None] = {}  # gradients of frozen parameters, during a step
         self._criterion: Criterion | None = None  # as last observed
         self._resting: set[nn.Module] = set()  # frozen layers in the midst of their forward pass
@@ -484,6 +487,7 @@ class PlasticityGate:
         self._handles.clear()
         self._resting.clear()
         self._held.clear()
+        self._along.clear()
         self._rows = None
 
     @property
@@ -568,7 +572,7 @@ class PlasticityGate:
 
     def __getstate__(self) -> dict:
         """For pickle: hooks are put on again by :meth:`attach`."""
-        fresh: dict[str, Any] = {"_handles": [], "_held": {}, "_withheld": {}}
+        fresh: dict[str, Any] = {"_handles": [], "_held": {}, "_along": {}, "_withheld": {}}
         fresh |= {"_rows": None, "_resting": set(), "_criterion": None}
         return vars(self) | fresh
 
@@ -640,7 +644,18 @@ class PlasticityGate:
     def _gate_backward(self, g: Gated, parameter: nn.Parameter, grad: Tensor) -> Tensor | None:
         """Hook on a parameter: gates the stream's part of the gradient of a backward pass, before it is accumulated."""
         held = self._held.pop(parameter, None)
-        return None if held is None else g.gate.gated(g.layer, grad, held)
+        if held is None:
+            return None
+        if self._drift.is_looking:
+            self._note(g, parameter, grad, held)
+        return g.gate.gated(g.layer, grad, held * g.statistics.holding)
+
+    def _note(self, g: Gated, parameter: nn.Parameter, grad: Tensor, held: Tensor) -> None:
+        """Adds a backward pass to what is known of the step's gradient along the gated vectors."""
+        known = self._along.setdefault(g.name, [torch.zeros_like(held)] * 2)
+        known[0] = known[0] + g.layer.part_along(parameter, grad, g.gate.leading)
+        if parameter is g.layer.weight:  # it is of weight and bias together
+            known[1] = known[1] + held
 
     def _freeze(self, norm: nn.Module, args: tuple) -> None:
         if norm.training:
@@ -688,6 +703,10 @@ class PlasticityGate:
             parameter.grad = grad
         self._withheld = {}
         self._rows = None
+        for name, (along, held) in self._along.items():
+            g = self._gated[name]
+            g.statistics.holding = mean_over_processes(unanswered(along, held, g.gate.closed_leading))
+        self._along.clear()
         self._drift.end_step()
         stream = self._stream
         if stream is not None and self.active and stream.look(self._attached(), self._protected, optimizer):

@@ -84,6 +84,8 @@ class StreamStatistics:
         energy, passed, novel: 0-dim, of the present epoch: squared inputs; the part that the gate lets through; the
             part outside the memory's vectors.
         power, power_energy: squared inputs along each vector (r,) and in all, 0-dim, since the last consolidation.
+        holding: 0-dim; beside stored samples, how much of the stream's gradient that the gate closes off is held back
+            (:func:`~avalanche_sp.gate.functional.unanswered`).
     """
 
     energy: Tensor
@@ -91,11 +93,12 @@ class StreamStatistics:
     novel: Tensor
     power: Tensor
     power_energy: Tensor
+    holding: Tensor
 
     @classmethod
     def empty(cls, memory: LayerMemory) -> StreamStatistics:
         zero = torch.zeros_like(memory.mean_eigenvalue)
-        return cls(zero, zero, zero, torch.zeros_like(memory.eigenvalues), zero)
+        return cls(zero, zero, zero, torch.zeros_like(memory.eigenvalues), zero, torch.ones_like(zero))
 
     def start_epoch(self) -> None:
         """Starts the sums of an epoch."""

@@ -225,6 +225,12 @@ class GatedLayer:
         if bias is not None and bias.grad is not None:
             _add_product(self._of_bias(bias.grad), held, vectors[-1], beta=open_rest, alpha=-1)
 
+    def part_along(self, parameter: nn.Parameter, grad: Tensor, vectors: Tensor) -> Tensor:
+        """The gradient of the weight, or of the bias, along each vector: shape (out, r)."""
+        if parameter is self.bias:
+            return torch.outer(self._of_bias(grad).to(vectors.dtype), vectors[-1])
+        return self._along(grad, None, vectors)
+
     def gated_gradient(self, grad: Tensor, held: Tensor, vectors: Tensor, open_rest: float) -> Tensor:
         """``open_rest * grad - held V^T`` for the gradient of the weight or of the bias (out,)."""
         grad = grad.clone()

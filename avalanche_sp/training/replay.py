@@ -61,12 +61,13 @@ def samples_of(dataset, limit: int) -> Samples:
 def memories_of(strategy) -> list:
     """The datasets of stored samples that the strategy trains on, as far as they are known.
 
-    Those that the present data loader replays; those of :func:`trains_apart`; none without replay. If a strategy mixes
-    stored samples with the experience's (:func:`is_mixture`), the whole mixture.
+    Those that the present data loader replays, or that a strategy such as ER_ACE and DER draws from a buffer of its
+    own; none without replay. If a strategy mixes stored samples with the experience's (:func:`is_mixture`), the whole
+    mixture.
     """
     if is_mixture(strategy):
         return [strategy.adapted_dataset]
-    return _old_classes(strategy) if trains_apart(strategy) else _replayed(strategy)
+    return _replayed(strategy) or _drawn(strategy)
 
 
 def memory_size(strategy) -> int:
@@ -85,10 +86,13 @@ def trains_apart(strategy) -> bool:
     return isinstance(strategy, ER_ACE) and strategy.replay_loader is not None
 
 
-def _old_classes(strategy) -> list:
-    """The stored samples of classes that are not in the present experience, whose samples the buffer has already."""
-    new = strategy.experience.classes_in_this_experience
-    return [group.buffer for c, group in strategy.storage_policy.buffer_groups.items() if c not in new]
+def _drawn(strategy) -> list:
+    """The samples that a strategy draws from its own buffer, of classes that are not in the experience."""
+    if getattr(strategy, "replay_loader", None) is None:
+        return []
+    new = strategy.experience.dataset.targets.uniques
+    groups = getattr(strategy.storage_policy, "buffer_groups", {})
+    return [group.buffer for c, group in groups.items() if c not in new]
 
 
 def _replayed(strategy) -> list:
