@@ -22,7 +22,7 @@ from torch import nn
 from avalanche_sp.gate import PlasticityGate
 
 WORDNET = "/usr/share/wordnet"
-CLASSES, TASKS, LENGTH, BATCH, HELD_OUT = 20, 10, 32, 16, 100
+CLASSES, TASKS, LENGTH, BATCH, TRAIN, HELD_OUT = 20, 10, 32, 16, 200, 100
 RATE, HEAD_RATE, LORA_RANK, PROJECTION = 5e-5, 1e-3, 8, 2000
 
 
@@ -39,7 +39,7 @@ def glosses(folder):
     return [list(texts) for texts in sorted(found.values(), key=len, reverse=True)[:CLASSES]]
 
 
-def streams(texts, tokenize, train, seed, validation=False, joint=False):
+def streams(texts, tokenize, seed, validation=False, joint=False):
     """Training and evaluation batches of each task. The first glosses are for tests, the next for validation."""
     count = 1 if joint else TASKS
     generator = random.Random(seed)
@@ -49,7 +49,7 @@ def streams(texts, tokenize, train, seed, validation=False, joint=False):
         parts = [], []
         for label in labels[task * CLASSES // count : (task + 1) * CLASSES // count]:
             mixed = random.Random(0).sample(texts[label], len(texts[label]))
-            drawn = random.Random(CLASSES * seed + label).sample(mixed[2 * HELD_OUT :], train)
+            drawn = random.Random(CLASSES * seed + label).sample(mixed[2 * HELD_OUT :], TRAIN)
             held_out = mixed[HELD_OUT : 2 * HELD_OUT] if validation else mixed[:HELD_OUT]
             for part, chosen in zip(parts, (drawn, held_out)):
                 part += [(gloss, label) for gloss in chosen]
@@ -72,13 +72,19 @@ def batches(samples, tokenize, generator):
 
 
 class Classifier(nn.Module):
-    """A linear layer on the mean of an encoder's last hidden states, or on random features of it. Word 0 is padding."""
+    """A linear layer on the mean of an encoder's last hidden states. Word 0 is padding.
+
+    Projected, the layer is on rectified random projections of the mean (M. McDonnell et al.: RanPAC, NeurIPS 2023).
+    """
 
     def __init__(self, encoder, projected=False):
         super().__init__()
         width = encoder.config.hidden_size
-        self.encoder = encoder
-        self.project = RandomFeatures(width) if projected else nn.Identity()
+        self.encoder, self.project = encoder, nn.Identity()
+        if projected:
+            random_layer = nn.Linear(width, PROJECTION, bias=False).requires_grad_(False)
+            nn.init.normal_(random_layer.weight, std=width**-0.5)
+            self.project = nn.Sequential(random_layer, nn.ReLU())
         self.head = nn.Linear(PROJECTION if projected else width, CLASSES)
 
     def features(self, x):
@@ -88,18 +94,6 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         return self.head(self.features(x))
-
-
-class RandomFeatures(nn.Module):
-    """Rectified random projections (M. McDonnell et al.: RanPAC, NeurIPS 2023)."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.random = nn.Linear(width, PROJECTION, bias=False).requires_grad_(False)
-        nn.init.normal_(self.random.weight, std=width**-0.5)
-
-    def forward(self, x):
-        return self.random(x).relu()
 
 
 class LoRA(nn.Module):
@@ -159,10 +153,10 @@ def solve_head(model, tasks, ridge=1.0):
     model.head.bias.copy_(weights[:, -1])
 
 
-# What is trained, and how. Rates are those that were best on validation glosses.
+# What is trained, and how.
 ROWS = {
     "naive": {"head_rate": 1e-2},
-    "joint": {"mixed": True},
+    "joint": {"joint": True},
     "gate": {"gated": True, "rate": 1e-4},
     "gate + LoRA": {"gated": True, "rate": 2e-4, "lora": True},
     "frozen + ridge": {"frozen": True, "ridge": 0.03},
@@ -176,18 +170,18 @@ def accuracy(model, task):
     return 100 * sum(float((model(x).argmax(1) == y).sum()) for x, y in task) / sum(len(y) for _, y in task)
 
 
-def run(row, encoder, texts, tokenize, seed, train=200, validation=False, **changes):
+def run(row, encoder, texts, tokenize, seed, validation=False, **changes):
     """Accuracy after the last task on each task, in percent, and seconds of processor time for training."""
     options = ROWS[row] | changes
-    frozen, lora, mixed, projected = (options.pop(name, False) for name in ("frozen", "lora", "mixed", "projected"))
+    frozen, lora, joint, projected = (options.pop(name, False) for name in ("frozen", "lora", "joint", "projected"))
     torch.manual_seed(seed)
-    tasks, tests = streams(texts, tokenize, train, seed, validation)
+    tasks, tests = streams(texts, tokenize, seed, validation)
     model = Classifier(encoder(), projected)
     model.encoder.embeddings.requires_grad_(False)  # half of the weights, and a task has few of the words
     if lora:
         add_lora(model)
-    if mixed:
-        tasks = streams(texts, tokenize, train, seed, validation, joint=True)[0]
+    if joint:
+        tasks = streams(texts, tokenize, seed, validation, joint=True)[0]
     start = time.process_time()
     (solve_head if frozen else fine_tune)(model, tasks, **options)
     seconds = time.process_time() - start
@@ -210,13 +204,11 @@ def pretrained():
 
 
 def stored(path):
-    """Finished runs by row and seed: accuracy of each task, and seconds."""
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
+    """Finished runs by row and seed: accuracy of each task in percent, and seconds."""
+    with path.open() as file:
         return {
-            (one["row"], int(one["seed"])): ([float(a) for a in one["accuracies"].split()], float(one["seconds"]))
-            for one in csv.DictReader(file)
+            (run["row"], int(run["seed"])): ([float(a) for a in run["accuracies"].split()], float(run["seconds"]))
+            for run in csv.DictReader(file)
         }
 
 
@@ -224,28 +216,25 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--train", type=int, default=200, help="glosses of a class (default 200)")
     parser.add_argument("--wordnet", default=WORDNET, help=f"folder of data.noun and data.verb (default {WORDNET})")
     parser.add_argument("--results", type=Path, default=Path("pretrained-text.csv"))
     arguments = parser.parse_args(argv)
-    texts, (encoder, tokenize) = glosses(arguments.wordnet), pretrained()
+    texts, (encoder, tokenize), path = glosses(arguments.wordnet), pretrained(), arguments.results
+    if not path.exists():
+        path.write_text("row,seed,accuracies,seconds\n")
     for seed in arguments.seeds:
         for row in arguments.rows:
-            if (row, seed) not in stored(arguments.results):
-                accuracies, seconds = run(row, encoder, texts, tokenize, seed, arguments.train)
-                is_new = not arguments.results.exists()
-                with arguments.results.open("a", newline="") as file:
-                    lines = csv.writer(file, lineterminator="\n")
-                    if is_new:
-                        lines.writerow(["row", "seed", "accuracies", "seconds"])
-                    lines.writerow([row, seed, " ".join(f"{a:.1f}" for a in accuracies), f"{seconds:.1f}"])
-    runs = stored(arguments.results)
+            if (row, seed) not in stored(path):
+                accuracies, seconds = run(row, encoder, texts, tokenize, seed)
+                with path.open("a") as file:
+                    file.write(f"{row},{seed},{' '.join(f'{a:.1f}' for a in accuracies)},{seconds:.1f}\n")
+    runs = stored(path)
     for row in arguments.rows:
         chosen = [runs[row, seed] for seed in arguments.seeds]
         means = [statistics.mean(accuracies) for accuracies, _ in chosen]
         seconds = statistics.median(seconds for _, seconds in chosen)
-        spread = f" (from {min(means):.1f} to {max(means):.1f})" if len(means) > 1 else ""
-        print(f"{row:35s}{statistics.mean(means):5.1f}%{spread}, {seconds:.0f} s of processor time")
+        bounds = f"{min(means):.1f} to {max(means):.1f}"
+        print(f"{row:35s}{statistics.mean(means):5.1f}% ({bounds}), {seconds:.0f} s of processor time")
 
 
 if __name__ == "__main__":

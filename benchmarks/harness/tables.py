@@ -368,6 +368,21 @@ def costs(frame: pd.DataFrame) -> str:
     return f"{markdown(rows)}\nThe gate keeps {kept / 1000:.0f} kB, {kept / weights:.0%} of this network's weights.\n"
 
 
+def pretrained(frame: pd.DataFrame) -> str:
+    """What ``examples/pretrained_text.py`` measured. Times are processor seconds, by seed those of naive training."""
+    runs = pd.read_csv(ROOT / "docs" / "results" / "pretrained-text.csv")
+    runs["acc"] = [np.mean([float(accuracy) for accuracy in text.split()]) for text in runs["accuracies"]]
+    runs["first"] = [float(text.split()[0]) for text in runs["accuracies"]]
+    seconds = runs.pivot(index="row", columns="seed", values="seconds")
+    ratios = (seconds / seconds.loc["naive"]).median(axis=1)
+    rows = [
+        {"": row, "seeds": len(cell), "ACC %": with_student(cell["acc"]), "first task %": f"{cell['first'].mean():.1f}"}
+        | {"time, relative to naive": f"{ratios[row]:.1f}"}
+        for row, cell in runs.groupby("row", sort=False)
+    ]
+    return markdown(rows)
+
+
 def found_boundaries(task_ends: list[int], consolidated_at: list[int]) -> tuple[list[int], int, int]:
     """Delays of the boundaries that were found, in iterations; how many were missed; how many alarms were false."""
     starts, delays = task_ends[:-1], {}
@@ -429,4 +444,4 @@ def layers(frame: pd.DataFrame, network: str) -> str:
 OF_ONE_STUDY: dict[str, Callable[..., str]] = {"listing": listing, "minus": minus, "grid": grid, "changes": changes}
 OF_ONE_STUDY |= {"best": best, "minus-others": minus_others}
 OF_SEVERAL: dict[str, Callable[..., str]] = {"overview": overview, "boundaries": boundaries, "layers": layers}
-OF_SEVERAL |= {"front": front, "costs": costs, "overhead": overhead}
+OF_SEVERAL |= {"front": front, "costs": costs, "overhead": overhead, "pretrained": pretrained}
