@@ -368,6 +368,20 @@ def costs(frame: pd.DataFrame) -> str:
     return f"{markdown(rows)}\nThe gate keeps {kept / 1000:.0f} kB, {kept / weights:.0%} of this network's weights.\n"
 
 
+def pretrained(frame: pd.DataFrame) -> str:
+    """What ``examples/pretrained_text.py`` measured. Gains over random features and times over naive are by seed."""
+    runs = pd.read_csv(ROOT / "docs" / "results" / "pretrained-text.csv")
+    runs["acc"] = [np.mean([float(accuracy) for accuracy in text.split()]) for text in runs["accuracies"]]
+    acc, seconds = (runs.pivot(index="row", columns="seed", values=name) for name in ("acc", "seconds"))
+    control, times = "frozen + random projection + ridge", (seconds / seconds.loc["naive"]).median(axis=1)
+    rows = []
+    for row in runs["row"].unique():
+        gain = "-" if row == control else with_student((acc.loc[row] - acc.loc[control]).dropna(), "+.1f")
+        cells = {"": row, "seeds": acc.loc[row].count(), "ACC %": with_student(acc.loc[row].dropna())}
+        rows.append(cells | {f"minus {control}": gain, "time, relative to naive": f"{times[row]:.1f}"})
+    return markdown(rows)
+
+
 def found_boundaries(task_ends: list[int], consolidated_at: list[int]) -> tuple[list[int], int, int]:
     """Delays of the boundaries that were found, in iterations; how many were missed; how many alarms were false."""
     starts, delays = task_ends[:-1], {}
@@ -429,4 +443,4 @@ def layers(frame: pd.DataFrame, network: str) -> str:
 OF_ONE_STUDY: dict[str, Callable[..., str]] = {"listing": listing, "minus": minus, "grid": grid, "changes": changes}
 OF_ONE_STUDY |= {"best": best, "minus-others": minus_others}
 OF_SEVERAL: dict[str, Callable[..., str]] = {"overview": overview, "boundaries": boundaries, "layers": layers}
-OF_SEVERAL |= {"front": front, "costs": costs, "overhead": overhead}
+OF_SEVERAL |= {"front": front, "costs": costs, "overhead": overhead, "pretrained": pretrained}
