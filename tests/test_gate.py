@@ -341,7 +341,7 @@ def test_the_gradient_of_a_layer_that_is_used_twice_is_gated_for_both_uses(mask)
 
 
 def test_where_stored_samples_and_the_stream_are_in_balance_nothing_moves():
-    """Each asks for the opposite of the other. If the stream alone were gated, the stored samples would have their way."""
+    """Each asks for the opposite of the other; if the stream alone were gated, the stored samples would win."""
     torch.manual_seed(0)
     model = nn.Linear(64, 5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

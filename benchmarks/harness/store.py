@@ -33,16 +33,20 @@ USUAL_RUN = {"train_per_task": None, "overrides": {}, "stream": "tasks", "task_i
 USUAL_TRAINING = {"plugins": [], "arguments": {}, "joint_weight": False, "model": "network", "template": "naive"}
 USUAL = USUAL_RUN | USUAL_TRAINING
 
-# Versions of the algorithms: of the ones of this project ("ours") and of all others with the training loop they share.
+# Versions of the algorithms: of the ones of this project ("ours"), of our gate with stored or drawn samples, and of all
+# others with the training loop they share.
 # Raise a number by hand if a change of the code gives other results for the same settings and seed: other equations,
 # other random numbers, another order of the data. Never for a docstring, a comment, a new name or a faster way to the
-# same numbers. A change of the training loop, the networks or the benchmarks raises both.
-ALGORITHM_VERSION = {"ours": 5, "others": 1}
+# same numbers. A change of the training loop, the networks or the benchmarks raises all.
+ALGORITHM_VERSION = {"ours": 5, "gate with samples": 6, "others": 1}
 
 
 def version_of(strategy: str) -> int:
     """Present version of the strategy's algorithm."""
-    return ALGORITHM_VERSION["ours" if strategy.startswith("sp") or "gaussian" in strategy else "others"]
+    has_samples = "replay" in strategy or "gaussian" in strategy
+    if strategy.startswith("sp"):
+        return ALGORITHM_VERSION["gate with samples" if has_samples else "ours"]
+    return ALGORITHM_VERSION["ours" if "gaussian" in strategy else "others"]
 
 
 def key_of(settings: Mapping, version: int | None = None) -> str:
