@@ -15,7 +15,7 @@ from avalanche_sp.gate.packed import PackedRows
 from avalanche_sp.gate.readout import ReadoutLoss, class_sums, newton_readout
 from avalanche_sp.gate.settings import Settings
 
-__all__ = ["consolidate", "inherited"]
+__all__ = ["consolidate", "inherited", "least_bytes"]
 
 
 @torch.no_grad()
@@ -81,6 +81,28 @@ def consolidate(
         memory.consolidations + 1,
         memory.loss if observation.loss is None else mean(memory.loss, observation.loss),
     )
+
+
+def least_bytes(memory: Memory, layers: Mapping[str, GatedLayer]) -> int:
+    """Bytes that the memory of a network takes at least, with one eigenvector a layer.
+
+    Args:
+        memory: so far. Layers that have left the network stay in it.
+        layers: the network's gated layers by name. If no readout is known so far, it is the last one. A layer without
+            memory that has as many inputs as a known readout counts as another head.
+    """
+    total = sum(known.leading(1).state_bytes for name, known in memory.layers.items() if name not in layers)
+    readouts = {n: m for n, m in memory.layers.items() if m.residual is not None or m.class_sums is not None}
+    widths, last = {len(known.vectors) for known in readouts.values()}, list(layers)[-1:]
+    for name, layer in layers.items():
+        units, inputs = layer.units, layer.inputs + (layer.bias is not None)
+        is_new_head = name not in memory.layers and (inputs in widths if widths else name in last)
+        # Eigenvalue, mean eigenvalue, anchor, and eigenvector; an embedding's is a place of eight bytes.
+        numbers = 2 + units + (2 if layer.of_rows else inputs)
+        if name in readouts or is_new_head:
+            numbers += units * (2 * inputs + 1)  # residual, class sums and class counts
+        total += 4 * numbers
+    return total
 
 
 @torch.no_grad()

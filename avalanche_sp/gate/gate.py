@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from avalanche_sp.gate.consolidate import consolidate, inherited
+from avalanche_sp.arguments import check_integer
+from avalanche_sp.gate.consolidate import consolidate, inherited, least_bytes
 from avalanche_sp.gate.detection import ChangeDetector, RunningSurprise, page_hinkley
 from avalanche_sp.gate.functional import unanswered
 from avalanche_sp.gate.layer_gate import LayerGate, StreamStatistics
@@ -23,7 +24,7 @@ from avalanche_sp.gate.layers import (
     gated_layers,
     ungated_parameters,
 )
-from avalanche_sp.gate.memory import LayerMemory, Memory
+from avalanche_sp.gate.memory import LayerMemory, Memory, check_budget
 from avalanche_sp.gate.observe import (
     Criterion,
     Forward,
@@ -118,6 +119,10 @@ class PlasticityGate:
         rank: eigenvectors kept a layer, 1 or more (default 48, and 256 at the last layer; 64 if the gate finds the
             boundaries). A float below 1 is the share of the energy, the second moment's trace, that the kept ones have;
             only if boundaries are told.
+        memory_budget: upper bound on the bytes of the memory, ``gate.memory.state_bytes``; what follows a stream
+            without told boundaries is not counted. If it is too small for the rank, the weights at four bits each are
+            not kept, and then fewer eigenvectors are kept (:meth:`~avalanche_sp.gate.memory.Memory.within`). A loaded
+            memory is bounded from the next consolidation on. Default None: no bound.
         consolidation_samples: samples of an experience that are run through the network at its end, evenly spread over
             it, 1 or more (default 2000).
         consolidate: ``"experience"`` (default): :meth:`consolidate` is called at the end of every experience.
@@ -136,7 +141,8 @@ class PlasticityGate:
     first pattern that matches it, and the default if none does.
 
     Raises:
-        ValueError: an argument is out of range; the model has no layer to gate; a pattern matches none of its layers.
+        ValueError: an argument is out of range; the model has no layer to gate; a pattern matches none of its layers;
+            the memory of the model takes more than ``memory_budget`` even with one eigenvector a layer.
         ImportError: for ``"surprise"`` without a detector if river is not installed.
         TypeError: the optimizer is no ``torch.optim.Optimizer``.
 
@@ -156,6 +162,7 @@ class PlasticityGate:
         openness: PerLayer[float] = 0.5,
         pull_back: PerLayer[float] = 1.0,
         rank: PerLayer[float] | None = None,
+        memory_budget: int | None = None,
         consolidation_samples: int = 2000,
         consolidate: Literal["experience", "surprise", "continuous"] = "experience",
         detector: ChangeDetector | None = None,
@@ -167,6 +174,8 @@ class PlasticityGate:
         if not isinstance(consolidation_samples, int) or consolidation_samples < 1:
             allowed = "allowed: an integer, 1 or more"
             raise ValueError(f"Invalid consolidation_samples value: {consolidation_samples} ({allowed})")
+        if memory_budget is not None:
+            check_integer("memory_budget value", memory_budget, 1)
         if consolidate not in ("experience", "surprise", "continuous"):
             raise ValueError(
                 f"Invalid consolidate value: {consolidate!r} (allowed: 'experience', 'surprise', 'continuous')"
@@ -182,6 +191,7 @@ class PlasticityGate:
             raise ValueError(f"Invalid rank value: {shares[0]} (allowed with consolidate={consolidate!r}: an integer)")
         self.active = min(values_of(self.openness)) < float("inf")
         """False if the gate is switched off for all layers."""
+        self.memory_budget = memory_budget
         self.consolidation_samples = consolidation_samples
         self.boundaries = consolidate
         self.readout_step = readout_step
@@ -280,7 +290,8 @@ class PlasticityGate:
             epoch: 0, 1, ... of the experience. Later epochs close the gate further.
 
         Raises:
-            ValueError: a value is out of range, or a pattern of openness, pull_back or rank matches no layer.
+            ValueError: a value is out of range, a pattern of openness, pull_back or rank matches no layer, or
+                ``memory_budget`` is too small.
         """
         replays: Sequence[Samples] = ()
         if not isinstance(stored, int):
@@ -300,6 +311,8 @@ class PlasticityGate:
         else:  # an epoch may be a mini-batch, and nothing ends with it
             ratio = memory.consolidations  # the next experience is as long as those so far, for all we know
         self._protected = protected_layers(model, self.openness)
+        if self.memory_budget is not None and self.active:
+            check_budget(self.memory_budget, least_bytes(memory, self._protected))
         times = self._stored.opening / self._stored.closing(epoch)
         before, self._gated = self._gated, {}
         for name, layer in self._protected.items():
@@ -461,16 +474,15 @@ class PlasticityGate:
             name, like: names of the new layer and of the other one.
 
         Raises:
-            ValueError: ``name`` is no layer that can be gated.
+            ValueError: ``name`` is no layer that can be gated, or ``memory_budget`` is too small.
         """
         if like not in self.memory.layers:
             return
         layer = gated_layers(self._attached()).get(name)
         if layer is None:
             raise ValueError(f"Invalid name value: {name!r} (allowed: a trainable nn.Linear or nn.Conv2d layer)")
-        self.memory = replace(
-            self.memory, layers={**self.memory.layers, name: inherited(self.memory.layers[like], layer)}
-        )
+        layers = {**self.memory.layers, name: inherited(self.memory.layers[like], layer)}
+        self.memory = replace(self.memory, layers=layers).within(self.memory_budget)
 
     def close(self) -> None:
         """Takes all hooks off the model and the optimizer. The memory stays."""
@@ -764,7 +776,7 @@ class PlasticityGate:
             losses,
             self.trust,
             damping,
-        )
+        ).within(self.memory_budget)
         self._prepared = None
         self._drift.forget()
         if self.memory.consolidations == 1:

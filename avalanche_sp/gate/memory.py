@@ -11,7 +11,13 @@ from torch import Tensor
 from avalanche_sp.gate.functional import claim, leading_eigenpairs, likeness, merge_eigenspace, remainder
 from avalanche_sp.gate.packed import PackedRows
 
-__all__ = ["LayerMemory", "Memory"]
+__all__ = ["LayerMemory", "Memory", "check_budget"]
+
+
+def check_budget(budget: int, least: int) -> None:
+    """Raises ValueError if a budget is less than the bytes that the memory takes at least."""
+    if budget < least:
+        raise ValueError(f"Invalid memory_budget value: {budget} (allowed for this network: {least} bytes or more)")
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,15 @@ class LayerMemory:
             return closed, torch.zeros_like(self.mean_eigenvalue)
         return closed, claim(self.rest, self.mean_eigenvalue, openness)
 
+    def leading(self, n: int) -> LayerMemory:
+        """The memory with its n leading eigenvectors only, n >= 1, and without the rough anchor.
+
+        The mean eigenvalue stays, so that the energy of the others counts to the rest. An embedding has no rest: its
+        other rows are forgotten as if they were never used.
+        """
+        along = {k: getattr(self, k)[..., -n:].clone() for k in ("eigenvalues", "vectors", "anchor")}
+        return replace(self, rough_anchor=None, **along)
+
     @property
     def state_bytes(self) -> int:
         tensors = [self.eigenvalues, self.vectors, self.mean_eigenvalue, self.anchor]
@@ -186,6 +201,33 @@ class Memory:
     @property
     def state_bytes(self) -> int:
         return sum(layer.state_bytes for layer in self.layers.values())
+
+    def within(self, budget: int | None) -> Memory:
+        """The memory in at most ``budget`` bytes; None is no bound.
+
+        The rough anchors are dropped first. Then the eigenvectors with the lowest eigenvalues are dropped, in units of
+        the layer's mean eigenvalue and over all layers. The leading one of each layer stays.
+
+        Raises:
+            ValueError: the rest takes more than the budget.
+        """
+        if budget is None or self.state_bytes <= budget:
+            return self
+        ranks = {name: len(layer.eigenvalues) for name, layer in self.layers.items()}
+        layers = {name: layer.leading(ranks[name]) for name, layer in self.layers.items()}
+        excess = sum(layer.state_bytes for layer in layers.values()) - budget
+        droppable = []
+        for name, layer in layers.items():
+            size = (layer.state_bytes - layer.leading(1).state_bytes) // max(ranks[name] - 1, 1)
+            relative = (layer.eigenvalues[:-1] / layer.mean_eigenvalue).nan_to_num(0.0)
+            droppable += [(value, name, size) for value in relative.tolist()]
+        for _, name, size in sorted(droppable):
+            if excess <= 0:
+                break
+            ranks[name] -= 1
+            excess -= size
+        check_budget(budget, budget + excess)
+        return replace(self, layers={name: layer.leading(ranks[name]) for name, layer in layers.items()})
 
     def state_dict(self) -> dict:
         """Tensors and numbers, for ``torch.save``; ``torch.load(..., weights_only=True)`` takes them."""

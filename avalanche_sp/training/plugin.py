@@ -51,13 +51,15 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
         ungated: what happens to weights that can't be gated, after the first experience: ``"freeze"`` (default) or
             ``"train"``. With stored samples they train on. A warning names them.
         settings: all other constants.
+        memory_budget: upper bound on the bytes of the memory, without what follows a stream. If it is too small for
+            the rank, fewer eigenvectors are kept. Default None: no bound.
 
     ``openness``, ``pull_back`` and ``rank`` take one value for all layers, or a mapping from patterns of layer names
     to values: ``docs/layers.md``.
 
     Raises:
-        ValueError: at construction for an argument out of range; at ``train`` for a model without a layer to gate, and
-            for a pattern that matches none of its layers.
+        ValueError: at construction for an argument out of range; at ``train`` for a model without a layer to gate, for
+            a pattern that matches none of its layers, and for a ``memory_budget`` that its memory exceeds.
         ImportError: at construction, for ``"surprise"`` without a detector if river is not installed.
         TypeError: at ``train`` for a model whose output is not one tensor, unless ``pull_back`` is 0 and
             ``readout_step`` False; and for mini-batches that are dictionaries.
@@ -83,12 +85,14 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
         readout_step: bool = True,
         ungated: Literal["freeze", "train"] = "freeze",
         settings: Settings = Settings(),  # noqa: B008  # frozen
+        memory_budget: int | None = None,
     ):
         super().__init__()
         self.gate = PlasticityGate(
             openness=openness,
             pull_back=pull_back,
             rank=rank,
+            memory_budget=memory_budget,
             consolidation_samples=consolidation_samples,
             consolidate=consolidate,
             detector=detector,
