@@ -717,7 +717,7 @@ class PlasticityGate:
         self._rows = None
         for name, (along, held) in self._along.items():
             g = self._gated[name]
-            g.statistics.holding = mean_over_processes(unanswered(along, held, g.gate.closed_leading))
+            g.statistics.holding = unanswered(along, held, g.gate.closed_leading)  # each process gates its own rows
         self._along.clear()
         self._drift.end_step()
         stream = self._stream
