@@ -162,7 +162,13 @@ def test_what_stored_samples_cancel_is_not_held_back(answer, held):
     assert float(gates.unanswered(gradient + opposed, stream * closed, closed)) == pytest.approx(held)
 
 
-def test_nothing_of_a_stream_without_gradient_is_held_back():
+def test_gradients_that_are_not_finite_open_nothing():
+    for value in (torch.inf, -torch.inf, torch.nan):
+        gradient = torch.full((4, 6), value)
+        assert float(gates.unanswered(gradient, gradient, torch.full((6,), 0.5))) == 1
+
+
+def test_a_stream_without_gradient_is_held_back():
     zero, closed = torch.zeros(4, 6), torch.tensor([0, 0, 0.2, 0.5, 0.9, 1])
     assert float(gates.unanswered(torch.ones(4, 6), zero, closed)) == 1
 

@@ -205,11 +205,11 @@ def unanswered(gradient: Tensor, held: Tensor, closed: Tensor) -> Tensor:
         closed: f, (r,).
 
     Returns:
-        h, 0-dim.
+        h, 0-dim; 1 for gradients that are not finite, as those of a step that a ``GradScaler`` skips.
     """
     stored = gradient - held / closed.clamp_min(torch.finfo(closed.dtype).eps)
     square = held.square().sum().clamp_min(torch.finfo(held.dtype).tiny)
-    return (1 + (stored * held).sum() / square).clamp(0, 1)
+    return (1 + (stored * held).sum() / square).nan_to_num(1.0).clamp(0, 1)
 
 
 def penalty_gradient(drift: Tensor, eigenvalues: Tensor, closed: Tensor, weight: float | Tensor) -> Tensor:
