@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -135,7 +136,7 @@ def accuracy_in_training(runs: pd.DataFrame, path: Path) -> Path:
         ends = {point["experience"]: point["iteration"] for point in points}
         for end in sorted(ends.values())[:-1]:
             ax.axvline(end, color="#bbbbbb", lw=0.7, ls=":")
-        ax.set_title(_name(label, buffer), fontsize=9)
+        ax.set_title(textwrap.fill(_name(label, buffer), 32), fontsize=9)
         ax.set(ylim=(0, 101), yticks=(0, 50, 100))  # ticks take most of the time
         ax.locator_params("x", nbins=4)
         ax.tick_params(labelsize=7)

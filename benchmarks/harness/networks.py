@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from avalanche.models import IncrementalClassifier, MultiHeadClassifier, MultiTaskModule
 from avalanche.models.packnet import PackNetModel
@@ -68,12 +70,17 @@ def perceptron(*widths: int, inputs: int = 784, classes: int = 10) -> nn.Sequent
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], classes))
 
 
-def small_cnn(shape: tuple[int, int, int] = (1, 28, 28), classes: int = 10) -> nn.Sequential:
+def small_cnn(
+    shape: tuple[int, int, int] = (1, 28, 28), classes: int = 10, normalised: bool = False
+) -> nn.Sequential:
     first, second = CHANNELS
+    norms = [nn.BatchNorm2d(first)], [nn.BatchNorm2d(second)]
     return nn.Sequential(
         nn.Conv2d(shape[0], first, 5, stride=2, padding=2),
+        *(norms[0] if normalised else ()),
         nn.ReLU(),
         nn.Conv2d(first, second, 3, stride=2, padding=1),
+        *(norms[1] if normalised else ()),
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(second * (shape[1] // 4) * (shape[2] // 4), classes),
@@ -130,7 +137,12 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.blocks(x)).mean(1))
 
 
-_OTHERS = {"cnn": small_cnn, "slim-resnet18": SlimResNet18, "vit": VisionTransformer}
+_OTHERS = {
+    "cnn": small_cnn,
+    "cnn-bn": partial(small_cnn, normalised=True),
+    "slim-resnet18": SlimResNet18,
+    "vit": VisionTransformer,
+}
 
 
 def network_bytes(model: nn.Module) -> int:

@@ -18,6 +18,7 @@ BENCHMARKS = tuple(f"{kind}-{data}" for kind in ("split", "permuted") for data i
 PERCEPTRONS = ("256-256", "100-100", "400-400", "1000-1000", "1000", "436-436", "827-827")
 NETWORKS = {name: f"MLP {{}}-{name}-{{}}" for name in PERCEPTRONS} | {
     "cnn": "CNN of two convolutions (16 and 32 channels) and a linear layer",
+    "cnn-bn": "the same CNN with BatchNorm after each convolution",
     "slim-resnet18": "ResNet-18 of 20 to 160 channels",
     "vit": "vision transformer of 4 blocks and 64 channels",
 }
