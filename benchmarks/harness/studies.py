@@ -307,11 +307,11 @@ _FRONT = ("naive-sgd", *OTHERS, "rf-ridge", "gaussian-replay", "sp", ALONE, "sp-
 FRONT = {
     name: Study(name, settings, _NORMALISED if "network" in settings else tuple(map(Row, _FRONT)))
     for name, settings in {
-        "Split MNIST, 5 tasks": _split(5),
-        "Split Fashion-MNIST, 5 tasks": _split(5, "fashion-mnist"),
-        "76 letters, 19 tasks": _split(19, "glyphs"),
-        "Permuted MNIST, 10 x 10,000 images": _TEN_THOUSAND,
-        "Split MNIST, 5 tasks, CNN with BatchNorm": _split(5, network="cnn-bn"),
+        "Split MNIST": _split(5),
+        "Split Fashion-MNIST": _split(5, "fashion-mnist"),
+        "76 letters": _split(19, "glyphs"),
+        "Permuted MNIST": _TEN_THOUSAND,
+        "Split MNIST, CNN with BatchNorm": _split(5, network="cnn-bn"),
     }.items()
 }
 
