@@ -101,6 +101,13 @@ def test_a_gradient_is_gated_along_the_vectors(case):
     torch.testing.assert_close(joined(layer, lambda p: p.grad), before @ gate)
 
 
+def test_the_gradients_of_the_parameters_along_the_vectors_add_up_to_the_layers(case):
+    layer, given, vectors = case
+    layer.module(*given).square().sum().backward()
+    parts = [layer.part_along(p, p.grad, vectors) for p in layer.trained_parameters]
+    torch.testing.assert_close(sum(parts), layer.gradient_along(vectors))
+
+
 def test_a_gradient_of_one_parameter_is_gated_as_the_layers_is(case):
     layer, given, vectors = case
     layer.module(*given).square().sum().backward()

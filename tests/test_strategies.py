@@ -174,6 +174,34 @@ def test_stored_samples_that_a_strategy_draws_itself_open_the_gate(split2, cls):
     assert seen[0] == (0, 0) and seen[-1] == (old / 5 / (old / 5 + 50), old)
 
 
+def test_the_stored_samples_of_er_ace_are_not_gated(split2):
+    """They follow in a forward pass of their own."""
+    benchmark, plugin, seen = sliced(split2, train=200), SelectivePlasticityPlugin(rank=10), []
+
+    class Gradients(SupervisedPlugin):
+        def after_backward(self, strategy, **kwargs):
+            if len(plugin.layers):
+                first = strategy.model[1].weight
+                streams, stored = (
+                    torch.autograd.grad(out, first, torch.autograd.grad(strategy.loss, out, retain_graph=True)[0])[0]
+                    for out in (strategy.mb_output, strategy.mb_buffer_out)
+                )
+                g = plugin.gate._gated["1"]
+                seen.append((g, first.grad.clone(), streams, stored, g.statistics.holding))
+
+    model = mlp(bias=False)
+    strategy = build(ER_ACE, {"mem_size": 40, "batch_size_mem": 20}, model, [plugin, Gradients()])
+    strategy.retain_graph = True
+    strategy.train(benchmark.train_stream[0])
+    strategy.train(benchmark.train_stream[1])
+    assert len(seen) == 10
+    for g, found, streams, stored, held in seen:
+        through = (1 - g.gate.closed_rest) * (streams + stored)
+        expected = through - held * g.memory.held(streams, g.gate.closed_more)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-3)
+        assert float(stored.norm()) > 0
+
+
 def test_an_error_in_er_aces_forward_pass_leaves_no_hook_on_the_model(split2):
     class Broken(SupervisedPlugin):
         def before_forward(self, strategy, **kwargs):
