@@ -153,7 +153,7 @@ def solve_head(model, tasks, ridge=1.0):
     model.head.bias.copy_(weights[:, -1])
 
 
-# What is trained, and how.
+# The settings of each row.
 ROWS = {
     "naive": {"head_rate": 1e-2},
     "joint": {"joint": True},

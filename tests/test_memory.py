@@ -1,4 +1,4 @@
-"""A budget of bytes for what a gate remembers: kept at every consolidation, by any network."""
+"""A budget in bytes for a gate's memory: kept at every consolidation, by any network."""
 
 import re
 
@@ -108,7 +108,7 @@ def test_the_least_is_what_one_eigenvector_a_layer_takes(split5, network):
 
 
 def test_a_head_for_each_task_is_counted_before_it_is_trained(split5):
-    """It has as many inputs as the first one; a layer that has not is no head."""
+    """Its number of inputs is that of the first head; a layer with another number is no head."""
     gate = gated(mlp())
     train(gate, images(split5, 0))
     gate._model.adapter = nn.Linear(784, 8)

@@ -88,8 +88,8 @@ def least_bytes(memory: Memory, layers: Mapping[str, GatedLayer]) -> int:
 
     Args:
         memory: so far. Layers that have left the network stay in it.
-        layers: the network's gated layers by name. If no readout is known so far, it is the last one. A layer without
-            memory that has as many inputs as a known readout counts as another head.
+        layers: the network's gated layers by name. If no readout is known so far, the last layer counts as the readout.
+            A layer without memory counts as another head if its number of inputs is that of a known readout.
     """
     total = sum(known.leading(1).state_bytes for name, known in memory.layers.items() if name not in layers)
     readouts = {n: m for n, m in memory.layers.items() if m.residual is not None or m.class_sums is not None}

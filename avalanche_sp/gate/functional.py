@@ -192,7 +192,7 @@ def held_back(delta: Tensor, projection: Tensor, closed: Tensor) -> Tensor:
 
 
 def unanswered(gradient: Tensor, held: Tensor, closed: Tensor) -> Tensor:
-    """How much of what a gate f closes off of the stream's gradient S is held back if stored samples pass it.
+    """The share h to hold back of the part H of the stream's gradient S that a gate f closes off, with stored samples.
 
         H = S diag(f),   M = G - S,      h = 1 + <M, H> / <H, H>, clipped to [0, 1]
 

@@ -663,7 +663,7 @@ class PlasticityGate:
         return g.gate.gated(g.layer, grad, held * g.statistics.holding)
 
     def _note(self, g: Gated, parameter: nn.Parameter, grad: Tensor, held: Tensor) -> None:
-        """Adds a backward pass to what is known of the step's gradient along the gated vectors."""
+        """Adds a backward pass to the step's gradient along the gated vectors."""
         known = self._along.setdefault(g.name, [torch.zeros_like(held)] * 2)
         known[0] = known[0] + g.layer.part_along(parameter, grad, g.gate.leading)
         if parameter is g.layer.weight:  # it is of weight and bias together

@@ -84,8 +84,8 @@ class StreamStatistics:
         energy, passed, novel: 0-dim, of the present epoch: squared inputs; the part that the gate lets through; the
             part outside the memory's vectors.
         power, power_energy: squared inputs along each vector (r,) and in all, 0-dim, since the last consolidation.
-        holding: 0-dim; beside stored samples, how much of the stream's gradient that the gate closes off is held back
-            (:func:`~avalanche_sp.gate.functional.unanswered`).
+        holding: 0-dim; with stored samples, the share that is held back of the part of the stream's gradient that the
+            gate closes off (:func:`~avalanche_sp.gate.functional.unanswered`).
     """
 
     energy: Tensor

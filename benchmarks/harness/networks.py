@@ -74,13 +74,13 @@ def small_cnn(
     shape: tuple[int, int, int] = (1, 28, 28), classes: int = 10, normalised: bool = False
 ) -> nn.Sequential:
     first, second = CHANNELS
-    norms = [nn.BatchNorm2d(first)], [nn.BatchNorm2d(second)]
+    norms = [[nn.BatchNorm2d(width)] if normalised else [] for width in CHANNELS]
     return nn.Sequential(
         nn.Conv2d(shape[0], first, 5, stride=2, padding=2),
-        *(norms[0] if normalised else ()),
+        *norms[0],
         nn.ReLU(),
         nn.Conv2d(first, second, 3, stride=2, padding=1),
-        *(norms[1] if normalised else ()),
+        *norms[1],
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(second * (shape[1] // 4) * (shape[2] // 4), classes),
