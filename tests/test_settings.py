@@ -44,12 +44,16 @@ def network(kind="mlp", classes=5):
     return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
 
 
-def new_classes(settings, adam=None):
-    """The weights after two tasks with classes of their own, of which the second is remembered also."""
+def new_classes(settings, adam=None, times=1):
+    """The weights after two tasks with classes of their own, of which the second is remembered also.
+
+    Their images are there ``times`` times.
+    """
     model = network(classes=10)
     optimizer = adam(model.parameters()) if adam else torch.optim.SGD(model.parameters(), lr=0.02)
     gate = PlasticityGate(model, optimizer, settings=settings)
     for x, y in (OLD, (NEW[0], 5 + NEW[1])):
+        x, y = x.repeat(times, *[1] * (x.dim() - 1)), y.repeat(times)
         gate.prepare(TensorDataset(x, y), cross_entropy)
         for rows in list(torch.arange(192).split(64)) * 8:
             optimizer.zero_grad()
@@ -184,7 +188,7 @@ CASES = {
     "readout_damping": case(0.05, 0.06, two_tasks),
     "readout_stream_damping": case(0.3, 0.4, stream, {"stream_chunk": 640}),
     "solve_ridge": case(0.02, 0.021, new_classes),
-    "solve_samples": case(2000, 1990, new_classes),
+    "solve_samples": case(2000, 1990, new_classes, times=11),
     "solve_steps": case(20, 2, new_classes),
     "solve_tolerance": case(1e-3, 0.1, new_classes),
     "adaptive_eps": case(1e-6, 1e-7, new_classes, adam=partial(torch.optim.Adam, lr=1e-4, eps=1e-6)),

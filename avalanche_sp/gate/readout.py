@@ -156,7 +156,7 @@ def pseudo_samples(memory: LayerMemory, least: int, basis: Tensor) -> tuple[Tens
 
     Args:
         memory: of a readout, with class sums.
-        least: number of vectors, at least.
+        least: number of vectors, at least; two for each direction of the covariance are made in any case.
         basis: B, shape (d, k), along which they are wanted.
 
     Returns:
@@ -256,7 +256,8 @@ def solve_readout(
     white = vectors * (values + ridge).clamp_min(torch.finfo(values.dtype).tiny).rsqrt()  # W = units white^T
     parts = [(new.inputs @ white, new.targets, 1 - share)]
     if old is not None:
-        parts.append((*pseudo_samples(old, settings.solve_samples, white), share * (1 - trust)))
+        number = min(settings.solve_samples, old.samples)
+        parts.append((*pseudo_samples(old, number, white), share * (1 - trust)))
     total = sum(samples.weight for samples in stored)
     parts += [(s.inputs @ white, s.targets, share * trust * s.weight / total) for s in stored]
     start = layer.weights_and_bias()

@@ -10,7 +10,7 @@ from avalanche.models import TrainEvalModel, avalanche_forward
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
-from avalanche_sp.gate import ChangeDetector, LayerMemory, PlasticityGate, Settings
+from avalanche_sp.gate import ChangeDetector, LayerMemory, PlasticityGate, Samples, Settings
 from avalanche_sp.gate.layers import gated_layers
 from avalanche_sp.gate.per_layer import PerLayer
 from avalanche_sp.optim import SelectivePlasticityOptimizer
@@ -106,6 +106,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
         """Training iterations after which the plugin consolidated; with "surprise" the boundaries that it found."""
         self._eligibility = ConsolidatedEligibility()
         self._steps = 0  # of the present experience
+        self._samples: Samples | None = None  # of it
         self._told_of_mixture = False
 
     @property
@@ -131,7 +132,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
 
     def before_training_exp(self, strategy, **kwargs):
         self.gate.attach(strategy.model, strategy.optimizer)
-        self._steps = 0
+        self._steps, self._samples = 0, None
         if isinstance(strategy.optimizer, SelectivePlasticityOptimizer):
             self._eligibility.restore(strategy)
 
@@ -149,7 +150,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
         epoch = strategy.clock.train_exp_epochs
         self.gate.begin(len(strategy.experience.dataset), stored, epoch)
         if not epoch:
-            self.gate.prepare(samples_of(strategy.experience.dataset, limit), strategy._criterion)
+            self._samples = samples_of(strategy.experience.dataset, limit)
+            self.gate.prepare(self._samples, strategy._criterion)
 
     def before_training_iteration(self, strategy, **kwargs):
         if isinstance(strategy.mbatch, Mapping):
@@ -210,7 +212,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
                     stacklevel=2,
                 )
         elif self.gate.boundaries == "experience" and self.gate.active:
-            samples = samples_of(strategy.experience.dataset, self.gate.consolidation_samples)
+            samples = self._samples or samples_of(strategy.experience.dataset, self.gate.consolidation_samples)
+            self._samples = None
             self.gate.consolidate(samples, strategy._criterion)
             self._note_consolidation(strategy, strategy.clock.train_iterations)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,29 +27,49 @@ __all__ = [
     "trains_apart",
 ]
 
+_KEPT = 2**26  # bytes
 
-@dataclass(frozen=True)
+
 class SpreadBatches:
     """Samples of an Avalanche dataset, evenly spread over it, in batches.
 
-    Attributes:
+    A first reading keeps the batches if they take at most 64 MB, for later ones. A copy by pickle doesn't have them.
+
+    Args:
         dataset: an ``AvalancheDataset``.
         limit: number of samples, at most.
     """
 
-    dataset: Any
-    limit: int
+    def __init__(self, dataset: Any, limit: int):
+        self.dataset = dataset
+        self.limit = limit
+        self._kept: list[tuple[tuple[Tensor, Tensor], Tensor]] | None = None
 
     def __iter__(self) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
         """Pairs of (inputs, task labels) and targets."""
+        if self._kept is not None:
+            yield from self._kept
+            return
         loader = DataLoader(
             self.dataset.subset(evenly_spread(len(self.dataset), self.limit)),
             batch_size=BATCH,
             collate_fn=getattr(self.dataset, "collate_fn", None),
             generator=torch.Generator(),  # its own: a loader draws from the global one even without shuffling
         )
+        kept: list = []
+        size = 0.0
         for batch in loader:
-            yield (batch[0], batch[-1]), batch[1]
+            pair = (batch[0], batch[-1]), batch[1]
+            size += getattr(batch[0], "nbytes", float("inf"))
+            if size <= _KEPT:
+                kept.append(pair)
+            else:
+                kept.clear()
+            yield pair
+        self._kept = kept or None
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_kept": None}
 
 
 def samples_of(dataset, limit: int) -> Samples:
