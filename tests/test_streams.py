@@ -1,9 +1,9 @@
 """Streams without clean boundaries, and how finding them is counted."""
 
-
 import numpy as np
+import pytest
 
-from harness.run import build_benchmark, execute
+from harness.run import LONG, build_benchmark, execute, over_time
 from harness.settings import Run
 from harness.streams import swaps
 
@@ -63,3 +63,21 @@ def test_an_online_stream_is_measured_when_its_tasks_end():
     assert record["task_ends"] == [10, 20] and not record["consolidated_at"]
     told = execute(run_of("sp", **short), str(MNIST))["figures"]
     assert told["consolidated_at"] == [10, 20]
+
+
+def test_a_long_stream_is_scored_on_some_images_and_stored_as_means():
+    run = run_of("naive-sgd", benchmark="permuted-mnist", n_tasks=LONG + 1, train_per_task=128)
+    figures = execute(run, str(MNIST))["figures"]
+    assert "accuracy_matrix" not in figures and "curve" not in figures
+    assert {name: len(values) for name, values in figures["over_time"].items()} == dict.fromkeys(
+        ("present", "last", "all"), LONG + 1
+    )
+    assert figures["over_time"]["all"][-1] == pytest.approx(figures["acc"], abs=0.01)
+
+
+def test_accuracies_over_time_of_a_matrix():
+    matrix = np.tril(np.full((12, 12), 50.0)) + 50 * np.eye(12)
+    found = over_time(matrix + 7 * np.triu(np.ones((12, 12)), 1))  # what is not trained yet counts nowhere
+    assert found["present"] == [100.0] * 12
+    assert found["last"][-1] == 55.0 and found["all"][-1] == round((11 * 50 + 100) / 12, 2)
+    assert found["last"][1] == found["all"][1] == 75.0

@@ -15,7 +15,7 @@ import pandas as pd
 from harness.recipes import name_of
 from harness.settings import BOUNDS, network_title
 from harness.statistics import bootstrap, student
-from harness.studies import ALONE, BY_BUFFER, LAYERS, OURS, STUDIES, WITH_AND_WITHOUT
+from harness.studies import ALONE, BY_BUFFER, LAYERS, LONG_STREAMS, OURS, STUDIES, WITH_AND_WITHOUT
 from harness.tables import by_seed, cells, title
 
 # Blues and greens for replay (P. Tol, Colour schemes, 2021), red for selective plasticity, greys for the rest.
@@ -42,6 +42,7 @@ def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
         acc_by_buffer(frame, folder / "buffers.png"),
         *(accuracy_in_training(STUDIES[name].select(frame), folder / file) for name, file in training.items()),
         contributions_of_layers(frame, folder / "layers.png"),
+        long_streams(frame, folder / "long_streams.png"),
     ]
 
 
@@ -146,6 +147,41 @@ def accuracy_in_training(runs: pd.DataFrame, path: Path) -> Path:
     figure.supylabel("accuracy, %", fontsize=8, x=0.05 / width)
     figure.suptitle(title(runs), fontsize=8, y=1 - 0.08 / height)
     return _save(figure, path)
+
+
+def long_streams(frame: pd.DataFrame, path: Path) -> Path:
+    """Small multiples: accuracy after each task on the present task, the last ten and all. A row a stream."""
+    headings = {"present": "present task", "last": "last ten tasks", "all": "all tasks so far"}
+    figure, axes = plt.subplots(len(LONG_STREAMS), 3, figsize=(9, 2.3 * len(LONG_STREAMS)), squeeze=False)
+    figure.subplots_adjust(0.06, 0.07, 0.86, 0.95, wspace=0.15, hspace=0.4)
+    for row, study in zip(axes, LONG_STREAMS.values()):
+        runs = study.select(frame)
+        strategies = [(name_of(label), cell) for label, _, cell in cells(runs[runs["over_time"].notna()])]
+        for ax, (name, heading) in zip(row, headings.items()):
+            ends = []
+            for label, cell in strategies:
+                line, colour = np.mean([f[name] for f in cell["over_time"]], axis=0), _colour(cell["strategy"].iloc[0])
+                if name == "present":  # one task is a rough measure
+                    line = pd.Series(line).rolling(10, min_periods=1).mean().to_numpy()
+                ax.plot(np.arange(1, len(line) + 1), line, color=colour, lw=1.3)
+                ends.append((line[-1], label, colour))
+            ax.set_title(f"{heading}\n{study.title}" if name == "present" else heading, fontsize=8, loc="left")
+            ax.tick_params(labelsize=7)
+        for place, (_, label, colour) in zip(_apart([end for end, *_ in sorted(ends)], 7.0), sorted(ends)):
+            where = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
+            row[-1].annotate(label, (1.02, place), fontsize=7, color=colour, **where)
+        row[0].set_ylabel("accuracy, %", fontsize=8)
+    for ax in axes[-1]:
+        ax.set_xlabel("task", fontsize=8)
+    return _save(figure, path)
+
+
+def _apart(places: list[float], least: float) -> list[float]:
+    """Places in rising order, moved up until neighbours are ``least`` apart."""
+    moved: list[float] = []
+    for place in places:
+        moved.append(max([place, *(last + least for last in moved[-1:])]))
+    return moved
 
 
 def contributions_of_layers(frame: pd.DataFrame, path: Path) -> Path:

@@ -36,6 +36,8 @@ from harness.streams import blurred, drifting, groups_of_classes, parts
 CURVE_POINTS = 10  # measurements of the accuracy curve in an experience
 FIRST_STEPS = (1, 2, 5, 10, 20)  # measured iterations of every later experience: old tasks fall deepest then
 CURVE_IMAGES = 1000  # test images a task behind each
+LONG = 20  # tasks; a longer stream is scored on these test images, and its row has means in place of the matrix
+LAST = 10  # the last tasks of a long stream
 
 
 class AccuracyCurve(SupervisedPlugin):
@@ -58,15 +60,31 @@ class AccuracyCurve(SupervisedPlugin):
         if strategy.clock.train_exp_iterations + 1 not in self._at:
             return
         start = time.perf_counter()
-        strategy.model.eval()
-        accuracies = [
-            100 * (avalanche_forward(strategy.model, x, t).argmax(1) == y).float().mean().item()
-            for x, y, t in self.test_sets
-        ]
-        strategy.model.train()
+        accuracies = accuracies_on(self.test_sets, strategy.model)
         iteration = strategy.clock.train_iterations + 1
         self.points.append({"experience": self._experience, "iteration": iteration, "task_acc": accuracies})
         self.seconds += time.perf_counter() - start
+
+
+@torch.no_grad()
+def accuracies_on(test_sets: list[list[torch.Tensor]], model: torch.nn.Module) -> list[float]:
+    """Accuracy on each test set (images, labels, task labels), in percent."""
+    model.eval()
+    correct = [avalanche_forward(model, x, t).argmax(1) == y for x, y, t in test_sets]
+    model.train()
+    return [100 * c.float().mean().item() for c in correct]
+
+
+def over_time(accuracy: np.ndarray) -> dict[str, list[float]]:
+    """Accuracy after each task of a long stream: on the present task, on the last ten, and on all so far.
+
+    Args:
+        accuracy: matrix (tasks, tasks), a row an experience.
+    """
+    seen = [row[: task + 1] for task, row in enumerate(accuracy)]
+    means = {"present": [row[-1] for row in seen], "last": [row[-LAST:].mean() for row in seen]}
+    means["all"] = [row.mean() for row in seen]
+    return {name: [round(float(value), 2) for value in values] for name, values in means.items()}
 
 
 def worst_case(points: list[dict]) -> float | None:
@@ -108,8 +126,9 @@ def execute(
     random.seed(run.seed)  # Avalanche's A-GEM draws its memory with it
     model = build_model(run)
     matrix, watch = AccuracyMatrix(), AccuracyCurve(test_sets)
+    is_long, rows = run.n_tasks > LONG, []
     # An online stream's curve would have a point for every batch. Amid pruning PackNet has no old task's network.
-    curve = curve and run.stream == "tasks" and run.strategy != "packnet"
+    curve = curve and run.stream == "tasks" and run.strategy != "packnet" and not is_long
     strategy, plugins = build_strategy(run, model, [watch] if curve else [], EvaluationPlugin(matrix))
 
     seconds, ends, ranks = 0.0, [], []
@@ -128,14 +147,21 @@ def execute(
             raise FloatingPointError(f"the weights are not finite after training experience {number}. {cause}")
         ends.append(strategy.clock.train_iterations)
         ranks.append(sum(gate.gate.claimed_rank.values()) if gate is not None else 0)
-        strategy.eval(benchmark.test_stream)
+        if is_long:
+            rows.append(accuracies_on(test_sets, strategy.model))
+        else:
+            strategy.eval(benchmark.test_stream)
         if after_experience is not None:
-            after_experience(matrix.result())
+            after_experience(np.array(rows) if is_long else matrix.result())
 
-    accuracy = matrix.result()
+    accuracy = np.array(rows) if is_long else matrix.result()
     accuracy = accuracy[~np.isnan(accuracy).all(axis=1)]  # an online stream is evaluated when a task ends
     network = build_network(run.network, run.heads, run.data)
-    figures = {"acc": float(accuracy[-1].mean()), "accuracy_matrix": accuracy.round(4).tolist(), "task_ends": ends}
+    figures = {"acc": float(accuracy[-1].mean()), "task_ends": ends}
+    if is_long and not whole:
+        figures["over_time"] = over_time(accuracy)
+    else:
+        figures["accuracy_matrix"] = accuracy.round(4).tolist()
     figures["seconds"] = seconds - watch.seconds
     figures["extra_memory_bytes"] = extra_memory_bytes(strategy, plugins, network)
     if watch.points:

@@ -282,6 +282,19 @@ BOUNDARIES = {
     "returning": Study(_FIVE, _split(5, stream="returning"), _SP),
 }
 
+# Many tasks of few images. The learning rates were tuned on validation images, seed 100 (docs/trials/baselines.csv).
+_LONG_RATES = {"naive-sgd": 0.1, "naive-adam": 1e-3, "upgd": 0.1, "ewc": 0.1, "sp": 0.1, "sp-both": 3e-3}
+_LONG = (*(_set({"lr": lr}, name) for name, lr in _LONG_RATES.items()), *_rows("rf-ridge joint"))
+LONG_STREAMS = {
+    f"permuted_{tasks}": Study(f"Permuted MNIST, {tasks} tasks of 1000 images",
+                               _permuted(tasks, train_per_task=1000), _LONG, seeds=3)
+    for tasks in (100, 200)
+}  # fmt: skip
+LONG_STREAMS["glyphs_38"] = Study(
+    "76 letters, 38 tasks", _split(38, "glyphs"), _rows("naive-sgd naive-adam ewc gpm rf-ridge sp sp-both joint"),
+    seeds=3,
+)  # fmt: skip
+
 # The protection of single layers, by network, whose gated layers are named first to last.
 LAYERS = {"256-256": ("1", "3", "5"), "cnn": ("0", "2", "5")}
 
@@ -296,7 +309,7 @@ def _layers(network: str) -> Study:
 
 
 # All that the documents show, by the name that they and the command line give it.
-STUDIES = {**BY_BUFFER, **WITHOUT_REPLAY, **PARTS, **PUBLISHED, **DENDRITES, **OTHER_DATA}
+STUDIES = {**BY_BUFFER, **WITHOUT_REPLAY, **PARTS, **PUBLISHED, **DENDRITES, **OTHER_DATA, **LONG_STREAMS}
 STUDIES |= {f"boundaries_{name}".replace(" ", "_"): study for name, study in BOUNDARIES.items()}
 STUDIES |= {f"layers_{network}": _layers(network) for network in LAYERS}
 

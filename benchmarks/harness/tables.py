@@ -156,6 +156,12 @@ def each_task(cell: pd.DataFrame) -> str:
     return " / ".join(map("{:.1f}".format, accuracies)) if few else f"{accuracies.min():.1f} to {accuracies.max():.1f}"
 
 
+def _over_time(cell: pd.DataFrame, name: str, tasks: slice) -> str:
+    """Mean over some tasks of a long stream of an accuracy over time; joint training has none."""
+    runs = cell["over_time"].dropna()
+    return with_student(runs.map(lambda found: np.mean(found[name][tasks]))) if len(runs) else "-"
+
+
 def trained_with(cell: pd.DataFrame) -> str:
     run = cell.iloc[0]
     return f"{run.optimizer} {run.lr:g}, {run.loss}" + (f"; {run.arguments}" if run.arguments else "")
@@ -180,6 +186,12 @@ LISTINGS: dict[str, dict[str, Callable[[pd.DataFrame], str]]] = {
         **_ACC,
         "task A %": lambda cell: each_task(cell).split(" / ")[0],
         "task B %": lambda cell: each_task(cell).split(" / ")[1],
+    },
+    "long": {
+        "present task, first ten %": lambda cell: _over_time(cell, "present", slice(None, 10)),
+        "present task, last ten %": lambda cell: _over_time(cell, "present", slice(-10, None)),
+        "last ten at the end %": lambda cell: _over_time(cell, "last", slice(-1, None)),
+        "all at the end %": lambda cell: with_student(cell["acc"]),
     },
     "published": {
         "published %": lambda cell: f"{cell['published'].iloc[0]:.1f}".replace("nan", "-"),
