@@ -510,6 +510,21 @@ def test_an_experience_that_is_hardly_learned_is_named(kwargs, hardly):
         assert "experience 2 was" in said[0] and "openness (now 0.0001)" in said[0] and "at layer" in said[0]
 
 
+@pytest.mark.parametrize("dead, said", [(10, ["62% of the inputs of layer 3 are zero"]), (6, [])])
+def test_a_layer_with_few_live_inputs_is_named_after_the_first_experience(dead, said):
+    model, _, gate = made()
+    with torch.no_grad():
+        model[1].bias[:dead] = -1e3
+    x, y = TASKS[0]
+    dark = TensorDataset(x * (torch.rand(64, generator=torch.Generator().manual_seed(0)) < 0.3).view(8, 8), y)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gate.consolidate(dark, OneHotMSELoss())  # dark pixels are no dead units
+        gate.consolidate(dark, OneHotMSELoss())
+    found = [str(w.message) for w in caught if "dead units" in str(w.message)]
+    assert len(found) == len(said) and all(part in text for part, text in zip(said, found))
+
+
 def test_a_state_without_a_model_waits_for_one():
     model, optimizer, gate = learned()
     waiting = PlasticityGate()

@@ -45,6 +45,7 @@ from avalanche_sp.gate.trust import StoredSamples
 
 __all__ = ["PlasticityGate"]
 
+_MOSTLY = 0.5  # of a layer's inputs are dead
 _HARDLY = 0.9  # an experience is hardly learned if this share of its loss, or more, is left
 
 
@@ -781,6 +782,7 @@ class PlasticityGate:
         self._drift.forget()
         if self.memory.consolidations == 1:
             self._warn_of_ungated(layers)
+            _warn_of_dead(observation)
 
     def _solves(self, observation: Observation) -> bool:
         """Whether the readout is solved for an experience: it brings a new class, or a new task's head.
@@ -891,6 +893,19 @@ class PlasticityGate:
                 change = changes[name]
                 g.layer.set_weights(g.layer.weights_and_bias()[: len(change)] + g.gate.through(change, g.memory))
                 self._drift.rebase(name)
+
+
+def _warn_of_dead(observation: Observation) -> None:
+    """Says so if the first experience has left a layer few live inputs, for no gate can bring them back."""
+    dead = {name: seen.dead for name, seen in observation.layers.items()}
+    most = max(dead, key=lambda name: dead[name])
+    if dead[most] > _MOSTLY:
+        warnings.warn(
+            f"selective plasticity: {100 * dead[most]:.0f}% of the inputs of layer {most} are zero for every sample of "
+            "the first experience (dead units). Later experiences learn from the others. A lower learning rate in the "
+            "first experience leaves more of them alive.",
+            stacklevel=2,
+        )
 
 
 class _Hook:

@@ -58,6 +58,13 @@ class LayerObservation:
     fed_by_data: bool
     shared: bool = False
 
+    @property
+    def dead(self) -> float:
+        """Share of the units below that are zero for every sample; 0 for inputs that data feed."""
+        if self.fed_by_data or self.inputs.dim() == 1:
+            return 0.0
+        return float((self.inputs == 0).all(0).float().mean())
+
     def mean_square(self, weights: Tensor) -> Tensor:
         """Mean squared norm of the outputs that weights (out, d) make of the inputs, 0-dim."""
         if self.inputs.dim() == 1:
