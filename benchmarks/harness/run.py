@@ -148,7 +148,9 @@ def execute(
         ends.append(strategy.clock.train_iterations)
         ranks.append(sum(gate.gate.claimed_rank.values()) if gate is not None else 0)
         if is_long:
-            rows.append(accuracies_on(test_sets, strategy.model))
+            seen = test_sets if whole else test_sets[: len(rows) + 1]
+            accuracies = accuracies_on(seen, strategy.model)
+            rows.append(accuracies + [0.0] * (len(test_sets) - len(seen)))
         else:
             strategy.eval(benchmark.test_stream)
         if after_experience is not None:

@@ -192,6 +192,7 @@ LISTINGS: dict[str, dict[str, Callable[[pd.DataFrame], str]]] = {
         "present task, last ten %": lambda cell: _over_time(cell, "present", slice(-10, None)),
         "last ten at the end %": lambda cell: _over_time(cell, "last", slice(-1, None)),
         "all at the end %": lambda cell: with_student(cell["acc"]),
+        **_MEMORY,
     },
     "published": {
         "published %": lambda cell: f"{cell['published'].iloc[0]:.1f}".replace("nan", "-"),
