@@ -348,8 +348,10 @@ class PlasticityGate:
         """Solves the readout for a coming experience with new classes, before it is trained. Optional, and worth it.
 
         The readout is then frozen until :meth:`consolidate`. So the layers below learn only the part of the loss that
-        the readout cannot remove, and the drift of old inputs is measured. Without a memory, without a new class or a
-        new task's head, and for a quadratic loss if stored samples stand for most of the old one, it does nothing.
+        the readout cannot remove, and the drift of old inputs is measured. Without a new class or a new task's head,
+        and for a quadratic loss if stored samples stand for most of the old one, it does nothing. It does nothing
+        before the first experience either, unless the optimizer is an adaptive one, such as Adam: for others the solved
+        readout can make the loss too sharp, and there is no earlier experience to compare it with.
 
         Args:
             data, criterion: as for :meth:`consolidate`, with the samples in the same order.
@@ -358,10 +360,9 @@ class PlasticityGate:
             self._prepared = None
             self._begin_again()
         self._loss_before = None
-        if not (self.active and self.readout_step and self.memory.layers) or self._stream:
+        if not (self.active and self.readout_step) or self._stream or not (self.memory.layers or self._is_adaptive):
             return
         model = self._attached()
-        assert self._optimizer is not None
         layers = protected_layers(model, self.openness)
         samples = self._samples_of(data)
         observation = self._observed(samples, layers, criterion)
@@ -377,11 +378,9 @@ class PlasticityGate:
         weights = {name: layer.weights_and_bias() for name, layer in below.items()}
         sensitivity = output_sensitivity(model, observation.inputs, below, self._forward, observation.shared)
         scale = {}
-        eps = self._optimizer.defaults.get("eps")
-        is_adaptive = isinstance(eps, float) and eps <= self.settings.adaptive_eps
         for name in below:
             g, reference = self._gated[name], self.memory.layers[name].sharpness
-            if reference is not None and not is_adaptive:
+            if reference is not None and not self._is_adaptive:
                 through = partial(g.gate.through, memory=g.memory)
                 sharp = sharpness(observation.layers[name], sensitivity[name], through)
                 scale[name] = float(reference / sharp) if sharp > reference else 1.0
@@ -784,6 +783,13 @@ class PlasticityGate:
             self._warn_of_ungated(layers)
             _warn_of_dead(observation)
 
+    @property
+    def _is_adaptive(self) -> bool:
+        """Whether the optimizer's steps do not grow with the sharpness of the loss."""
+        assert self._optimizer is not None
+        eps = self._optimizer.defaults.get("eps")
+        return isinstance(eps, float) and eps <= self.settings.adaptive_eps
+
     def _solves(self, observation: Observation) -> bool:
         """Whether the readout is solved for an experience: it brings a new class, or a new task's head.
 
@@ -791,11 +797,11 @@ class PlasticityGate:
         old loss.
         """
         samples = observation.classified
-        if samples is None or not (self.readout_step and self.memory.layers):
+        if samples is None or not self.readout_step:
             return False
         old = self.memory.layers.get(samples.layer)
         if old is None:
-            return True
+            return bool(self.memory.layers) or self._is_adaptive
         if old.class_counts is None:
             return False
         if self.trust > 0.5 and observation.readout is not None:
