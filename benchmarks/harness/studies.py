@@ -288,7 +288,7 @@ _LONG_RATES = {"naive-sgd": 0.05, "naive-adam": 1e-4, "upgd": 0.05, "gpm": 0.1, 
 _SLOW_RATES = {"ewc": 0.05, "gaussian-replay": 2e-3, "sp-gaussian": 3e-3}
 _LONG = (*(_set({"lr": lr}, name) for name, lr in _LONG_RATES.items()), *_rows("rf-ridge joint"))
 _SLOW = [_set({"lr": lr} | ({"strength": 10.0} if name == "ewc" else {}), name) for name, lr in _SLOW_RATES.items()]
-_OF_LETTERS = _rows("naive-sgd naive-adam ewc gpm rf-ridge sp sp-both gaussian-replay sp-gaussian joint")
+_OF_LETTERS = _rows("naive-sgd naive-adam gpm rf-ridge sp sp-both gaussian-replay sp-gaussian joint")
 LONG_STREAMS = {
     f"permuted_{tasks}": Study(
         f"Permuted MNIST, {tasks} tasks of 1000 images", _permuted(tasks, train_per_task=1000), rows, seeds=3
