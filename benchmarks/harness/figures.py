@@ -26,7 +26,7 @@ _COLOURS = {
     "sp-replay": "#cc3311", "replay-sgd": "#88ccee", "replay-adam": "#77aadd", "replay-joint": "#332288",
     "replay-adaptive": "#ddaa33", "sp-replay-sgd": "#ee7733", "replay-gated": "#6655aa",
     "replay-distilled": "#aa99dd", "er-ace": "#44aa99", "der++": "#117733", "gdumb": "#bbcc33", "a-gem": "#cc6677",
-    "gem": "#882255", "cumulative": "#555555", "joint": "#000000",
+    "gem": "#882255", "gpm": "#117733", "upgd": "#44aa99", "cumulative": "#555555", "joint": "#000000",
 }  # fmt: skip
 # Markers of the lines of one panel, whose colours alone are hard to distinguish.
 _MARKERS = {"sp-replay": "o", "replay-joint": "s", "der++": "^", "er-ace": "v", "replay-sgd": "D", "gdumb": "P"}
@@ -152,8 +152,8 @@ def accuracy_in_training(runs: pd.DataFrame, path: Path) -> Path:
 def long_streams(frame: pd.DataFrame, path: Path) -> Path:
     """Small multiples: accuracy after each task on the present task, the last ten and all. A row a stream."""
     headings = {"present": "present task", "last": "last ten tasks", "all": "all tasks so far"}
-    figure, axes = plt.subplots(len(LONG_STREAMS), 3, figsize=(9, 2.3 * len(LONG_STREAMS)), squeeze=False)
-    figure.subplots_adjust(0.06, 0.07, 0.86, 0.95, wspace=0.15, hspace=0.4)
+    figure, axes = plt.subplots(len(LONG_STREAMS), 3, figsize=(9.6, 2.4 * len(LONG_STREAMS)), squeeze=False)
+    figure.subplots_adjust(0.07, 0.06, 0.82, 0.96, wspace=0.15, hspace=0.3)
     for row, study in zip(axes, LONG_STREAMS.values()):
         runs = study.select(frame)
         strategies = [(name_of(label), cell) for label, _, cell in cells(runs[runs["over_time"].notna()])]
@@ -165,12 +165,14 @@ def long_streams(frame: pd.DataFrame, path: Path) -> Path:
                     line = pd.Series(line).rolling(10, min_periods=1).mean().to_numpy()
                 ax.plot(np.arange(1, len(line) + 1), line, color=colour, lw=1.3)
                 ends.append((line[-1], label, colour))
-            ax.set_title(f"{heading}\n{study.title}" if name == "present" else heading, fontsize=8, loc="left")
+            ax.set_title(heading, fontsize=8, loc="left")
             ax.tick_params(labelsize=7)
-        for place, (_, label, colour) in zip(_apart([end for end, *_ in sorted(ends)], 7.0), sorted(ends)):
+        low, high = row[-1].get_ylim()
+        places = _apart([end for end, *_ in sorted(ends)], 0.075 * (high - low))
+        for place, (_, label, colour) in zip(places, sorted(ends)):
             where = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
             row[-1].annotate(label, (1.02, place), fontsize=7, color=colour, **where)
-        row[0].set_ylabel("accuracy, %", fontsize=8)
+        row[0].set_ylabel(f"{study.title}\naccuracy, %", fontsize=7)
     for ax in axes[-1]:
         ax.set_xlabel("task", fontsize=8)
     return _save(figure, path)
