@@ -349,9 +349,9 @@ class PlasticityGate:
 
         The readout is then frozen until :meth:`consolidate`. So the layers below learn only the part of the loss that
         the readout cannot remove, and the drift of old inputs is measured. Without a new class or a new task's head,
-        and for a quadratic loss if stored samples stand for most of the old one, it does nothing. It does nothing
-        before the first experience either, unless the optimizer is an adaptive one, such as Adam: for others the solved
-        readout can make the loss too sharp, and there is no earlier experience to compare it with.
+        and for a quadratic loss if stored samples stand for most of the old one, it does nothing. Before the first
+        experience it does something for a loss that is not quadratic and an adaptive optimizer, such as Adam: for
+        others the solved readout can make the loss too sharp, and there is no earlier experience to compare it with.
 
         Args:
             data, criterion: as for :meth:`consolidate`, with the samples in the same order.
@@ -794,14 +794,14 @@ class PlasticityGate:
         """Whether the readout is solved for an experience: it brings a new class, or a new task's head.
 
         A loss that is quadratic in the outputs takes the Newton step instead if stored samples stand for most of the
-        old loss.
+        old loss. The first experience's is solved for another loss and an adaptive optimizer alone.
         """
         samples = observation.classified
         if samples is None or not self.readout_step:
             return False
         old = self.memory.layers.get(samples.layer)
         if old is None:
-            return bool(self.memory.layers) or self._is_adaptive
+            return bool(self.memory.layers) or (self._is_adaptive and observation.readout is None)
         if old.class_counts is None:
             return False
         if self.trust > 0.5 and observation.readout is not None:
