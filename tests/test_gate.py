@@ -525,6 +525,14 @@ def test_a_layer_with_few_live_inputs_is_named_after_the_first_experience(dead, 
     assert len(found) == len(said) and all(part in text for part, text in zip(said, found))
 
 
+def test_a_network_that_calls_no_layer_that_can_be_gated_is_consolidated():
+    model = MODELS["mlp"]()
+    model.forward = lambda x: x.flatten(1) @ model[1].weight[:5].T
+    gate = PlasticityGate(model, OPTIMIZERS["sgd"](model))
+    gate.consolidate(TensorDataset(*TASKS[0]), OneHotMSELoss())
+    assert gate.memory.consolidations == 1 and not gate.memory.layers
+
+
 def test_a_state_without_a_model_waits_for_one():
     model, optimizer, gate = learned()
     waiting = PlasticityGate()

@@ -274,3 +274,5 @@ def test_the_documents_list_each_setting():
         pytest.skip("no page lists the settings")
     text = "".join(page.read_text() for page in pages)
     assert [name for name in FIELDS if f"`{name}`" not in text] == []
+    rows = [f"| `{name}` | {' | '.join(map(str, about))} |" for name, *about in Settings.describe()]
+    assert [row for row in rows if row not in text] == []

@@ -77,7 +77,7 @@ def test_a_long_stream_is_scored_on_some_images_and_stored_as_means():
 
 def test_accuracies_over_time_of_a_matrix():
     matrix = np.tril(np.full((12, 12), 50.0)) + 50 * np.eye(12)
-    found = over_time(matrix + 7 * np.triu(np.ones((12, 12)), 1))  # what is not trained yet counts nowhere
+    found = over_time(matrix + 7 * np.triu(np.ones((12, 12)), 1))  # accuracies on later tasks are not counted
     assert found["present"] == [100.0] * 12
     assert found["last"][-1] == 55.0 and found["all"][-1] == round((11 * 50 + 100) / 12, 2)
     assert found["last"][1] == found["all"][1] == 75.0

@@ -349,9 +349,9 @@ class PlasticityGate:
 
         The readout is then frozen until :meth:`consolidate`. So the layers below learn only the part of the loss that
         the readout cannot remove, and the drift of old inputs is measured. Without a new class or a new task's head,
-        and for a quadratic loss if stored samples stand for most of the old one, it does nothing. Before the first
-        experience it does something for a loss that is not quadratic and an adaptive optimizer, such as Adam: for
-        others the solved readout can make the loss too sharp, and there is no earlier experience to compare it with.
+        and for a quadratic loss if stored samples stand for most of the old one, it does nothing. The first experience
+        needs a loss that is not quadratic and an adaptive optimizer, such as Adam: for another optimizer the solved
+        readout can make the loss too sharp, and there is no earlier experience to compare it with.
 
         Args:
             data, criterion: as for :meth:`consolidate`, with the samples in the same order.
@@ -794,7 +794,7 @@ class PlasticityGate:
         """Whether the readout is solved for an experience: it brings a new class, or a new task's head.
 
         A loss that is quadratic in the outputs takes the Newton step instead if stored samples stand for most of the
-        old loss. The first experience's is solved for another loss and an adaptive optimizer alone.
+        old loss. In the first experience the readout is solved only for another loss and an adaptive optimizer.
         """
         samples = observation.classified
         if samples is None or not self.readout_step:
@@ -904,10 +904,10 @@ class PlasticityGate:
 def _warn_of_dead(observation: Observation) -> None:
     """Says so if the first experience has left a layer few live inputs, for no gate can bring them back."""
     dead = {name: seen.dead for name, seen in observation.layers.items()}
-    most = max(dead, key=lambda name: dead[name])
-    if dead[most] > _MOSTLY:
+    name, share = max(dead.items(), key=lambda layer: layer[1], default=("", 0.0))
+    if share > _MOSTLY:
         warnings.warn(
-            f"selective plasticity: {100 * dead[most]:.0f}% of the inputs of layer {most} are zero for every sample of "
+            f"selective plasticity: {100 * share:.0f}% of the inputs of layer {name} are zero for every sample of "
             "the first experience (dead units). Later experiences learn from the others. A lower learning rate in the "
             "first experience leaves more of them alive.",
             stacklevel=2,

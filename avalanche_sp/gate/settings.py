@@ -55,7 +55,7 @@ class Settings:
     readout_stream_damping: float = _setting(0.3, "positive", "the same if the boundary was found")
     # Readout, solved for an experience with new classes.
     solve_ridge: float = _setting(0.02, "positive", "ridge of the weights, in units of the inputs' mean eigenvalue")
-    solve_samples: int = _setting(2000, "count", "pseudo-samples of old classes, if those were as many or more")
+    solve_samples: int = _setting(2000, "count", "pseudo-samples of old classes; fewer if there were fewer old samples")
     solve_steps: int = _setting(20, "count", "iterations of L-BFGS, at most")
     solve_tolerance: float = _setting(1e-3, "positive", "least gain of an iteration, in losses of zero outputs")
     adaptive_eps: float = _setting(

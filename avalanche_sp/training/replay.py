@@ -27,13 +27,14 @@ __all__ = [
     "trains_apart",
 ]
 
-_KEPT = 2**26  # bytes
+_KEPT = 2**26  # bytes of inputs
 
 
 class SpreadBatches:
     """Samples of an Avalanche dataset, evenly spread over it, in batches.
 
-    A first reading keeps the batches if they take at most 64 MB, for later ones. A copy by pickle doesn't have them.
+    The first reading keeps the batches for later readings if their inputs take at most 64 MB. A copy by pickle reads
+    them again.
 
     Args:
         dataset: an ``AvalancheDataset``.
@@ -61,9 +62,8 @@ class SpreadBatches:
         for batch in loader:
             pair = (batch[0], batch[-1]), batch[1]
             size += getattr(batch[0], "nbytes", float("inf"))
-            if size <= _KEPT:
-                kept.append(pair)
-            else:
+            kept.append(pair)
+            if size > _KEPT:
                 kept.clear()
             yield pair
         self._kept = kept or None

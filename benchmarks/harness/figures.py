@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from itertools import accumulate
 from pathlib import Path
 
 import matplotlib
@@ -167,9 +168,9 @@ def long_streams(frame: pd.DataFrame, path: Path) -> Path:
                 ends.append((line[-1], label, colour))
             ax.set_title(heading, fontsize=8, loc="left")
             ax.tick_params(labelsize=7)
+        ends.sort()
         low, high = row[-1].get_ylim()
-        places = _apart([end for end, *_ in sorted(ends)], 0.075 * (high - low))
-        for place, (_, label, colour) in zip(places, sorted(ends)):
+        for place, (_, label, colour) in zip(_apart([end for end, *_ in ends], 0.075 * (high - low)), ends):
             where = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
             row[-1].annotate(label, (1.02, place), fontsize=7, color=colour, **where)
         row[0].set_ylabel(f"{study.title}\naccuracy, %", fontsize=7)
@@ -180,10 +181,7 @@ def long_streams(frame: pd.DataFrame, path: Path) -> Path:
 
 def _apart(places: list[float], least: float) -> list[float]:
     """Places in rising order, moved up until neighbours are ``least`` apart."""
-    moved: list[float] = []
-    for place in places:
-        moved.append(max([place, *(last + least for last in moved[-1:])]))
-    return moved
+    return list(accumulate(places, lambda last, place: max(place, last + least)))
 
 
 def contributions_of_layers(frame: pd.DataFrame, path: Path) -> Path:

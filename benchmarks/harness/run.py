@@ -148,9 +148,9 @@ def execute(
         ends.append(strategy.clock.train_iterations)
         ranks.append(sum(gate.gate.claimed_rank.values()) if gate is not None else 0)
         if is_long:
-            seen = test_sets if whole else test_sets[: len(rows) + 1]
-            accuracies = accuracies_on(seen, strategy.model)
-            rows.append(accuracies + [0.0] * (len(test_sets) - len(seen)))
+            trained = test_sets if whole else test_sets[: len(rows) + 1]
+            later = [0.0] * (len(test_sets) - len(trained))
+            rows.append(accuracies_on(trained, strategy.model) + later)
         else:
             strategy.eval(benchmark.test_stream)
         if after_experience is not None:

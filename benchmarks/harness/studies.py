@@ -285,15 +285,18 @@ BOUNDARIES = {
 # Many tasks of few images. The learning rates were tuned on validation images, seed 100 (docs/trials/baselines.csv).
 # EWC has a penalty for each task, so that its time grows with their square.
 _LONG_RATES = {"naive-sgd": 0.05, "naive-adam": 1e-4, "upgd": 0.05, "gpm": 0.1, "sp": 0.1, "sp-both": 2e-3}
-_SLOW_RATES = {"ewc": 0.05, "gaussian-replay": 2e-3, "sp-gaussian": 3e-3}
 _LONG = (*(_set({"lr": lr}, name) for name, lr in _LONG_RATES.items()), *_rows("rf-ridge joint"))
-_SLOW = [_set({"lr": lr} | ({"strength": 10.0} if name == "ewc" else {}), name) for name, lr in _SLOW_RATES.items()]
+_LONG_AND_SLOW = (
+    *_LONG,
+    _set({"lr": 0.05, "strength": 10.0}, "ewc"),
+    *(_set({"lr": lr}, name) for name, lr in {"gaussian-replay": 2e-3, "sp-gaussian": 3e-3}.items()),
+)
 _OF_LETTERS = _rows("naive-sgd naive-adam gpm rf-ridge sp sp-both gaussian-replay sp-gaussian joint")
 LONG_STREAMS = {
     f"permuted_{tasks}": Study(
         f"Permuted MNIST, {tasks} tasks of 1000 images", _permuted(tasks, train_per_task=1000), rows, seeds=3
     )
-    for tasks, rows in ((100, (*_LONG, *_SLOW)), (200, _LONG))
+    for tasks, rows in ((100, _LONG_AND_SLOW), (200, _LONG))
 }
 LONG_STREAMS["glyphs_38"] = Study("76 letters, 38 tasks of two", _split(38, "glyphs"), _OF_LETTERS, seeds=3)
 
