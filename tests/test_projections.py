@@ -101,6 +101,14 @@ def test_gpm_adds_the_fewest_vectors_that_reach_the_threshold(split2):
     assert extend_basis(basis, inputs, 0.9).shape == basis.shape  # nothing new: nothing added
 
 
+@pytest.mark.parametrize("plugin", [GradientProjectionMemory(0.9), OrthogonalWeightsModification(1.0)])
+def test_training_that_diverged_is_told_with_the_layer_and_what_to_do(split2, plugin):
+    model = mlp()
+    strategy = strategy_of(model, [plugin], optimizer=torch.optim.SGD(model.parameters(), lr=1e6))
+    with pytest.raises(FloatingPointError, match="inputs of layer '3' are not finite.*too high a learning rate"):
+        strategy.train(split2.train_stream[0])
+
+
 # -- Orthogonal weights modification ---------------------------------------------------------------------------------
 
 

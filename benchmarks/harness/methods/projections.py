@@ -110,7 +110,11 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 @torch.no_grad()
 def layer_inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """The input (n, d) of each linear layer for the samples ``x``, with a column of ones for a bias."""
+    """The input (n, d) of each linear layer for the samples ``x``, with a column of ones for a bias.
+
+    Raises:
+        FloatingPointError: a layer's inputs are not finite.
+    """
     inputs: dict[str, Tensor] = {}
 
     def record(name: str, layer: nn.Linear, args: tuple) -> None:
@@ -124,6 +128,10 @@ def layer_inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
+    for name, rows in inputs.items():
+        if not rows.isfinite().all():
+            cause = "The usual cause is too high a learning rate: try a third of it."
+            raise FloatingPointError(f"the inputs of layer {name!r} are not finite after an experience. {cause}")
     return inputs
 
 
