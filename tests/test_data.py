@@ -44,6 +44,17 @@ def test_a_shipped_data_set_is_what_is_written_of_it(name):
         assert hashlib.md5((FOLDER / name / file).read_bytes()).hexdigest() == expected
 
 
+@pytest.mark.parametrize("benchmark", ["permuted-mnist", "split-glyphs"])
+def test_pixels_are_between_0_and_1_if_that_is_asked_for(benchmark):
+    def images(**settings):
+        stream = build_benchmark(Run(benchmark, "naive-sgd", 2, **settings)).train_stream
+        return stream[1].dataset.read_batch(list(range(100)))[0]
+
+    data, asked = DATA[benchmark.partition("-")[2]], images(pixels="0-1")
+    assert asked.min() == 0 and asked.max() == 1
+    torch.testing.assert_close(images(), (asked - data.mean[0]) / data.std[0])
+
+
 def small_cifar(root, folder, batches, meta, labels, classes):
     """Two images a class in each batch, in CIFAR's format: red, green and blue planes of 32 x 32, row by row."""
     (root / folder).mkdir(parents=True, exist_ok=True)

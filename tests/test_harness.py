@@ -75,6 +75,8 @@ def test_settings_that_a_strategy_does_not_have_are_named_with_all_that_it_has()
         recipe_of(make_run(overrides={"trace_decay": 0.9}))
     with pytest.raises(ValueError, match="Invalid setting: strength:1"):
         recipe_of(make_run("ewc", overrides={"strength:1": 1.0}))
+    with pytest.raises(ValueError, match=r"Invalid loss: hinge \(allowed: cross-entropy, squared error\)"):
+        recipe_of(make_run("sp", overrides={"loss": "hinge"}))
     settings = recipe_of(make_run("sp-optimizer", overrides={"warmup_steps": 700, "trace_decay": 0.9}))
     assert settings.optimizer_arguments == {"warmup_steps": 700, "trace_decay": 0.9}
 
@@ -92,8 +94,10 @@ def test_overrides_reach_the_layers_they_name():
 
 def test_a_runs_settings_are_all_that_decides_it():
     run = make_run()
-    others = [replace(run, **change) for change in ({"epochs": 2}, {"seed": 1}, {"overrides": {"lr": 0.3}})]
-    assert len({key_of(r.settings()) for r in (run, make_run(), *others)}) == 4
+    changes = ({"epochs": 2}, {"seed": 1}, {"overrides": {"lr": 0.3}}, {"pixels": "0-1"})
+    changes += ({"overrides": {"loss": "cross-entropy"}},)
+    others = [replace(run, **change) for change in changes]
+    assert len({key_of(r.settings()) for r in (run, make_run(), *others)}) == 6
     settings = make_run("sp-replay", replay_buffer=50, overrides={"openness": 0.2}).settings()
     assert settings["arguments"] == {
         "openness": 0.2, "pull_back": 1.0, "shrinkage": 50.0, "plasticity_k": 1.0, "beta1": 0.0, "eps": 1e-3,

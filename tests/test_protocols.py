@@ -9,6 +9,7 @@ from harness.networks import build_network
 from harness.protocols import PROTOCOLS
 from harness.recipes import recipe_of, strategies_of
 from harness.settings import NETWORKS
+from harness.studies import STUDIES
 
 EVERY = [(benchmark, name) for benchmark, protocols in PROTOCOLS.items() for name in protocols]
 
@@ -38,6 +39,15 @@ def test_settings_are_published_for_some_strategies_and_buffers_alone():
     assert lrs[200] == {"lr": 0.01} and lrs[5120] == {"lr": 0.1}
     other = runs("split-mnist", *mammoth, "replay-sgd", "--replay-buffer", 1000)
     assert all(r.overrides == () for r in other + runs("split-mnist", *mammoth, "sp"))
+
+
+def test_the_losses_and_pixels_of_a_publication_are_those_of_its_runs():
+    gpm, ours = runs("permuted-mnist", "--protocol", "gpm", "--strategies", "gpm,sp-both", "--seeds", 1)
+    assert (gpm.settings()["loss"], ours.settings()["loss"]) == ("cross-entropy", "squared error")
+    (adam,) = runs("permuted-mnist", "--protocol", "van-de-ven", "--strategies", "naive-adam", "--seeds", 1)
+    assert (adam.settings()["loss"], adam.settings()["pixels"]) == ("cross-entropy", "0-1")
+    (study,) = {cell["pixels"] for cell in STUDIES["protocol_van_de_ven_permuted"].cells()}
+    assert study == "0-1"
 
 
 def test_the_command_line_goes_first():

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from harness.data import DATA, folder_of
+from harness.data import DATA, PIXELS, folder_of
 from harness.protocols import PROTOCOLS, overrides_of
 from harness.recipes import ABOUT, NAMES, TASK_INCREMENTAL, USES_REPLAY, strategies_of, strategy_called
 from harness.settings import NETWORKS, ROOT, STRATEGIES, Run
@@ -154,6 +154,7 @@ class Comparison(Training):
         seeds: number of seeds
         against: also report each strategy's ACC minus this one's, paired by seed
         validation: score on held-out training images, for tuning
+        pixels: normalised, or as they are: between 0 and 1
         protocol: a published protocol on MNIST, whose settings are the defaults: harness/protocols.py
         output: folder of results and figures; None: one of the benchmark in results
     """
@@ -166,6 +167,7 @@ class Comparison(Training):
     seeds: int = 3
     against: Strategy | None = None
     validation: bool = False
+    pixels: Literal[PIXELS] = "normalised"
     protocol: str | None = None
     output: Path | None = None
 
@@ -195,7 +197,8 @@ class Comparison(Training):
     def runs(self) -> list[Run]:
         """Seeds outermost, so that a comparison cut short is a whole one with fewer seeds."""
         names = {"train_per_task", "task_incremental"}.intersection(vars(self))  # of one kind of benchmark alone
-        shared = {"n_tasks": self.tasks, "validation": self.validation} | {name: getattr(self, name) for name in names}
+        names |= {"validation", "pixels"}
+        shared = {"n_tasks": self.tasks} | {name: getattr(self, name) for name in names}
         return [
             self.run(self.benchmark, strategy, self.protocol, replay_buffer=buffer, seed=seed, **shared)
             for seed in range(self.first_seed, self.first_seed + self.seeds)

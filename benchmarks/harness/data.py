@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+PIXELS = ("normalised", "0-1")  # to a mean of 0 and a deviation of 1 over the training pixels, or as they are
 FOLDER = Path(__file__).resolve().parents[1] / "data"  # the shipped data sets, and the default place of downloads
 
 
@@ -94,11 +95,12 @@ def folder_of(name: str, dataset_root: Path | None) -> Path:
 
 
 class Part(NamedTuple):
-    """The training or the test images of a data set, an ``avalanche_sp.data.Images``."""
+    """The training or the test images of a data set, an ``avalanche_sp.data.Images``; ``pixels``: one of PIXELS."""
 
     name: str
     folder: str
     train: bool
+    pixels: str = "normalised"
 
     def read(self) -> tuple:
         return _read(self)
@@ -110,10 +112,12 @@ def _read(part: Part) -> tuple:
 
     data = DATA[part.name]
     images, labels = data.read(Path(part.folder), part.train, False)
-    return images, labels, tuple(torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
+    if part.pixels == "normalised":
+        return images, labels, tuple(torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
+    return images, labels, (torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
 
 
-def parts_of(name: str, dataset_root: Path | None) -> tuple[Part, Part]:
+def parts_of(name: str, dataset_root: Path | None, pixels: str = "normalised") -> tuple[Part, Part]:
     """The training and the test images of a data set."""
     folder = str(folder_of(name, dataset_root).resolve())
-    return Part(name, folder, True), Part(name, folder, False)
+    return Part(name, folder, True, pixels), Part(name, folder, False, pixels)

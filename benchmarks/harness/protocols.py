@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from harness.recipes.recipe import CE
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -13,14 +15,14 @@ class Protocol:
     Attributes:
         arguments: defaults of the scripts' arguments.
         settings: of the strategies that do not train with their recipes (tuned with one epoch and batches of 64); each
-            a number, or a number by buffer.
+            a number, a number by buffer, or the name of a loss.
         published: accuracy in percent by strategy and buffer (0: none).
         source: of both.
         note: how the conditions differ.
     """
 
     arguments: dict
-    settings: dict[str, dict[str, float | dict[int, float]]] = field(default_factory=dict)
+    settings: dict[str, dict[str, float | str | dict[int, float]]] = field(default_factory=dict)
     published: dict[tuple[str, int], float] = field(default_factory=dict)
     source: str = ""
     note: str = ""
@@ -29,6 +31,7 @@ class Protocol:
 _MAMMOTH = "P. Buzzega et al., Dark experience for general continual learning, NeurIPS 2020"
 _RESERVOIR = "Stored samples are drawn from the stream as it comes there, and when a task ends here."
 _VAN_DE_VEN = "G. van de Ven, A. Tolias, Three scenarios for continual learning, 2019"
+_PIXELS = {"pixels": "0-1"}
 
 PROTOCOLS: dict[str, dict[str, Protocol]] = {
     "split-mnist": {
@@ -55,11 +58,12 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
     },
     "permuted-mnist": {
         "mammoth": Protocol(
-            {"tasks": 20, "epochs": 1, "batch_size": 128, "network": "100-100", "replay_buffer": (200, 500, 5120)},
+            {"tasks": 20, "epochs": 1, "batch_size": 128, "network": "100-100", "replay_buffer": (200, 500, 5120)}
+            | _PIXELS,
             {
-                "replay-sgd": {"lr": 0.022},
+                "replay-sgd": {"lr": 0.2},
                 "der++": {
-                    "lr": {200: 0.011, 500: 0.022, 5120: 0.022},
+                    "lr": {200: 0.1, 500: 0.2, 5120: 0.2},
                     "alpha": {200: 1.0, 500: 1.0, 5120: 0.5},
                     "beta": {200: 1.0, 500: 0.5, 5120: 1.0},
                 },
@@ -67,14 +71,13 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
             {("replay-sgd", 200): 72.4, ("replay-sgd", 500): 80.6, ("replay-sgd", 5120): 89.9}
             | {("der++", 200): 83.6, ("der++", 500): 88.2, ("der++", 5120): 92.3, ("joint", 0): 94.3},
             _MAMMOTH,
-            f"{_RESERVOIR} The learning rates of `replay-sgd` and `der++` are the published ones divided by 9: pixels "
-            "are between 0 and 1 there and normalised here, where their mean square is 9 times as large.",
+            f"{_RESERVOIR} The settings of `replay-sgd` and `der++` are the published ones.",
         ),
         "gpm": Protocol(
             {"tasks": 10, "epochs": 5, "batch_size": 10, "network": "100-100", "replay_buffer": (1000,)},
             {
                 "replay-sgd": {"lr": 0.01},
-                "gpm": {"lr": 0.01, "epsilon": 0.95, "epsilon_hidden": 0.99},
+                "gpm": {"lr": 0.01, "loss": CE, "epsilon": 0.95, "epsilon_hidden": 0.99},
                 "owm": {"lr": 0.01},
                 "sp-both": {"lr": 5e-4},
             },
@@ -84,21 +87,18 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
         ),
         # 5000 iterations a task: 60,000 images are 468 whole batches of 128.
         "van-de-ven": Protocol(
-            {"tasks": 10, "epochs": 11, "batch_size": 128, "network": "1000-1000"},
-            {"naive-adam": {"lr": 1e-4}, "joint": {"lr": 1e-4}},
+            {"tasks": 10, "epochs": 11, "batch_size": 128, "network": "1000-1000"} | _PIXELS,
+            {"naive-adam": {"lr": 1e-4, "loss": CE}, "joint": {"lr": 1e-4}},
             {("naive-adam", 0): 78.5, ("ewc", 0): 94.3, ("si", 0): 95.3, ("lwf", 0): 72.6, ("joint", 0): 97.6},
             _VAN_DE_VEN,
-            "Pixels are between 0 and 1 there and normalised here, where none is zero and each task moves all of the "
-            "first layer: after two epochs a task `naive-adam` ends at 81.2 with pixels as they are here and at 91.5 "
-            "with pixels as they are there (validation images, one seed). Its loss is squared error here.",
         ),
     },
 }
 
 
 def overrides_of(
-    benchmark: str, protocol: str | None, strategy: str, buffer: int, own: Iterable[tuple[str, float]]
-) -> dict[str, float]:
+    benchmark: str, protocol: str | None, strategy: str, buffer: int, own: Iterable[tuple[str, float | str]]
+) -> dict[str, float | str]:
     """A run's overrides: the protocol's published settings, if there are any, then one's own."""
     settings = PROTOCOLS[benchmark][protocol].settings.get(strategy, {}) if protocol else {}
     found = {name: value.get(buffer) if isinstance(value, dict) else value for name, value in settings.items()}

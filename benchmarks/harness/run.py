@@ -184,7 +184,7 @@ def build_benchmark(run: Run, dataset_root: Path | None = None) -> CLScenario:
     if run.kind == "split":
         benchmark = groups_of_classes(run, run.n_tasks, dataset_root)
     else:
-        train, test = parts_of(run.data, dataset_root)
+        train, test = parts_of(run.data, dataset_root, run.pixels)
         size, images = run.train_per_task, len(train.read()[1])
         if size is not None and size > images:
             raise ValueError(f"Invalid train_per_task: {size} (allowed: 1 to {images})")

@@ -55,6 +55,7 @@ class Run:
         overrides: settings of the strategy that replace its recipe's, as a mapping or as pairs.
         stream: one of STREAMS.
         task_incremental: a head for each task, and task labels in training and in tests (classes).
+        pixels: one of PIXELS.
     """
 
     benchmark: str
@@ -67,9 +68,10 @@ class Run:
     train_per_task: int | None = None
     validation: bool = False
     network: str = "256-256"
-    overrides: tuple[tuple[str, float], ...] | Mapping[str, float] = ()
+    overrides: tuple[tuple[str, float | str], ...] | Mapping[str, float | str] = ()
     stream: str = "tasks"
     task_incremental: bool = False
+    pixels: str = "normalised"
 
     def __post_init__(self):
         object.__setattr__(self, "overrides", tuple(sorted(dict(self.overrides).items())))

@@ -30,6 +30,7 @@ except ImportError:  # Windows: one process for each store
 
 # Settings that a row may leave out, because most runs share them: of the run, and of its strategy.
 USUAL_RUN = {"train_per_task": None, "overrides": {}, "stream": "tasks", "task_incremental": False, "validation": False}
+USUAL_RUN["pixels"] = "normalised"
 USUAL_TRAINING = {"plugins": [], "arguments": {}, "joint_weight": False, "model": "network", "template": "naive"}
 USUAL = USUAL_RUN | USUAL_TRAINING
 
@@ -144,5 +145,5 @@ class Store:
 def as_text(value):
     """A setting as tables show it and runs are grouped by it."""
     if isinstance(value, Mapping):
-        return " ".join(f"{name}={number:g}" for name, number in sorted(value.items()))
+        return " ".join(f"{k}={v}" if isinstance(v, str) else f"{k}={v:g}" for k, v in sorted(value.items()))
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else value

@@ -27,7 +27,7 @@ def groups_of_classes(run: Run, n_tasks: int, dataset_root: Path | None) -> CLSc
     if run.stream == "random classes":
         classes = torch.randperm(len(classes), generator=torch.Generator().manual_seed(run.seed))
     heads = {"task_labels": run.task_incremental, "from_zero": run.task_incremental}
-    return split_classes(*parts_of(run.data, dataset_root), classes.chunk(n_tasks), seed=run.seed, **heads)
+    return split_classes(*parts_of(run.data, dataset_root, run.pixels), classes.chunk(n_tasks), seed=run.seed, **heads)
 
 
 def parts(run: Run, experience: CLExperience) -> Iterable[CLExperience]:

@@ -63,6 +63,7 @@ def caption(title: str, runs: pd.DataFrame) -> str:
     old = older(runs)
     parts = [f"{run.epochs} epoch{'s' if run.epochs > 1 else ''}", f"batch {run.batch_size}"]
     parts.append(network_title(run.network, run.benchmark))
+    parts += ["pixels between 0 and 1"] if run.pixels == "0-1" else []
     number = " to ".join(str(n) for n in sorted({seeds.min(), seeds.max()}))
     parts.append(f"{number} seed{'s' if seeds.max() > 1 else ''}")
     return f"**{title}**: {', '.join(parts)}{f'; {old} runs of an older version' if old else ''}.\n\n"
@@ -198,6 +199,7 @@ LISTINGS: dict[str, dict[str, Callable[[pd.DataFrame], str]]] = {
         "published %": lambda cell: f"{cell['published'].iloc[0]:.1f}".replace("nan", "-"),
         "here %": _ACC["ACC %"],
         "difference": lambda cell: f"{(cell['acc'] - cell['published']).mean():+.1f}".replace("+nan", "-"),
+        "seeds": lambda cell: str(len(cell)),
     },
 }
 

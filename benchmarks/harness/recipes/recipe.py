@@ -74,23 +74,26 @@ class Recipe:
         names += ["epsilon_hidden"] if "epsilon" in names else []
         return names, list(dict.fromkeys([*self.optimizer_arguments, *OPTIMIZER_NUMBERS[self.optimizer]]))
 
-    def override(self, overrides: Mapping[str, float]) -> Recipe:
+    def override(self, overrides: Mapping[str, float | str]) -> Recipe:
         """The recipe with other values. "openness:1" is the openness of layer "1".
 
         Raises:
-            ValueError: the strategy does not have the setting.
+            ValueError: the strategy does not have the setting, or there is no such loss.
         """
+        loss = overrides.get("loss", self.loss)
+        if loss not in (CE, SE):
+            raise ValueError(f"Invalid loss: {loss} (allowed: {CE}, {SE})")
         arguments, of_optimizer = self.settable
         by_layer = [name for name in PER_LAYER if name in arguments]
         own = {name for name in overrides if name in arguments or name.partition(":")[0] in by_layer}
         for name in overrides:
-            if name != "lr" and name not in own and name not in of_optimizer:
+            if name not in ("lr", "loss") and name not in own and name not in of_optimizer:
                 forms = ["lr", *arguments, *of_optimizer, *(f"{name}:LAYER" for name in by_layer)]
                 raise ValueError(f"Invalid setting: {name} (allowed for this strategy: {', '.join(forms)})")
         in_arguments = {**self.arguments, **{k: v for k, v in overrides.items() if k in own}}
         in_optimizer = {**self.optimizer_arguments, **{k: v for k, v in overrides.items() if k in of_optimizer}}
         lr = overrides.get("lr", self.lr)
-        return replace(self, lr=lr, arguments=in_arguments, optimizer_arguments=in_optimizer)
+        return replace(self, lr=lr, loss=loss, arguments=in_arguments, optimizer_arguments=in_optimizer)
 
     def to_json(self) -> dict:
         """The settings of a run that the recipe decides."""
