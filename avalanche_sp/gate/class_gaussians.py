@@ -20,8 +20,8 @@ class ClassGaussians:
 
     While the layers below train, all features move. The Gaussians of earlier classes are moved by the linear map that
     the drift of the new samples' features teaches, where the map is general: learned on one half of the new classes it
-    must explain at least half of the drift of the other (``Settings.drift_general``). Otherwise they stay, as a gate
-    holds old features still that such a map would move.
+    must explain half of the drift of the other (``Settings.drift_general``). Otherwise they stay, as a gate holds old
+    features still that such a map would move. In an experience of a single class nothing shows it: they stay.
 
     The readout is that of linear discriminant analysis:
 
