@@ -30,8 +30,9 @@ class FeatureGaussians(SupervisedPlugin):
     all else trains as without this plugin, with any loss; only the evaluated readout is another one. Its outputs are
     log-probabilities but for a constant, whatever the loss.
 
-    For class-incremental streams: classes that look different in each experience, as with permuted inputs, are no
-    Gaussians. No sample is stored.
+    For class-incremental streams without replay. Classes that look different in each experience, as with permuted
+    inputs, are no Gaussians, and with replay a network with BatchNorm moves its features as no linear map says. No
+    sample is stored.
 
     Args:
         max_bytes: upper bound on the memory. Default None: at most 512 directions of the covariance.
