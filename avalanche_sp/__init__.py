@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from avalanche_sp.gate import PlasticityGate, Settings
     from avalanche_sp.optim import SelectivePlasticityOptimizer
     from avalanche_sp.training.consolidation import ConsolidationPlugin
+    from avalanche_sp.training.feature_gaussians import FeatureGaussians
     from avalanche_sp.training.loggers import MetricsCSVLogger
     from avalanche_sp.training.losses import JointReplayLoss, OneHotMSELoss
     from avalanche_sp.training.metrics import (
@@ -38,6 +39,7 @@ _MODULES = {
     "gate": ["PlasticityGate", "Settings"],
     "optim": ["SelectivePlasticityOptimizer"],
     "training.consolidation": ["ConsolidationPlugin"],
+    "training.feature_gaussians": ["FeatureGaussians"],
     "training.loggers": ["MetricsCSVLogger"],
     "training.losses": ["JointReplayLoss", "OneHotMSELoss"],
     "training.metrics": [

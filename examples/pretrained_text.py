@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from avalanche_sp.gate import PlasticityGate
+from avalanche_sp.gate import ClassGaussians, PlasticityGate
 
 WORDNET = "/usr/share/wordnet"
 CLASSES, TASKS, LENGTH, BATCH, TRAIN, HELD_OUT = 20, 10, 32, 16, 200, 100
@@ -118,8 +118,8 @@ def add_lora(model):
                 setattr(module, name, LoRA(child))
 
 
-def fine_tune(model, tasks, gated=False, rate=RATE, head_rate=HEAD_RATE, **options):
-    """Trains on one task after another, each in one epoch of Adam."""
+def fine_tune(model, tasks, gated=False, gaussians=False, rate=RATE, head_rate=HEAD_RATE, **options):
+    """Trains on one task after another, each in one epoch of Adam. In the end Gaussians of the classes set the head."""
     trained = [p for p in model.encoder.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam([{"params": trained, "lr": rate}, {"params": model.head.parameters()}], lr=head_rate)
     criterion = nn.CrossEntropyLoss()
@@ -127,7 +127,9 @@ def fine_tune(model, tasks, gated=False, rate=RATE, head_rate=HEAD_RATE, **optio
     if gate:  # so that the first task does not train the pretrained weights away
         solve_head(model, tasks[:1])
         gate.consolidate(tasks[0], criterion)
+    known = ClassGaussians()
     for task in tasks:
+        before = samples(model, [task])[0] if gaussians else None
         if gate:
             gate.prepare(task, criterion)
         model.train()
@@ -137,20 +139,37 @@ def fine_tune(model, tasks, gated=False, rate=RATE, head_rate=HEAD_RATE, **optio
             optimizer.step()
         if gate:
             gate.consolidate(task, criterion)
+        if gaussians:
+            known.remember(*samples(model, [task]), before)
+    if gaussians:
+        set_head(model, known.readout(CLASSES))
 
 
 @torch.no_grad()
-def solve_head(model, tasks, ridge=1.0):
-    """Ridge regression on the present features. Its sums over samples do not depend on the order of tasks."""
+def samples(model, tasks):
+    """Present features and labels."""
     model.eval()
-    x = torch.cat([model.features(x) for task in tasks for x, _ in task]).double()
-    y = torch.cat([nn.functional.one_hot(y, CLASSES) for task in tasks for _, y in task]).double()
-    x = torch.cat([x, torch.ones(len(x), 1)], 1)
-    gram = x.T @ x
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    weights = torch.linalg.solve(gram, x.T @ y).T.float()
+    return tuple(torch.cat(part) for part in zip(*((model.features(x), y) for task in tasks for x, y in task)))
+
+
+@torch.no_grad()
+def set_head(model, weights):
     model.head.weight.copy_(weights[:, :-1])
     model.head.bias.copy_(weights[:, -1])
+
+
+@torch.no_grad()
+def solve_head(model, tasks, ridge=1.0, gaussians=False):
+    """Ridge regression on the present features, or Gaussians. Neither depends on the order of tasks."""
+    x, y = samples(model, tasks)
+    if gaussians:
+        known = ClassGaussians()
+        known.remember(x, y)
+        return set_head(model, known.readout(CLASSES))
+    x = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    gram = x.T @ x
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    set_head(model, torch.linalg.solve(gram, x.T @ nn.functional.one_hot(y, CLASSES).double()).T.float())
 
 
 # The settings of each row.
@@ -158,8 +177,10 @@ ROWS = {
     "naive": {"head_rate": 1e-2},
     "joint": {"joint": True},
     "gate": {"gated": True, "rate": 1e-4},
+    "gate + Gaussians": {"gated": True, "rate": 1e-4, "gaussians": True},
     "gate + LoRA": {"gated": True, "rate": 2e-4, "lora": True},
     "frozen + ridge": {"frozen": True, "ridge": 0.03},
+    "frozen + Gaussians": {"frozen": True, "gaussians": True},
     "frozen + random projection + ridge": {"frozen": True, "projected": True, "ridge": 0.2},
 }
 

@@ -78,7 +78,7 @@ def test_every_row_runs_and_the_gate_keeps_both_tasks(example, wordnet):
         found[row], seconds = example.run(row, encoder, texts, tokenize, seed=0)
         assert seconds > 0
     assert sum(found["gate"]) > sum(found["naive"]) + 40
-    for row in ("gate", "frozen + ridge", "frozen + random projection + ridge"):
+    for row in ("gate", "gate + Gaussians", *(row for row in example.ROWS if row.startswith("frozen"))):
         assert min(found[row]) > 50, row
 
 

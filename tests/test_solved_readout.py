@@ -16,8 +16,9 @@ from avalanche_sp.data import split_mnist
 from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layer_gate import LayerGate
 from avalanche_sp.gate.layers import GatedLayer
-from avalanche_sp.gate.memory import LayerMemory
-from avalanche_sp.gate.preparation import output_sensitivity
+from avalanche_sp.gate.memory import LayerMemory, Memory
+from avalanche_sp.gate.observe import Observation
+from avalanche_sp.gate.preparation import Preparation, follow_drift, output_sensitivity
 from avalanche_sp.gate.readout import ReadoutSamples, class_sums, drifted, pseudo_samples
 
 from conftest import MNIST, accuracy, mlp, sliced, strategy_of
@@ -77,6 +78,28 @@ def test_the_drift_is_the_ridge_regression_of_the_changes():
     change = torch.linalg.solve(x.T @ x + ridge * torch.eye(13), x.T @ (after - x))
     ours = drifted(old, x, after, torch.eye(13), 0.7, SETTINGS)
     torch.testing.assert_close(ours, old + 0.7 * old @ change, atol=1e-4, rtol=1e-4)
+
+
+def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
+    """No gated layer below is known to have changed, so the share is 0 without that."""
+    old, (x, y) = samples(0, (0, 1)), samples(1, (2, 3, 4, 5))
+    mixing = 0.2 * torch.randn(12, 12, generator=torch.Generator().manual_seed(3))
+    settings = replace(SETTINGS, drift_ridge=1e-4)
+    memory = Memory({"head": remembered(*old)})
+    prepared = Preparation("head", x, y, torch.eye(13), {}, {}, {})
+
+    def drift(inputs, places):
+        return torch.cat([inputs[:, :-1] + inputs[:, :-1] @ mixing + 1 + places, inputs[:, -1:]], 1)
+
+    def followed(places):
+        now = ReadoutSamples("head", drift(x, places[y]), y, torch.full((6,), torch.nan), len(x))
+        seen = Observation({}, len(x), 4, torch.zeros(()), None, now)
+        return follow_drift(memory, prepared, seen, {}, settings).layers["head"].class_sums
+
+    common, apart = torch.zeros(6, 12), 9 * torch.eye(6, 12)
+    expected = remembered(drift(old[0], common[old[1]]), old[1]).class_sums
+    torch.testing.assert_close(followed(common), expected, atol=1, rtol=0.01)
+    torch.testing.assert_close(followed(apart), memory.layers["head"].class_sums)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations([(0, 1), (2, 3), (4, 5)]))[::2], ids=str)

@@ -14,7 +14,7 @@ from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import Memory
 from avalanche_sp.gate.observe import Forward, LayerObservation, Observation, after_each, evaluation_mode, some_rows
-from avalanche_sp.gate.readout import drifted
+from avalanche_sp.gate.readout import drifted, generality
 from avalanche_sp.gate.settings import Settings
 
 __all__ = ["Preparation", "Sensitivity", "follow_drift", "output_sensitivity", "sharpness"]
@@ -131,7 +131,8 @@ def follow_drift(
     """Moves the memory of the readout's old inputs as far as the layers below have moved them.
 
     The map is learned on new inputs (:func:`~avalanche_sp.gate.readout.drifted`). Its share is the root of the change
-    of the outputs by the updates on old inputs over that on new ones, to first order, with each layer's sensitivity.
+    of the outputs by the updates on old inputs over that on new ones, to first order, with each layer's sensitivity. It
+    is 1 if the map is general, as in a deep network whose layers move each other's inputs.
 
     Args:
         memory: before the experience.
@@ -153,8 +154,12 @@ def follow_drift(
         old = old + scale * ((along.square() * known.eigenvalues).sum() + of_rest)
         new = new + scale * seen.mean_square(change)
     share = float((old / new.clamp_min(torch.finfo(new.dtype).tiny)).sqrt().clamp(0, 1))
-    basis = prepared.vectors
-    moved = memory.layers[now.layer].moved(
-        lambda rows: drifted(rows, prepared.inputs, now.inputs, basis, share, settings)
-    )
+    before, after = prepared.inputs, now.inputs
+
+    def move(rows: Tensor, before: Tensor, after: Tensor, share: float = 1.0) -> Tensor:
+        return drifted(rows, before, after, prepared.vectors, share, settings)
+
+    if generality(before, after, now.targets, move) >= settings.drift_general:
+        share = 1.0
+    moved = memory.layers[now.layer].moved(lambda rows: move(rows, before, after, share))
     return replace(memory, layers={**memory.layers, now.layer: moved})

@@ -7,6 +7,7 @@ quadratic at consolidation, and a loss that is quadratic itself takes a Newton s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ __all__ = [
     "ReadoutSamples",
     "class_sums",
     "drifted",
+    "generality",
     "newton_readout",
     "pseudo_samples",
     "solve_readout",
@@ -208,6 +210,30 @@ def drifted(rows: Tensor, before: Tensor, after: Tensor, basis: Tensor, share: f
     gram.diagonal().add_(ridge.clamp_min(torch.finfo(gram.dtype).tiny))
     mixed = torch.cholesky_solve((rows @ basis).T.double(), torch.linalg.cholesky(gram)).T
     return rows + share * (mixed.to(rows.dtype) @ inputs.T) @ (after - before)
+
+
+def generality(
+    before: Tensor, after: Tensor, targets: Tensor, move: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> float:
+    """Whether a drift is the same for all classes: how well a map that one half of the classes taught moves the other.
+
+    In a deep convolutional network with BatchNorm most of the drift is common to all inputs. In a perceptron it is not:
+    the gate holds old inputs still, and each class has a drift of its own.
+
+    Args:
+        before, after: features (n, d) of the same samples before and after training.
+        targets: their classes (n,).
+        move: makes present features of others (m, d), by a map that is learned on features before and after.
+
+    Returns:
+        The share of the squared drift that is explained, 1 or less; ``-inf`` for a single class, and without drift.
+    """
+    first = torch.isin(targets, targets.unique()[::2])
+    drift = (after - before).square().sum()
+    if first.all() or not drift > 0:
+        return -math.inf
+    left = [after[~half] - move(before[~half], before[half], after[half]) for half in (first, ~first)]
+    return float(1 - torch.cat(left).square().sum() / drift)
 
 
 def _outputs(inputs: Tensor, weights: Tensor, masked: Tensor) -> Tensor:

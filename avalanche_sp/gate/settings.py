@@ -62,6 +62,10 @@ class Settings:
         1e-6, "not negative", "largest eps of an optimizer whose steps do not grow with the sharpness of the loss"
     )
     drift_ridge: float = _setting(0.1, "positive", "ridge of the drift's map, in units of the mean eigenvalue")
+    drift_general: float = _setting(
+        0.5, "positive", "share of the drift of other classes that the map must explain to move old inputs as far"
+    )
+    gaussian_ridge: float = _setting(0.02, "positive", "ridge of feature Gaussians' covariance, in mean variances")
     # Stored samples, c for each class of each experience.
     half_trust: float = _setting(50, "positive", "c at which stored samples stand for half of the old loss")
     double_openness: float = _setting(12, "positive", "c at which the openness is twice that without stored samples")

@@ -1,0 +1,130 @@
+"""FeatureGaussians: Gaussians of classes at the readout's inputs, for any Avalanche strategy."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from avalanche.models import MultiTaskModule, avalanche_forward
+from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor, nn
+
+from avalanche_sp.arguments import check_integer
+from avalanche_sp.gate import ClassGaussians, Settings
+from avalanche_sp.gate.layers import GatedLayer, gated_layers
+from avalanche_sp.gate.observe import after_each, evaluation_mode, observe
+from avalanche_sp.gate.readout import ReadoutSamples
+from avalanche_sp.training.plugin import SelectivePlasticityPlugin
+from avalanche_sp.training.replay import samples_of
+
+__all__ = ["FeatureGaussians"]
+
+
+class FeatureGaussians(SupervisedPlugin):
+    """A readout of Gaussians in feature space: class means and one covariance, moved as training moves the features.
+
+    When an experience ends, the Gaussians of earlier classes follow the drift of the new samples' features, and those
+    of the new classes join them (:class:`~avalanche_sp.gate.ClassGaussians`). Then the last linear
+    layer is set to their linear discriminant analysis. Before the next experience it gets its trained weights back. So
+    all else trains as without this plugin, with any loss; only the evaluated readout is another one. Its outputs are
+    log-probabilities but for a constant, whatever the loss.
+
+    For class-incremental streams without replay. Classes that look different in each experience, as with permuted
+    inputs, are no Gaussians, and with replay a network with BatchNorm moves its features as no linear map says. No
+    sample is stored.
+
+    Args:
+        max_bytes: upper bound on the memory. Default None: at most 512 directions of the covariance.
+        samples: number of an experience's samples that are run through the network before and after it, evenly spread
+            over it, 2 or more (default 2000).
+        settings: the constants.
+
+    Raises:
+        ValueError: at construction for an argument out of range; at ``train`` if a
+            :class:`~avalanche_sp.SelectivePlasticityPlugin` comes later in the list, for a head for each task, for a
+            last layer that is not linear, trained and with a bias, and for a ``max_bytes`` that the class means exceed.
+        TypeError: for targets that are not class labels, and if the last layer does not make the network's outputs.
+        FloatingPointError: at the end of an experience, for features that are not finite.
+
+    Example::
+
+        plugins=[SelectivePlasticityPlugin(), FeatureGaussians()]
+    """
+
+    def __init__(
+        self,
+        max_bytes: int | None = None,
+        samples: int = 2000,
+        settings: Settings = Settings(),  # noqa: B008  # frozen
+    ):
+        super().__init__()
+        check_integer("samples value", samples, 2)
+        self.samples = samples
+        self.gaussians = ClassGaussians(max_bytes, settings)
+        """The Gaussians of all classes so far."""
+        self._seen: Any = None  # samples of the present experience
+        self._before: Tensor | None = None  # their features before it
+        self._trained: tuple[str, Tensor] | None = None  # the readout's name, its weights and bias in training
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the Gaussians."""
+        return self.gaussians.state_bytes
+
+    # Avalanche's callbacks, in the order of training.
+
+    def before_training(self, strategy, **kwargs):
+        plugins = list(strategy.plugins)
+        if any(isinstance(plugin, SelectivePlasticityPlugin) for plugin in plugins[plugins.index(self) :]):
+            raise ValueError("Invalid plugins: FeatureGaussians first (allowed: after SelectivePlasticityPlugin)")
+        if isinstance(strategy.model, MultiTaskModule):
+            raise ValueError("Invalid model: a head for each task (allowed with FeatureGaussians: one readout)")
+
+    def before_train_dataset_adaptation(self, strategy, **kwargs):  # a head may grow after it
+        if self._trained is not None:
+            name, weights = self._trained
+            gated_layers(strategy.model)[name].set_weights(weights)
+            self._trained = None
+
+    def before_training_exp(self, strategy, **kwargs):
+        self._seen = samples_of(strategy.experience.dataset, self.samples)
+        self._before = self._observed(strategy).inputs[:, :-1] if self.gaussians.means else None
+
+    def after_training_exp(self, strategy, **kwargs):
+        now, known = self._observed(strategy), self.gaussians.means.keys()
+        if known and not set(now.targets.tolist()) - known:
+            warnings.warn(
+                f"feature Gaussians: experience {strategy.clock.train_exp_counter} brings no new class. Its samples "
+                "join the Gaussians of the old ones, which do not describe several kinds of input.",
+                stacklevel=2,
+            )
+        self.gaussians.remember(now.inputs[:, :-1], now.targets, self._before, now.weight / len(now.targets))
+        layer = gated_layers(strategy.model)[now.layer]
+        self._trained = now.layer, layer.weights_and_bias()
+        layer.set_weights(self.gaussians.readout(layer.units))
+        self._seen = self._before = None
+
+    def _observed(self, strategy) -> ReadoutSamples:
+        """The readout's inputs (n, d + 1), the last of them the bias's, on the experience's samples."""
+        model, layers, called = strategy.model, gated_layers(strategy.model), list[str]()
+        with torch.no_grad(), evaluation_mode(model) as device:
+            with after_each(layers, lambda name, *_: called.append(name)):
+                (x, tasks), _ = next(iter(self._seen.batches))
+                _forward(model, (x.to(device), tasks.to(device)))
+        name = called[-1] if called else ""
+        if type(layers.get(name)) is not GatedLayer or layers[name].bias is None:
+            raise ValueError(
+                f"Invalid model: its last layer, {name!r}, is not a trained nn.Linear with bias (FeatureGaussians sets "
+                f"it; trained layers: {', '.join(layers)})"
+            )
+        seen = observe(model, self._seen, {name: layers[name]}, None, self.gaussians.settings, _forward).classified
+        if seen is None:
+            raise TypeError(
+                f"Invalid targets or model: FeatureGaussians needs class labels, and layer {name} to make the outputs"
+            )
+        return seen
+
+
+def _forward(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:
+    return avalanche_forward(model, *inputs)
