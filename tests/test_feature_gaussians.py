@@ -6,6 +6,7 @@ import pytest
 import torch
 from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 from avalanche.models import IncrementalClassifier, as_multitask
+from avalanche.training.plugins import ReplayPlugin
 from torch import nn
 
 from avalanche_sp import FeatureGaussians, SelectivePlasticityOptimizer, SelectivePlasticityPlugin, Settings
@@ -151,6 +152,11 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(split5, tmp_path):
 def test_a_warning_tells_of_an_experience_without_a_new_class(permuted3):
     with pytest.warns(UserWarning, match="experience 1 brings no new class"):
         trained(permuted3, FeatureGaussians(), experiences=2)
+
+
+def test_a_warning_tells_of_replay_beside_them(split5):
+    with pytest.warns(UserWarning, match="ReplayPlugin trains on earlier samples"):
+        trained(split5, FeatureGaussians(), ReplayPlugin(100), experiences=1)
 
 
 def test_bad_arguments_and_models_are_named(split5):

@@ -25,6 +25,7 @@ from avalanche_sp.gate.layers import (
     ungated_parameters,
 )
 from avalanche_sp.gate.memory import LayerMemory, Memory, check_budget
+from avalanche_sp.gate.normalisation import batches_seen, measure_statistics
 from avalanche_sp.gate.observe import (
     Criterion,
     Forward,
@@ -230,6 +231,7 @@ class PlasticityGate:
         self._stored = StoredSamples(0, settings)
         self._protected: dict[str, GatedLayer] = {}  # the layers whose gate is not switched off
         self._gated: dict[str, Gated] = {}  # those of them that have a memory
+        self._batches_seen: dict[str, int] = {}  # by the normalisation layers before the first experience
         self._norms: list[nn.Module] = []  # the frozen normalisation layers
         self._frozen: list[nn.Parameter] = []  # theirs, and the other parameters that are neither gated nor trained
         self._trained: set[str] = set()  # names of the parameters that have been trained
@@ -274,6 +276,8 @@ class PlasticityGate:
             )
             self.memory, self._prepared = Memory(), None
         self._model, self._optimizer = model, optimizer
+        if not goes_on:
+            self._batches_seen = batches_seen(model)
         if self._loaded is not None:
             self.load_state_dict(self._loaded)
         elif goes_on:
@@ -446,8 +450,10 @@ class PlasticityGate:
         model = self._attached()
         layers = protected_layers(model, self.openness)
         samples = self._samples_of(data)
-        observation = self._observed(samples, layers, criterion if self._measures_loss else None)
         first = not self.memory.consolidations
+        if first and not self._memory_size:
+            self._measure_norms(samples)
+        observation = self._observed(samples, layers, criterion if self._measures_loss else None)
         self._warn_of_unlearned(observation)
         self._remember(observation, layers, criterion)
         if first and self.readout_step:
@@ -556,6 +562,7 @@ class PlasticityGate:
             "epoch": [self._samples, self._memory_size, self._epoch],
             "drift": self._drift.state_dict(),
             "trained": sorted(self._trained),
+            "batches_seen": self._batches_seen,
             "prepared": vars(self._prepared) if self._prepared is not None else None,
             "loss_before": self._loss_before,
             "statistics": {name: s.state_dict() for name, s in self.statistics.items()},
@@ -569,7 +576,7 @@ class PlasticityGate:
         state, self._loaded = _moved(state, next(self._model.parameters()).device), None
         self.memory = Memory.from_state_dict(state["memory"])
         self._drift.forget()
-        self._trained = set(state["trained"])
+        self._trained, self._batches_seen = set(state["trained"]), state["batches_seen"]
         self._prepared = Preparation(**state["prepared"]) if state["prepared"] is not None else None
         self._loss_before = state["loss_before"]
         self.begin(*state["epoch"])
@@ -735,6 +742,16 @@ class PlasticityGate:
 
     def _samples_of(self, data: Dataset | Iterable[tuple[Any, Tensor]] | Samples) -> Samples:
         return data if isinstance(data, Samples) else Samples.of(data, self.consolidation_samples)
+
+    def _measure_norms(self, samples: Samples) -> None:
+        """Measures the running statistics of the normalisation layers that were trained and are frozen from now on."""
+        names = [name for name, seen in batches_seen(self._attached()).items() if seen != self._batches_seen.get(name)]
+        if names:
+            listening, self.listening = self.listening, False
+            try:
+                measure_statistics(self._attached(), samples, names, self._forward)
+            finally:
+                self.listening = listening
 
     def _observed(
         self, samples: Samples, layers: Mapping[str, GatedLayer], criterion: Criterion | None

@@ -25,6 +25,7 @@ __all__ = [
     "evaluation_mode",
     "evenly_spread",
     "observe",
+    "on_device",
     "output_derivatives",
     "some_inputs",
     "some_rows",
@@ -210,7 +211,7 @@ def observe(
     with torch.no_grad(), evaluation_mode(model) as device:
         with after_each(layers, record):
             for x, y in samples.batches:
-                x, y = _on(device, x), y.to(device)
+                x, y = on_device(device, x), y.to(device)
                 some = _first(x, _SENSITIVITY) if not count else some
                 count += len(y)
                 outputs = forward(model, x)
@@ -410,12 +411,13 @@ def after_each(
             handle.remove()
 
 
-def _on(device: torch.device, inputs: Any) -> Any:
+def on_device(device: torch.device, inputs: Any) -> Any:
+    """A batch of inputs on a device."""
     if isinstance(inputs, Tensor):
         return inputs.to(device)
     if isinstance(inputs, Mapping):
-        return {name: _on(device, value) for name, value in inputs.items()}
-    return tuple(_on(device, value) for value in inputs) if isinstance(inputs, (list, tuple)) else inputs
+        return {name: on_device(device, value) for name, value in inputs.items()}
+    return tuple(on_device(device, value) for value in inputs) if isinstance(inputs, (list, tuple)) else inputs
 
 
 def _first(inputs: Any, n: int) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from avalanche.models import MultiTaskModule, avalanche_forward
-from avalanche.training.plugins import SupervisedPlugin
+from avalanche.training.plugins import ReplayPlugin, SupervisedPlugin
 from torch import Tensor, nn
 
 from avalanche_sp.arguments import check_integer
@@ -80,6 +80,12 @@ class FeatureGaussians(SupervisedPlugin):
             raise ValueError("Invalid plugins: FeatureGaussians first (allowed: after SelectivePlasticityPlugin)")
         if isinstance(strategy.model, MultiTaskModule):
             raise ValueError("Invalid model: a head for each task (allowed with FeatureGaussians: one readout)")
+        if any(isinstance(plugin, ReplayPlugin) for plugin in plugins):
+            warnings.warn(
+                "feature Gaussians: ReplayPlugin trains on earlier samples, so the features move as no linear map "
+                "says. The Gaussians can end far below replay alone: use one of the two.",
+                stacklevel=2,
+            )
 
     def before_train_dataset_adaptation(self, strategy, **kwargs):  # a head may grow after it
         if self._trained is not None:

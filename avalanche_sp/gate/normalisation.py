@@ -1,0 +1,82 @@
+"""The running statistics of normalisation layers, measured before they are frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from avalanche_sp.gate.observe import BATCH, Forward, Samples, evaluation_mode, on_device
+from avalanche_sp.gate.processes import mean_over_processes
+
+__all__ = ["batches_seen", "measure_statistics"]
+
+
+def batches_seen(model: nn.Module) -> dict[str, int]:
+    """Number of batches that the running statistics of each normalisation layer have followed, by name."""
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _NormBase)}
+    return {
+        name: int(norm.num_batches_tracked)
+        for name, norm in norms.items()
+        if norm.num_batches_tracked is not None and norm.momentum != 0
+    }
+
+
+@torch.no_grad()
+def measure_statistics(model: nn.Module, samples: Samples, names: Collection[str], forward: Forward) -> None:
+    """Sets normalisation layers' running statistics to those of samples, with the weights as they are now.
+
+    The running statistics lag behind the weights: with a momentum of 0.1 after 10 batches a third of them is as
+    initialised. Each layer normalises by its batch, as in training, and its statistics are the mean over batches, as in
+    ``torch.optim.swa_utils.update_bn``. Batches mix samples from all over the experience. All other modules are in
+    evaluation mode. If a statistic is not finite, all stay as they were.
+
+    Args:
+        samples: of an experience.
+        names: of the layers.
+        forward: computes the outputs from model and inputs.
+    """
+    norms = [module for name, module in model.named_modules() if name in names and isinstance(module, _NormBase)]
+    buffers = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
+    momenta = {norm: norm.momentum for norm in norms}
+    with evaluation_mode(model) as device:
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean over all batches
+                norm.train()
+            for inputs in _mixed([x for x, _ in samples.batches]):
+                forward(model, on_device(device, inputs))
+        finally:
+            for norm in norms:
+                norm.momentum = momenta[norm]
+    measured = {norm: [mean_over_processes(buffer) for buffer in list(norm.buffers())[:2]] for norm in norms}
+    finite = all(mean.isfinite().all() for means in measured.values() for mean in means)
+    for norm in norms:
+        *before, count = buffers[norm]
+        for buffer, value in zip(norm.buffers(), [*(measured[norm] if finite else before), count]):
+            buffer.copy_(value)
+
+
+def _mixed(batches: list[Any]) -> Iterable[Any]:
+    """The same samples in batches of about 256, each with samples of all batches, if the inputs are tensors."""
+    try:
+        rows = _joined(batches)
+    except (TypeError, RuntimeError):  # of other kinds, or of several shapes
+        return batches
+    total = len(rows[0] if isinstance(rows, tuple) else rows)
+    number = -(-total // BATCH)
+    return [_every(rows, first, number) for first in range(number)]
+
+
+def _joined(batches: list[Any]) -> Any:
+    if isinstance(batches[0], (tuple, list)):
+        return tuple(_joined(list(column)) for column in zip(*batches))
+    return torch.cat(batches)
+
+
+def _every(rows: Any, first: int, step: int) -> Any:
+    return rows[first::step] if isinstance(rows, Tensor) else tuple(_every(part, first, step) for part in rows)
