@@ -159,7 +159,7 @@ def gaussians(settings):
     """The readout of the Gaussians of both tasks' classes. Training on the second moves all by 1, and each class."""
     known, (x, y) = ClassGaussians(settings=settings), NEW
     known.remember(*OLD)
-    known.remember(x + 1 + 3 * torch.eye(64)[y], 5 + y, x)
+    known.remember(x + 1 + 8 * torch.eye(64)[y], 5 + y, x)
     return known.readout(10)
 
 
@@ -202,7 +202,7 @@ CASES = {
     "solve_tolerance": case(1e-3, 0.1, new_classes),
     "adaptive_eps": case(1e-6, 1e-7, new_classes, adam=partial(torch.optim.Adam, lr=1e-4, eps=1e-6)),
     "drift_ridge": case(0.1, 0.11, new_classes),
-    "drift_general": case(0.5, 0.9, gaussians),
+    "drift_agreement": case(0.5, 0.9, gaussians),
     "gaussian_ridge": case(0.02, 0.021, gaussians),
     "half_trust": case(50, 60, two_tasks, stored=40),
     "double_openness": case(12, 13, two_tasks, stored=40),

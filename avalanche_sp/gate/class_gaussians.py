@@ -7,7 +7,7 @@ from torch import Tensor
 
 from avalanche_sp.arguments import check_integer
 from avalanche_sp.gate.functional import leading_eigenpairs, remainder
-from avalanche_sp.gate.readout import drifted, generality
+from avalanche_sp.gate.readout import agreement, drifted
 from avalanche_sp.gate.settings import Settings
 
 __all__ = ["ClassGaussians"]
@@ -19,9 +19,9 @@ class ClassGaussians:
     r"""Gaussians of classes with one covariance, of the features that a readout has as its inputs.
 
     While the layers below train, all features move. The Gaussians of earlier classes are moved by the linear map that
-    the drift of the new samples' features teaches, where the map is general: learned on one half of the new classes it
-    must explain half of the drift of the other (``Settings.drift_general``). Otherwise they stay, as a gate holds old
-    features still that such a map would move. In an experience of a single class nothing shows it: they stay.
+    the drift of the new samples' features teaches, where two halves of the new classes agree on it
+    (``Settings.drift_agreement``). Otherwise they stay, as a gate holds old features still that such a map would move.
+    In an experience of a single class nothing shows it: they stay.
 
     The readout is that of linear discriminant analysis:
 
@@ -138,11 +138,12 @@ class ClassGaussians:
         return made
 
     def _follow(self, before: Tensor, after: Tensor, targets: Tensor) -> None:
-        """Moves the Gaussians as the features of the same samples (n, d) have moved, if the map is general."""
-        if generality(before, after, targets, self._moved) < self.settings.drift_general:
-            return
+        """Moves the Gaussians as the features of the same samples (n, d) have moved, if the classes agree."""
         here, there = before.mean(0), after.mean(0)
-        moved = self._moved(torch.cat([torch.stack(list(self.means.values())), self.components + here]), before, after)
+        rows = torch.cat([torch.stack(list(self.means.values())), self.components + here])
+        if agreement(rows, before, after, targets, self._moved) < self.settings.drift_agreement:
+            return
+        moved = self._moved(rows, before, after)
         self.means = dict(zip(self.means, moved))
         components = moved[len(self.means) :] - there
         self.variance *= components.square().sum() / self.components.square().sum().clamp_min(1e-30)

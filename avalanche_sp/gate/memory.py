@@ -97,13 +97,18 @@ class LayerMemory:
         Args:
             drift: moves input vectors (m, d).
         """
-        roots = (self.vectors * self.eigenvalues.sqrt()).T
+        roots = self.roots
         means = self.class_sums if self.class_sums is not None else roots[:0]
         rows = drift(torch.cat([roots, means]))
         values, vectors = leading_eigenpairs(rows[: len(roots)], len(roots))
         mean = self.mean_eigenvalue + (values.sum() - self.eigenvalues.sum()) / len(self.vectors)
         sums = None if self.class_sums is None else rows[len(roots) :]
         return replace(self, eigenvalues=values, vectors=vectors, mean_eigenvalue=mean, class_sums=sums)
+
+    @property
+    def roots(self) -> Tensor:
+        """Rows (r, d) with the second moment of the inputs, along the vectors."""
+        return (self.vectors * self.eigenvalues.sqrt()).T
 
     @property
     def of_rows(self) -> bool:

@@ -14,7 +14,7 @@ from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import Memory
 from avalanche_sp.gate.observe import Forward, LayerObservation, Observation, after_each, evaluation_mode, some_rows
-from avalanche_sp.gate.readout import drifted, generality
+from avalanche_sp.gate.readout import agreement, drifted
 from avalanche_sp.gate.settings import Settings
 
 __all__ = ["Preparation", "Sensitivity", "follow_drift", "output_sensitivity", "sharpness"]
@@ -132,7 +132,8 @@ def follow_drift(
 
     The map is learned on new inputs (:func:`~avalanche_sp.gate.readout.drifted`). Its share is the root of the change
     of the outputs by the updates on old inputs over that on new ones, to first order, with each layer's sensitivity. It
-    is 1 if the map is general, as in a deep network whose layers move each other's inputs.
+    is 1 if the new classes agree on the map, as in a deep network whose layers move each other's inputs
+    (:func:`~avalanche_sp.gate.readout.agreement`).
 
     Args:
         memory: before the experience.
@@ -159,7 +160,8 @@ def follow_drift(
     def move(rows: Tensor, before: Tensor, after: Tensor, share: float = 1.0) -> Tensor:
         return drifted(rows, before, after, prepared.vectors, share, settings)
 
-    if generality(before, after, now.targets, move) >= settings.drift_general:
+    readout = memory.layers[now.layer]
+    if agreement(readout.roots, before, after, now.targets, move) >= settings.drift_agreement:
         share = 1.0
-    moved = memory.layers[now.layer].moved(lambda rows: move(rows, before, after, share))
+    moved = readout.moved(lambda rows: move(rows, before, after, share))
     return replace(memory, layers={**memory.layers, now.layer: moved})

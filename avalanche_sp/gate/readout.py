@@ -7,7 +7,6 @@ quadratic at consolidation, and a loss that is quadratic itself takes a Newton s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,9 +21,9 @@ from avalanche_sp.gate.settings import Settings
 __all__ = [
     "ReadoutLoss",
     "ReadoutSamples",
+    "agreement",
     "class_sums",
     "drifted",
-    "generality",
     "newton_readout",
     "pseudo_samples",
     "solve_readout",
@@ -212,28 +211,28 @@ def drifted(rows: Tensor, before: Tensor, after: Tensor, basis: Tensor, share: f
     return rows + share * (mixed.to(rows.dtype) @ inputs.T) @ (after - before)
 
 
-def generality(
-    before: Tensor, after: Tensor, targets: Tensor, move: Callable[[Tensor, Tensor, Tensor], Tensor]
+def agreement(
+    rows: Tensor, before: Tensor, after: Tensor, targets: Tensor, move: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> float:
-    """Whether a drift is the same for all classes: how well a map that one half of the classes taught moves the other.
+    """Whether a drift is the same for all classes: how alike two halves of the new classes say that old inputs move.
 
     In a deep convolutional network with BatchNorm most of the drift is common to all inputs. In a perceptron it is not:
     the gate holds old inputs still, and each class has a drift of its own.
 
     Args:
+        rows: old features (m, d).
         before, after: features (n, d) of the same samples before and after training.
         targets: their classes (n,).
-        move: makes present features of others (m, d), by a map that is learned on features before and after.
+        move: makes present features of others, by a map that is learned on features before and after.
 
     Returns:
-        The share of the squared drift that is explained, 1 or less; ``-inf`` for a single class, and without drift.
+        The cosine of the changes of all rows by the maps that the two halves teach, -1 to 1; 0 for a single class.
     """
-    first = torch.isin(targets, targets.unique()[::2])
-    drift = (after - before).square().sum()
-    if first.all() or not drift > 0:
-        return -math.inf
-    left = [after[~half] - move(before[~half], before[half], after[half]) for half in (first, ~first)]
-    return float(1 - torch.cat(left).square().sum() / drift)
+    half = torch.isin(targets, targets.unique()[::2])
+    if half.all():
+        return 0.0
+    one, other = (move(rows, before[part], after[part]) - rows for part in (half, ~half))
+    return float((one * other).sum() / (one.norm() * other.norm()).clamp_min(torch.finfo(one.dtype).tiny))
 
 
 def _outputs(inputs: Tensor, weights: Tensor, masked: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ class Settings:
         1e-6, "not negative", "largest eps of an optimizer whose steps do not grow with the sharpness of the loss"
     )
     drift_ridge: float = _setting(0.1, "positive", "ridge of the drift's map, in units of the mean eigenvalue")
-    drift_general: float = _setting(
-        0.5, "positive", "share of the drift of other classes that the map must explain to move old inputs as far"
+    drift_agreement: float = _setting(
+        0.5, "positive", "least cosine of old inputs' moves, by two halves of the new classes, to move them all the way"
     )
     gaussian_ridge: float = _setting(0.02, "positive", "ridge of feature Gaussians' covariance, in mean variances")
     # Stored samples, c for each class of each experience.
