@@ -17,8 +17,8 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
 from avalanche_sp.gate import PlasticityGate
-from avalanche_sp.training.plugin import SelectivePlasticityPlugin, _forward
-from avalanche_sp.training.replay import SpreadBatches
+from avalanche_sp.training.plugin import SelectivePlasticityPlugin
+from avalanche_sp.training.replay import SpreadBatches, forward_of
 
 __all__ = ["DendritesPlugin"]
 
@@ -210,7 +210,7 @@ class DendritesPlugin(SupervisedPlugin):
         device, right = next(model.parameters()).device, 0
         model.eval()
         for (x, tasks), y in SpreadBatches(self._held_out, len(self._held_out)):
-            right += int((_forward(model, (x.to(device), tasks)).argmax(1).cpu() == y).sum())
+            right += int((forward_of(model, (x.to(device), tasks)).argmax(1).cpu() == y).sum())
         model.train()
         return 100 * right / len(self._held_out)
 

@@ -84,6 +84,16 @@ def test_statistics_that_are_not_finite_leave_the_state_as_it_was(split5):
     assert all(torch.equal(state[name], now) for name, now in model.state_dict().items())
 
 
+def test_an_error_leaves_the_state_as_it_was(split5):
+    model, data = network(), TensorDataset(*images(split5))
+    gate, criterion = trained(model, data)
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError):
+        gate.consolidate(TensorDataset(data.tensors[0][..., :5], data.tensors[1]), criterion)
+    assert all(torch.equal(state[name], now) for name, now in model.state_dict().items())
+    assert model[1].momentum == 0.1 and gate.listening
+
+
 def test_with_replay_they_train_on(split5):
     model = network()
     strategy = strategy_of(model, [ReplayPlugin(50), SelectivePlasticityPlugin()], criterion=nn.CrossEntropyLoss())

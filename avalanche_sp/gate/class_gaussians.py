@@ -1,4 +1,4 @@
-"""Gaussians of classes in the space of a layer's inputs: how they move with the network, and what they classify."""
+"""Gaussians of classes at a readout's inputs: they follow the drift of the network, and give a linear discriminant."""
 
 from __future__ import annotations
 

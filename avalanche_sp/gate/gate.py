@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -430,6 +431,9 @@ class PlasticityGate:
     def consolidate(self, data: Dataset | Iterable[tuple[Any, Tensor]] | Samples, criterion: Criterion) -> None:
         """Remembers an experience: call it when the experience has been learned.
 
+        The first consolidation without stored samples also measures the running statistics of the normalisation layers
+        that were trained, which are frozen from then on.
+
         Args:
             data: the experience's samples: a dataset of pairs (x, y), or an iterable of batches (x, y).
             criterion: the loss of (outputs, targets), a mean over samples.
@@ -743,24 +747,27 @@ class PlasticityGate:
     def _samples_of(self, data: Dataset | Iterable[tuple[Any, Tensor]] | Samples) -> Samples:
         return data if isinstance(data, Samples) else Samples.of(data, self.consolidation_samples)
 
+    @contextmanager
+    def _not_listening(self) -> Iterator[None]:
+        """Within it, forward passes are not those of training."""
+        listening, self.listening = self.listening, False
+        try:
+            yield
+        finally:
+            self.listening = listening
+
     def _measure_norms(self, samples: Samples) -> None:
         """Measures the running statistics of the normalisation layers that were trained and are frozen from now on."""
         names = [name for name, seen in batches_seen(self._attached()).items() if seen != self._batches_seen.get(name)]
         if names:
-            listening, self.listening = self.listening, False
-            try:
+            with self._not_listening():
                 measure_statistics(self._attached(), samples, names, self._forward)
-            finally:
-                self.listening = listening
 
     def _observed(
         self, samples: Samples, layers: Mapping[str, GatedLayer], criterion: Criterion | None
     ) -> Observation:
-        listening, self.listening = self.listening, False
-        try:
+        with self._not_listening():
             return observe(self._attached(), samples, layers, criterion, self.settings, self._forward)
-        finally:
-            self.listening = listening
 
     def _remember(
         self,

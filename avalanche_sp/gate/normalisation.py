@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from copy import deepcopy
+from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from avalanche_sp.gate.observe import BATCH, Forward, Samples, evaluation_mode, on_device
+from avalanche_sp.gate.observe import BATCH, Forward, Samples, each_tensor, evaluation_mode, on_device
 from avalanche_sp.gate.processes import mean_over_processes
 
 __all__ = ["batches_seen", "measure_statistics"]
+
+_STATISTICS = ("running_mean", "running_var")
 
 
 def batches_seen(model: nn.Module) -> dict[str, int]:
@@ -32,7 +36,7 @@ def measure_statistics(model: nn.Module, samples: Samples, names: Collection[str
     The running statistics lag behind the weights: with a momentum of 0.1 after 10 batches a third of them is as
     initialised. Each layer normalises by its batch, as in training, and its statistics are the mean over batches, as in
     ``torch.optim.swa_utils.update_bn``. Batches mix samples from all over the experience. All other modules are in
-    evaluation mode. If a statistic is not finite, all stay as they were.
+    evaluation mode. After an error, or if a statistic is not finite, all stay as they were.
 
     Args:
         samples: of an experience.
@@ -40,43 +44,38 @@ def measure_statistics(model: nn.Module, samples: Samples, names: Collection[str
         forward: computes the outputs from model and inputs.
     """
     norms = [module for name, module in model.named_modules() if name in names and isinstance(module, _NormBase)]
-    buffers = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
-    momenta = {norm: norm.momentum for norm in norms}
+    before = [(norm.momentum, deepcopy(norm.state_dict())) for norm in norms]
+    batches = list(samples.batches)
     with evaluation_mode(model) as device:
         try:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # the mean over all batches
                 norm.train()
-            for inputs in _mixed([x for x, _ in samples.batches]):
+            for inputs in _mixed([x for x, _ in batches], sum(len(y) for _, y in batches)):
                 forward(model, on_device(device, inputs))
+            measured = [deepcopy(norm.state_dict()) for norm in norms]
         finally:
-            for norm in norms:
-                norm.momentum = momenta[norm]
-    measured = {norm: [mean_over_processes(buffer) for buffer in list(norm.buffers())[:2]] for norm in norms}
-    finite = all(mean.isfinite().all() for means in measured.values() for mean in means)
-    for norm in norms:
-        *before, count = buffers[norm]
-        for buffer, value in zip(norm.buffers(), [*(measured[norm] if finite else before), count]):
-            buffer.copy_(value)
+            for norm, (momentum, state) in zip(norms, before):
+                norm.momentum = momentum
+                norm.load_state_dict(state)
+    means = [{name: mean_over_processes(state[name]) for name in _STATISTICS} for state in measured]
+    if all(mean.isfinite().all() for known in means for mean in known.values()):
+        for norm, (_, state), known in zip(norms, before, means):
+            norm.load_state_dict({**state, **known})
 
 
-def _mixed(batches: list[Any]) -> Iterable[Any]:
+def _mixed(batches: list[Any], total: int) -> Iterable[Any]:
     """The same samples in batches of about 256, each with samples of all batches, if the inputs are tensors."""
     try:
         rows = _joined(batches)
     except (TypeError, RuntimeError):  # of other kinds, or of several shapes
         return batches
-    total = len(rows[0] if isinstance(rows, tuple) else rows)
     number = -(-total // BATCH)
-    return [_every(rows, first, number) for first in range(number)]
+    return [each_tensor(rows, itemgetter(slice(first, None, number))) for first in range(number)]
 
 
 def _joined(batches: list[Any]) -> Any:
     if isinstance(batches[0], (tuple, list)):
         return tuple(_joined(list(column)) for column in zip(*batches))
     return torch.cat(batches)
-
-
-def _every(rows: Any, first: int, step: int) -> Any:
-    return rows[first::step] if isinstance(rows, Tensor) else tuple(_every(part, first, step) for part in rows)

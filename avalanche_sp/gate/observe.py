@@ -22,6 +22,7 @@ __all__ = [
     "Samples",
     "after_each",
     "check_outputs",
+    "each_tensor",
     "evaluation_mode",
     "evenly_spread",
     "observe",
@@ -411,19 +412,20 @@ def after_each(
             handle.remove()
 
 
+def each_tensor(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A batch of inputs, tensors in mappings, lists and tuples, with each tensor changed; lists become tuples."""
+    if isinstance(inputs, Tensor):
+        return change(inputs)
+    if isinstance(inputs, Mapping):
+        return {name: each_tensor(value, change) for name, value in inputs.items()}
+    return tuple(each_tensor(value, change) for value in inputs) if isinstance(inputs, (list, tuple)) else inputs
+
+
 def on_device(device: torch.device, inputs: Any) -> Any:
     """A batch of inputs on a device."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {name: on_device(device, value) for name, value in inputs.items()}
-    return tuple(on_device(device, value) for value in inputs) if isinstance(inputs, (list, tuple)) else inputs
+    return each_tensor(inputs, lambda tensor: tensor.to(device))
 
 
 def _first(inputs: Any, n: int) -> Any:
     """The first samples of a batch of inputs."""
-    if isinstance(inputs, Mapping):
-        return {name: _first(value, n) for name, value in inputs.items()}
-    if isinstance(inputs, tuple):
-        return tuple(_first(value, n) for value in inputs)
-    return inputs[:n] if isinstance(inputs, Tensor) else inputs
+    return each_tensor(inputs, lambda tensor: tensor[:n])

@@ -6,9 +6,9 @@ import warnings
 from typing import Any
 
 import torch
-from avalanche.models import MultiTaskModule, avalanche_forward
+from avalanche.models import MultiTaskModule
 from avalanche.training.plugins import ReplayPlugin, SupervisedPlugin
-from torch import Tensor, nn
+from torch import Tensor
 
 from avalanche_sp.arguments import check_integer
 from avalanche_sp.gate import ClassGaussians, Settings
@@ -16,7 +16,7 @@ from avalanche_sp.gate.layers import GatedLayer, gated_layers
 from avalanche_sp.gate.observe import after_each, evaluation_mode, observe
 from avalanche_sp.gate.readout import ReadoutSamples
 from avalanche_sp.training.plugin import SelectivePlasticityPlugin
-from avalanche_sp.training.replay import samples_of
+from avalanche_sp.training.replay import forward_of, samples_of
 
 __all__ = ["FeatureGaussians"]
 
@@ -25,10 +25,10 @@ class FeatureGaussians(SupervisedPlugin):
     """A readout of Gaussians in feature space: class means and one covariance, moved as training moves the features.
 
     When an experience ends, the Gaussians of earlier classes follow the drift of the new samples' features, and those
-    of the new classes join them (:class:`~avalanche_sp.gate.ClassGaussians`). Then the last linear
-    layer is set to their linear discriminant analysis. Before the next experience it gets its trained weights back. So
-    all else trains as without this plugin, with any loss; only the evaluated readout is another one. Its outputs are
-    log-probabilities but for a constant, whatever the loss.
+    of the new classes join them (:class:`~avalanche_sp.gate.ClassGaussians`). Then the last linear layer is set to
+    their linear discriminant analysis. Before the next experience it gets its trained weights back. So all else trains
+    as without this plugin, with any loss; only the evaluated readout is another one. Its outputs are log-probabilities
+    but for a constant, whatever the loss.
 
     For class-incremental streams without replay. Classes that look different in each experience, as with permuted
     inputs, are no Gaussians, and with replay a network with BatchNorm moves its features as no linear map says. No
@@ -117,20 +117,16 @@ class FeatureGaussians(SupervisedPlugin):
         with torch.no_grad(), evaluation_mode(model) as device:
             with after_each(layers, lambda name, *_: called.append(name)):
                 (x, tasks), _ = next(iter(self._seen.batches))
-                _forward(model, (x.to(device), tasks.to(device)))
+                forward_of(model, (x.to(device), tasks.to(device)))
         name = called[-1] if called else ""
         if type(layers.get(name)) is not GatedLayer or layers[name].bias is None:
             raise ValueError(
                 f"Invalid model: its last layer, {name!r}, is not a trained nn.Linear with bias (FeatureGaussians sets "
                 f"it; trained layers: {', '.join(layers)})"
             )
-        seen = observe(model, self._seen, {name: layers[name]}, None, self.gaussians.settings, _forward).classified
+        seen = observe(model, self._seen, {name: layers[name]}, None, self.gaussians.settings, forward_of).classified
         if seen is None:
             raise TypeError(
                 f"Invalid targets or model: FeatureGaussians needs class labels, and layer {name} to make the outputs"
             )
         return seen
-
-
-def _forward(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:
-    return avalanche_forward(model, *inputs)

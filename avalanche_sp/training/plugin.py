@@ -6,16 +6,15 @@ import warnings
 from collections.abc import Mapping
 from typing import Literal
 
-from avalanche.models import TrainEvalModel, avalanche_forward
 from avalanche.training.plugins import SupervisedPlugin
-from torch import Tensor, nn
+from torch import Tensor
 
 from avalanche_sp.gate import ChangeDetector, LayerMemory, PlasticityGate, Samples, Settings
 from avalanche_sp.gate.layers import gated_layers
 from avalanche_sp.gate.per_layer import PerLayer
 from avalanche_sp.optim import SelectivePlasticityOptimizer
 from avalanche_sp.training.consolidation import ConsolidatedEligibility
-from avalanche_sp.training.replay import is_mixture, memories_of, samples_of, stored_rows, trains_apart
+from avalanche_sp.training.replay import forward_of, is_mixture, memories_of, samples_of, stored_rows, trains_apart
 
 __all__ = ["SelectivePlasticityPlugin"]
 
@@ -99,7 +98,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
             readout_step=readout_step,
             ungated=ungated,
             settings=settings,
-            forward=_forward,
+            forward=forward_of,
         )
         self.gate.listening = self.gate.gating = False
         self.consolidated_at: list[int] = []
@@ -228,9 +227,3 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
         self.consolidated_at.append(iteration)
         if isinstance(strategy.optimizer, SelectivePlasticityOptimizer):
             self._eligibility.consolidate(strategy)
-
-
-def _forward(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:
-    if isinstance(model, TrainEvalModel):
-        model.training = True  # with the head that is trained; the modules below stay in evaluation mode
-    return avalanche_forward(model, *inputs)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from avalanche.benchmarks.utils.data_loader import ReplayDataLoader
-from avalanche.models import MultiTaskModule
+from avalanche.models import MultiTaskModule, TrainEvalModel, avalanche_forward
 from avalanche.training import ER_ACE
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from avalanche_sp.gate import Samples
@@ -18,6 +18,7 @@ from avalanche_sp.gate.observe import BATCH, evenly_spread
 __all__ = [
     "SpreadBatches",
     "classes_of",
+    "forward_of",
     "is_mixture",
     "memories_of",
     "memory_size",
@@ -75,6 +76,13 @@ class SpreadBatches:
 def samples_of(dataset, limit: int) -> Samples:
     """At most ``limit`` samples of an Avalanche dataset, as the gate takes them: with task labels among the inputs."""
     return Samples(SpreadBatches(dataset, limit), len(dataset), classes_of(dataset))
+
+
+def forward_of(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:
+    """A model's outputs for the inputs of :func:`samples_of`: samples and their task labels."""
+    if isinstance(model, TrainEvalModel):
+        model.training = True  # with the head that is trained; the modules below stay in evaluation mode
+    return avalanche_forward(model, *inputs)
 
 
 def memories_of(strategy) -> list:

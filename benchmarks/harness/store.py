@@ -29,8 +29,8 @@ except ImportError:  # Windows: one process for each store
     fcntl = None  # type: ignore[assignment]
 
 # Settings that a row may leave out, because most runs share them: of the run, and of its strategy.
-USUAL_RUN = {"train_per_task": None, "overrides": {}, "stream": "tasks", "task_incremental": False, "validation": False}
-USUAL_RUN["pixels"] = "normalised"
+USUAL_RUN = {"train_per_task": None, "overrides": {}, "stream": "tasks", "task_incremental": False, "validation": False,
+             "pixels": "normalised"}  # fmt: skip
 USUAL_TRAINING = {"plugins": [], "arguments": {}, "joint_weight": False, "model": "network", "template": "naive"}
 USUAL = USUAL_RUN | USUAL_TRAINING
 
