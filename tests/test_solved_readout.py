@@ -19,7 +19,7 @@ from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory, Memory
 from avalanche_sp.gate.observe import Observation
 from avalanche_sp.gate.preparation import Preparation, follow_drift, output_sensitivity
-from avalanche_sp.gate.readout import ReadoutSamples, class_sums, drifted, pseudo_samples
+from avalanche_sp.gate.readout import ReadoutSamples, class_roots, class_sums, drifted, pseudo_samples
 
 from conftest import MNIST, accuracy, mlp, sliced, strategy_of
 
@@ -36,9 +36,19 @@ def samples(seed, classes, size=400, inputs=12):
     return torch.cat([x, torch.ones(size, 1)], 1), y
 
 
-def remembered(x, y, rank=13):
-    sums, counts = class_sums(ReadoutSamples("", x, y, torch.full((6,), torch.nan), len(x)))
-    return replace(LayerMemory.empty(x.shape[1], x).merged(x, len(x), 1.0, rank), class_sums=sums, class_counts=counts)
+def remembered(x, y, rank=13, class_rank=0, old=None):
+    """The memory of samples, and of older ones; with as many eigenvectors of each class."""
+    seen = ReadoutSamples("", x, y, torch.full((6,), torch.nan), len(x))
+    sums, counts = class_sums(seen)
+    roots = class_roots(seen, old, replace(SETTINGS, class_rank=class_rank)) if class_rank else None
+    merged = (old or LayerMemory.empty(x.shape[1], x)).merged(x, len(x), 1.0, rank)
+    if old is not None:
+        sums, counts = sums + old.class_sums, counts + old.class_counts
+    return replace(merged, class_sums=sums, class_counts=counts, class_roots=roots)
+
+
+def covariance(x):
+    return (x - x.mean(0)).T @ (x - x.mean(0)) / len(x)
 
 
 def test_pseudo_samples_have_the_class_means_and_the_covariance_within_classes():
@@ -53,10 +63,51 @@ def test_pseudo_samples_have_the_class_means_and_the_covariance_within_classes()
     torch.testing.assert_close(within[1], within[0], atol=2e-3, rtol=1e-3)
 
 
+def test_pseudo_samples_have_each_class_s_own_leading_covariance_and_share_the_rest():
+    x, y = samples(0, (1, 2, 5))
+    x[y == 2, :4] *= 3  # a covariance unlike the others'
+    drawn, classes = pseudo_samples(remembered(x, y, class_rank=4), 3000, torch.eye(13))
+    own, share, rest = {}, {}, torch.zeros(13, 13)
+    for c in (1, 2, 5):
+        torch.testing.assert_close(drawn[classes == c].mean(0), x[y == c].mean(0), atol=1e-4, rtol=1e-4)
+        values, vectors = torch.linalg.eigh(covariance(x[y == c]))
+        own[c] = (vectors[:, -4:] * values[-4:]) @ vectors[:, -4:].T
+        share[c] = (y == c).float().mean()
+        rest += share[c] * (covariance(x[y == c]) - own[c])
+    for c in (1, 2, 5):  # the shared noise of one class has the shared covariance on average alone
+        error = covariance(drawn[classes == c]) - own[c] - rest
+        assert error.norm() < 0.2 * rest.norm()
+    within = sum((classes == c).float().mean() * covariance(drawn[classes == c]) for c in (1, 2, 5))
+    expected = sum(share[c] * covariance(x[y == c]) for c in (1, 2, 5))
+    torch.testing.assert_close(within, expected, atol=2e-2, rtol=1e-2)  # roots are kept in half precision
+
+
+def test_class_roots_of_two_experiences_are_those_of_all_their_samples():
+    (x, y), (more, z) = samples(0, (1, 2)), samples(1, (2, 3))
+    ours = remembered(more, z, class_rank=13, old=remembered(x, y, class_rank=13)).class_roots.float()
+    every, labels = torch.cat([x, more]), torch.cat([y, z])
+    for c in (1, 2, 3):
+        expected = covariance(every[labels == c])
+        torch.testing.assert_close(ours[c].T @ ours[c], expected, atol=0.02 * float(expected.max()), rtol=0)
+    assert not ours[0].any()
+
+
+def test_class_roots_are_few_if_there_are_many_classes():
+    x, y = samples(0, (1, 2))
+    seen = ReadoutSamples("", x, y, torch.full((300,), torch.nan), len(x))
+    assert class_roots(seen, None, SETTINGS).shape == (300, 3, 13)
+    assert class_roots(seen, None, replace(SETTINGS, class_vectors=299)).shape == (300, 0, 13)
+
+
 def test_a_memory_that_moves_is_that_of_the_moved_inputs():
     x, y = samples(0, (0, 3))
     drift = torch.eye(13) + 0.2 * torch.randn(13, 13, generator=torch.Generator().manual_seed(3))
-    ours, expected = remembered(x, y).moved(lambda rows: rows @ drift), remembered(x @ drift, y)
+    ours, expected = (
+        remembered(x, y, class_rank=13).moved(lambda rows: rows @ drift),
+        remembered(x @ drift, y, class_rank=13),
+    )
+    for one, other in zip(ours.class_roots.float(), expected.class_roots.float()):
+        torch.testing.assert_close(one.T @ one, other.T @ other, atol=0.02 * float(other.square().sum()), rtol=0)
     torch.testing.assert_close(ours.eigenvalues, expected.eigenvalues, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(ours.class_sums, expected.class_sums, atol=1e-2, rtol=1e-3)
     torch.testing.assert_close(ours.mean_eigenvalue, expected.mean_eigenvalue, atol=1e-4, rtol=1e-3)
@@ -85,7 +136,7 @@ def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
     old, (x, y) = samples(0, (0, 1)), samples(1, (2, 3, 4, 5))
     mixing = 0.2 * torch.randn(12, 12, generator=torch.Generator().manual_seed(3))
     settings = replace(SETTINGS, drift_ridge=1e-4)
-    memory = Memory({"head": remembered(*old)})
+    memory, head = Memory({"head": remembered(*old)}), nn.Linear(12, 6)
     prepared = Preparation("head", x, y, torch.eye(13), {}, {}, {})
 
     def drift(inputs, places):
@@ -94,7 +145,7 @@ def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
     def followed(places):
         now = ReadoutSamples("head", drift(x, places[y]), y, torch.full((6,), torch.nan), len(x))
         seen = Observation({}, len(x), 4, torch.zeros(()), None, now)
-        return follow_drift(memory, prepared, seen, {}, settings).layers["head"].class_sums
+        return follow_drift(memory, prepared, seen, {"head": GatedLayer(head)}, settings).layers["head"].class_sums
 
     common, apart = torch.zeros(6, 12), 9 * torch.eye(6, 12)
     expected = remembered(drift(old[0], common[old[1]]), old[1]).class_sums

@@ -12,7 +12,7 @@ from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory, Memory
 from avalanche_sp.gate.observe import Observation
 from avalanche_sp.gate.packed import PackedRows
-from avalanche_sp.gate.readout import ReadoutLoss, class_sums, newton_readout
+from avalanche_sp.gate.readout import ReadoutLoss, class_roots, class_sums, newton_readout
 from avalanche_sp.gate.settings import Settings
 
 __all__ = ["consolidate", "inherited", "least_bytes"]
@@ -49,8 +49,10 @@ def consolidate(
         if readout is not None and readout.layer == name and stored is not None:
             losses = [readout, *stored]
             residual = newton_readout(layer, losses, old, memory.curvature, settings, trust, damping)
-        sums = counts = None
+        sums = counts = roots = None
         if observation.classified is not None and observation.classified.layer == name:
+            if readout is None:  # the loss is not quadratic
+                roots = class_roots(observation.classified, old, settings)
             sums, counts = class_sums(observation.classified)
             if old is not None and old.class_sums is not None and old.class_counts is not None:
                 sums, counts = _sum(old.class_sums, sums), _sum(old.class_counts, counts)
@@ -66,6 +68,7 @@ def consolidate(
             residual=residual,
             class_sums=sums,
             class_counts=counts,
+            class_roots=roots,
             sharpness=old.sharpness if old is not None else None,
             fed_by_data=seen.fed_by_data,
         )
@@ -116,6 +119,7 @@ def inherited(memory: LayerMemory, layer: GatedLayer) -> LayerMemory:
         residual=None,
         class_sums=None,
         class_counts=None,
+        class_roots=None,
     )
 
 

@@ -35,6 +35,8 @@ class LayerMemory:
         rough_anchor: all weights, at four bits each, for the penalty along the other directions; None without one.
         residual: (out, d), the mean gradient of the old loss at these weights; None if it is not known.
         class_sums, class_counts: of the readout's input vectors by class: (out, d) and (out,); None for other layers.
+        class_roots: (out, k, d), in half precision (bfloat16): rows of each class whose second moment is the leading
+            part of its covariance. None if the loss is quadratic, which needs no more than the shared second moment.
         sharpness: leading eigenvalue of the Gauss-Newton matrix in the layer's weights at the end of the first
             experience, without the loss's curvature, 0-dim; None if it was not measured.
         fed_by_data: True if no trained layer makes this layer's input.
@@ -50,6 +52,7 @@ class LayerMemory:
     residual: Tensor | None = None
     class_sums: Tensor | None = None
     class_counts: Tensor | None = None
+    class_roots: Tensor | None = None
     sharpness: Tensor | None = None
     fed_by_data: bool = False
 
@@ -97,13 +100,16 @@ class LayerMemory:
         Args:
             drift: moves input vectors (m, d).
         """
-        roots = self.roots
-        means = self.class_sums if self.class_sums is not None else roots[:0]
-        rows = drift(torch.cat([roots, means]))
-        values, vectors = leading_eigenpairs(rows[: len(roots)], len(roots))
+        roots = drift(self.roots)
+        values, vectors = leading_eigenpairs(roots, len(roots))
         mean = self.mean_eigenvalue + (values.sum() - self.eigenvalues.sum()) / len(self.vectors)
-        sums = None if self.class_sums is None else rows[len(roots) :]
-        return replace(self, eigenvalues=values, vectors=vectors, mean_eigenvalue=mean, class_sums=sums)
+        sums = None if self.class_sums is None else drift(self.class_sums)
+        own = self.class_roots
+        if own is not None:
+            own = drift(own.flatten(0, 1).to(roots)).view_as(own).to(own)
+        return replace(
+            self, eigenvalues=values, vectors=vectors, mean_eigenvalue=mean, class_sums=sums, class_roots=own
+        )
 
     @property
     def roots(self) -> Tensor:
@@ -150,18 +156,18 @@ class LayerMemory:
         return closed, claim(self.rest, self.mean_eigenvalue, openness)
 
     def leading(self, n: int) -> LayerMemory:
-        """The memory with its n leading eigenvectors only, n >= 1, and without the rough anchor.
+        """The memory with its n leading eigenvectors only, n >= 1, and without the rough anchor and the class roots.
 
         The mean eigenvalue stays, so that the energy of the others counts to the rest. An embedding has no rest: its
         other rows are forgotten as if they were never used.
         """
         along = {k: getattr(self, k)[..., -n:].clone() for k in ("eigenvalues", "vectors", "anchor")}
-        return replace(self, rough_anchor=None, **along)
+        return replace(self, rough_anchor=None, class_roots=None, **along)
 
     @property
     def state_bytes(self) -> int:
         tensors = [self.eigenvalues, self.vectors, self.mean_eigenvalue, self.anchor]
-        tensors += [t for t in (self.residual, self.class_sums, self.class_counts) if t is not None]
+        tensors += [t for t in (self.residual, self.class_sums, self.class_counts, self.class_roots) if t is not None]
         rough = self.rough_anchor.state_bytes if self.rough_anchor is not None else 0
         return rough + sum(t.numel() * t.element_size() for t in tensors)
 
@@ -210,8 +216,8 @@ class Memory:
     def within(self, budget: int | None) -> Memory:
         """The memory in at most ``budget`` bytes; None is no bound.
 
-        The rough anchors are dropped first. Then the eigenvectors with the lowest eigenvalues are dropped, in units of
-        the layer's mean eigenvalue and over all layers. The leading one of each layer stays.
+        The rough anchors and class roots are dropped first. Then the eigenvectors with the lowest eigenvalues are
+        dropped, in units of the layer's mean eigenvalue and over all layers. The leading one of each layer stays.
 
         Raises:
             ValueError: the rest takes more than the budget.

@@ -131,9 +131,10 @@ def follow_drift(
     """Moves the memory of the readout's old inputs as far as the layers below have moved them.
 
     The map is learned on new inputs (:func:`~avalanche_sp.gate.readout.drifted`). Its share is the root of the change
-    of the outputs by the updates on old inputs over that on new ones, to first order, with each layer's sensitivity. It
-    is 1 if the new classes agree on the map, as in a deep network whose layers move each other's inputs
-    (:func:`~avalanche_sp.gate.readout.agreement`).
+    of the outputs by the updates on old inputs over that on new ones, to first order, with each layer's sensitivity. In
+    a deep network whose layers move each other's inputs the first order tells next to nothing. If it explains less than
+    a hundredth of the change of the new outputs (``drift_first_order``), and the new classes agree on the map
+    (:func:`~avalanche_sp.gate.readout.agreement`), the share is 1.
 
     Args:
         memory: before the experience.
@@ -160,8 +161,10 @@ def follow_drift(
     def move(rows: Tensor, before: Tensor, after: Tensor, share: float = 1.0) -> Tensor:
         return drifted(rows, before, after, prepared.vectors, share, settings)
 
-    readout = memory.layers[now.layer]
-    if agreement(readout.roots, before, after, now.targets, move) >= settings.drift_agreement:
-        share = 1.0
+    readout, weights = memory.layers[now.layer], layers[now.layer].weights_and_bias()
+    changed = ((after - before) @ weights.T).square().sum() / len(after)
+    if new < settings.drift_first_order * changed:
+        agreed = agreement(readout.roots, before, after, now.targets, move)
+        share = 1.0 if agreed >= settings.drift_agreement else share
     moved = readout.moved(lambda rows: move(rows, before, after, share))
     return replace(memory, layers={**memory.layers, now.layer: moved})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from avalanche_sp.gate.functional import loss_curvature, newton_step
+from avalanche_sp.gate.functional import leading_eigenpairs, loss_curvature, newton_step
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.settings import Settings
@@ -22,6 +22,7 @@ __all__ = [
     "ReadoutLoss",
     "ReadoutSamples",
     "agreement",
+    "class_roots",
     "class_sums",
     "drifted",
     "newton_readout",
@@ -147,21 +148,68 @@ def class_sums(samples: ReadoutSamples) -> tuple[Tensor, Tensor]:
     return sums * scale, counts * scale
 
 
-def pseudo_samples(memory: LayerMemory, least: int, basis: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Input vectors with the class means and the covariance within classes of a readout's memory.
+def class_roots(samples: ReadoutSamples, old: LayerMemory | None, settings: Settings) -> Tensor:
+    r"""Rows whose second moment is the leading part of each class's covariance, over old and new samples.
 
-    With the second moment :math:`C`, class means :math:`\mu_c` and shares :math:`p_c`, the covariance within classes is
-    :math:`C - \sum_c p_c \mu_c \mu_c^\top`. Class means and covariance of the vectors are these exactly, along the
-    memory's eigenvectors and the means; the directions beyond are left out. So a quadratic loss is exact if the memory
-    keeps all eigenvectors. The classes share one covariance, as in linear discriminant analysis.
+    A class's covariance over both is the mean of both covariances and :math:`s (1 - s) m m^\top`, with s the share of
+    the old samples and m the difference of the two means.
+
+    Args:
+        samples: of an experience.
+        old: the readout's memory; None before the first.
+        settings: the constants.
+
+    Returns:
+        Shape (out, k, d), in half precision (bfloat16); zeros for classes that have not come.
+    """
+    units, d = len(samples.masked), samples.inputs.shape[1]
+    rank = min(settings.class_rank, settings.class_vectors // units)
+    roots = torch.zeros(units, rank, d, dtype=torch.bfloat16, device=samples.inputs.device)
+    sums, counts = samples.inputs.new_zeros(units, d), samples.inputs.new_zeros(units)
+    if old is not None and old.class_roots is not None and old.class_sums is not None and old.class_counts is not None:
+        roots[: len(old.class_roots)] = old.class_roots[:, :rank]
+        sums[: len(old.class_sums)], counts[: len(old.class_counts)] = old.class_sums, old.class_counts
+    if not rank:
+        return roots
+    scale = samples.weight / len(samples.inputs)
+    for label in samples.targets.unique().tolist():
+        x = samples.inputs[samples.targets == label]
+        mean, rows = x.mean(0), [(x - x.mean(0)) / len(x) ** 0.5]
+        before = counts[label]
+        if before > 0:
+            share = before / (before + scale * len(x))
+            shift = sums[label] / before - mean
+            rows = [
+                rows[0] * (1 - share).sqrt(),
+                roots[label].to(x) * share.sqrt(),
+                shift.unsqueeze(0) * (share * (1 - share)).sqrt(),
+            ]
+        values, vectors = leading_eigenpairs(torch.cat(rows), rank)
+        roots[label].zero_()[: len(values)] = (vectors * values.sqrt()).T.flip(0)
+    return roots
+
+
+def pseudo_samples(memory: LayerMemory, least: int, basis: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Input vectors with the class means and covariances of a readout's memory.
+
+    With the second moment :math:`C`, class means :math:`\mu_c`, class roots :math:`R_c` and shares :math:`p_c`, a
+    class's covariance is :math:`R_c^\top R_c + S`, where
+
+    .. math:: S = C - \sum_c p_c (\mu_c \mu_c^\top + R_c^\top R_c)
+
+    is what the classes share. The vectors have these means and covariances exactly, along the memory's eigenvectors and
+    the means; the directions beyond are left out. So a quadratic loss, for which the sum over classes is enough, is
+    exact if the memory keeps all eigenvectors. Without class roots it is the model of linear discriminant analysis, and
+    between that and quadratic discriminant analysis with them (compare J. H. Friedman: Regularized discriminant
+    analysis, JASA 1989).
 
     Args:
         memory: of a readout, with class sums.
-        least: number of vectors, at least; two for each direction of the covariance are made in any case.
-        basis: B, shape (d, k), along which they are wanted.
+        least: number of vectors, at least; two for each direction of a covariance are made in any case.
+        basis: B, shape (d, m), along which they are wanted.
 
     Returns:
-        Input vectors times B (m, k), and their classes (m,).
+        Input vectors times B (n, m), and their classes (n,).
     """
     assert memory.class_sums is not None and memory.class_counts is not None
     classes = memory.class_counts.nonzero().flatten()
@@ -170,19 +218,29 @@ def pseudo_samples(memory: LayerMemory, least: int, basis: Tensor) -> tuple[Tens
     span, lam = memory.vectors, memory.eigenvalues.double()
     if span.shape[1] < len(span):
         span = torch.linalg.qr(torch.cat([span, means.T], 1)).Q
-    within = (span.T @ memory.vectors).double()
-    within, centers = (within * lam) @ within.T, (means @ span).double()
-    values, vectors = torch.linalg.eigh(within - (centers.T * share) @ centers)
-    root = vectors * values.clamp_min(0).sqrt()
-    number = (share * max(least, 2 * len(root))).round().long().clamp_min(2)
+    roots = span.new_zeros(len(classes), 0, span.shape[1])
+    if memory.class_roots is not None:
+        roots = memory.class_roots[classes].to(span) @ span
+    within, centers = (span.T @ memory.vectors).double(), (means @ span).double()
+    own = (roots * share.sqrt()[:, None, None]).flatten(0, 1).double()
+    shared = (within * lam) @ within.T - (centers.T * share) @ centers - own.T @ own
+    values, vectors = torch.linalg.eigh(shared)
+    root, k, to_basis = vectors * values.clamp_min(0).sqrt(), roots.shape[1], span.T @ basis
+    number = (share * max(least, 2 * (len(root) + len(own)))).round().long().clamp_min(k + 2)
     which = torch.repeat_interleave(torch.arange(len(classes), device=number.device), number)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(len(which), len(root), generator=generator).to(means)
-    noise -= (noise.new_zeros(len(classes), len(root)).index_add_(0, which, noise) / number.unsqueeze(1))[which]
+    noise = torch.randn(len(which), k + len(root), generator=generator).to(means)
+    rows = (means @ basis)[which]
+    for part, drawn, seen in zip(rows.split(number.tolist()), noise.split(number.tolist()), roots @ to_basis):
+        # The class's own noise has unit covariance. Both noises have zero mean, and no covariance with each other.
+        frame = torch.linalg.qr(torch.cat([torch.ones_like(drawn[:, :1]), drawn[:, :k]], 1)).Q
+        part += frame[:, 1:] @ seen * len(drawn) ** 0.5
+        drawn -= frame @ (frame.T @ drawn)
+    noise = noise[:, k:]
     # N^T N / n = S S^T: the noise N S^-T has unit covariance, and still zero mean in each class.
     unit = torch.linalg.cholesky((noise.T @ noise / len(noise)).double())
     colour = torch.linalg.solve_triangular(unit.mT, root.mT, upper=True)
-    return (means @ basis)[which].addmm_(noise, colour.to(means.dtype) @ (span.T @ basis)), classes[which]
+    return rows.addmm_(noise, colour.to(means.dtype) @ to_basis), classes[which]
 
 
 def drifted(rows: Tensor, before: Tensor, after: Tensor, basis: Tensor, share: float, settings: Settings) -> Tensor:

@@ -58,10 +58,15 @@ class Settings:
     solve_samples: int = _setting(2000, "count", "pseudo-samples of old classes; fewer if there were fewer old samples")
     solve_steps: int = _setting(20, "count", "iterations of L-BFGS, at most")
     solve_tolerance: float = _setting(1e-3, "positive", "least gain of an iteration, in losses of zero outputs")
+    class_rank: int = _setting(8, "count", "eigenvectors kept of each class's own covariance, at most")
+    class_vectors: int = _setting(1024, "count", "the same of all classes together, at most")
     adaptive_eps: float = _setting(
         1e-6, "not negative", "largest eps of an optimizer whose steps do not grow with the sharpness of the loss"
     )
     drift_ridge: float = _setting(0.1, "positive", "ridge of the drift's map, in units of the mean eigenvalue")
+    drift_first_order: float = _setting(
+        0.01, "not negative", "least share of new outputs' change for which the first order tells old inputs' drift"
+    )
     drift_agreement: float = _setting(
         0.5, "positive", "least cosine of old inputs' moves, by two halves of the new classes, to move them all the way"
     )
