@@ -102,6 +102,18 @@ def test_1_limits_of_the_openness_are_reached():
 
 
 @fixed
+@given(olds())
+def test_1_the_gate_never_fills_up(old):
+    d = len(old.vectors)
+    assert torch.trace(eye(d) - old.gate) <= d / (1 + old.openness) * HOLDS
+
+
+def test_1_the_gate_is_fullest_where_all_eigenvalues_are_equal():
+    old = with_spectrum([1, 1, 1, 1], rank=2, openness=0.5)
+    assert torch.trace(eye(4) - old.gate) > TIGHT * 4 / 1.5
+
+
+@fixed
 @given(olds(), st.floats(-3, 3), seeds)
 def test_1_the_gate_is_free_of_scale_and_turns_with_the_inputs(old, scale, seed):
     d, r = old.vectors.shape
