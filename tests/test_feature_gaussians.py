@@ -163,7 +163,7 @@ def test_bad_arguments_and_models_are_named(split5):
     with pytest.raises(ValueError, match=r"its last layer, '5', is not a trained nn.Linear .*trained layers: 1, 3, 5"):
         trained(split5, FeatureGaussians(), model=mlp(bias=False))
     with pytest.raises(TypeError, match="layer 5 to make the outputs"):
-        trained(split5, FeatureGaussians(), model=nn.Sequential(*mlp(), nn.Softmax(1)))
+        trained(split5, FeatureGaussians(), model=nn.Sequential(*mlp(), nn.Tanh()))
 
 
 def test_bad_features_are_named():

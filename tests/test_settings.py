@@ -204,7 +204,7 @@ CASES = {
     "class_vectors": case(1024, 50, new_classes),
     "adaptive_eps": case(1e-6, 1e-7, new_classes, adam=partial(torch.optim.Adam, lr=1e-4, eps=1e-6)),
     "drift_ridge": case(0.1, 0.11, new_classes),
-    "drift_first_order": case(0.01, 1e6, new_classes, {"drift_agreement": 1e-6}),
+    "drift_first_order": case(0.002, 1e6, new_classes, {"drift_agreement": 1e-6}),
     "drift_agreement": case(0.5, 0.9, gaussians),
     "gaussian_ridge": case(0.02, 0.021, gaussians),
     "half_trust": case(50, 60, two_tasks, stored=40),

@@ -1,6 +1,7 @@
 """The readout, solved for an experience with new classes: against plain linear algebra, and on real MNIST."""
 
 import itertools
+import warnings
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -203,6 +204,48 @@ def test_each_short_experience_is_learned_and_the_old_ones_are_kept(split5, loss
         learned.append(accuracy(model.eval(), small, task))
     assert min(learned) > 0.6
     assert sum(accuracy(model, small, task) for task in range(5)) / 5 > 0.65
+
+
+LINKS = {
+    "log-softmax": (nn.LogSoftmax(1), nn.NLLLoss()),
+    "softmax": (nn.Softmax(1), lambda outputs, y: nn.functional.nll_loss(outputs.clamp_min(1e-12).log(), y)),
+    "sigmoid": (
+        nn.Sigmoid(),
+        lambda outputs, y: nn.functional.binary_cross_entropy(
+            outputs, nn.functional.one_hot(y, 10).float(), reduction="sum"
+        )
+        / len(y),
+    ),
+}
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_readout_below_a_softmax_or_sigmoid_is_solved(split5, link):
+    small, (last, loss) = sliced(split5, train=416, test=200), LINKS[link]
+    torch.manual_seed(0)
+    model = nn.Sequential(*mlp(64), last)
+    step = torch.optim.SGD(model.parameters(), lr=0.05)
+    strategy = strategy_of(model, [SelectivePlasticityPlugin()], optimizer=step, criterion=loss)
+    for experience in small.train_stream:
+        strategy.train(experience)
+    assert sum(accuracy(model.eval(), small, task) for task in range(5)) / 5 > 0.65
+
+
+def test_a_warning_says_that_the_readout_cannot_be_solved(split5):
+    class Halved(nn.Module):
+        def forward(self, x):
+            return x / 2
+
+    small = sliced(split5, train=416, test=200)
+    for last, warned in ((Halved(), True), (nn.Identity(), False), (nn.LogSoftmax(1), False)):
+        model = nn.Sequential(*mlp(64), last)
+        plugin = SelectivePlasticityPlugin()
+        step = torch.optim.SGD(model.parameters(), lr=0.05)
+        strategy = strategy_of(model, [plugin], optimizer=step, criterion=nn.CrossEntropyLoss())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            strategy.train(small.train_stream[0])
+        assert any("cannot solve the last layer" in str(w.message) for w in caught) == warned
 
 
 def test_beside_stored_samples_short_experiences_are_kept_better_than_by_these_alone(split5):

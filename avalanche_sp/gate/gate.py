@@ -806,6 +806,8 @@ class PlasticityGate:
         if self.memory.consolidations == 1:
             self._warn_of_ungated(layers)
             _warn_of_dead(observation)
+            if self._measures_loss and self.readout_step and not self._stream:
+                _warn_of_unsolved(observation)
 
     @property
     def _is_adaptive(self) -> bool:
@@ -934,6 +936,17 @@ def _warn_of_dead(observation: Observation) -> None:
             f"selective plasticity: {100 * share:.0f}% of the inputs of layer {name} are zero for every sample of "
             "the first experience (dead units). Later experiences learn from the others. A lower learning rate in the "
             "first experience leaves more of them alive.",
+            stacklevel=2,
+        )
+
+
+def _warn_of_unsolved(observation: Observation) -> None:
+    """Says so if the readout cannot be solved, for without it new classes are learned little."""
+    if observation.layers and observation.classified is None and observation.readout is None:
+        warnings.warn(
+            "selective plasticity cannot solve the last layer for old and new classes together, and gates it as any "
+            "other. It is solved if the network returns that layer's outputs (n, classes), or their softmax, "
+            "log-softmax or sigmoid, and the targets are class labels or the loss is a squared error.",
             stacklevel=2,
         )
 

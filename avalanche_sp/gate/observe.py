@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from avalanche_sp.gate.functional import leading_eigenvalue, loss_curvature
 from avalanche_sp.gate.layers import GatedLayer
-from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples
+from avalanche_sp.gate.readout import Criterion, ReadoutLoss, ReadoutSamples, link_of, linked
 from avalanche_sp.gate.settings import Settings
 
 __all__ = [
@@ -37,7 +37,6 @@ _SENSITIVITY = 100  # samples of a sensitivity, which is a mean over samples
 _SOME = 256  # a layer's input vectors, of a mean that need not be exact
 _QUADRATIC = 1e-3  # a loss is quadratic if its gradient is linear in the outputs to this precision
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
 Forward = Callable[[nn.Module, Any], Any]
 
 
@@ -199,7 +198,7 @@ def observe(
     targets: list[Tensor] = []
     units: list[tuple[str, Tensor] | None] = []
     last: tuple[str, GatedLayer, Tensor] | None = None
-    count, some = 0, None
+    count, some, link = 0, None, None
     of_first: dict[str, int] = {}  # input vectors of the first batch
 
     def record(name, layer, x, output):
@@ -217,7 +216,8 @@ def observe(
                 count += len(y)
                 outputs = forward(model, x)
                 of_first = of_first or dict(vectors_seen)
-                units.append(_masked_units(outputs, y, last))
+                link = link_of(last[2], outputs) if last is not None and isinstance(outputs, Tensor) else None
+                units.append(_masked_units(outputs if last is None or link is None else last[2], y, last))
                 targets.append(y)
                 if criterion is not None:
                     check_outputs(outputs)
@@ -247,7 +247,7 @@ def observe(
     classified = None
     if units and (found := units[-1]) is not None and all(u is not None and u[0] == found[0] for u in units):
         x = observed[found[0]].inputs
-        classified = ReadoutSamples(found[0], x, torch.cat(targets), found[1], samples.total)
+        classified = ReadoutSamples(found[0], x, torch.cat(targets), found[1], samples.total, link)
     mean_loss = torch.stack(losses).sum() / count if losses else None
     return Observation(observed, samples.total, samples.classes, curvature, readout, classified, some, mean_loss)
 
@@ -319,14 +319,17 @@ def output_derivatives(
 ) -> tuple[Tensor, Tensor, str | None, Tensor]:
     """The loss and its mean curvature in the outputs, 0-dim; the readout's name; the gradient in the readout's output.
 
-    The gradient has a row a sample. The name is None if the last layer is not a readout or part of it is frozen, or if
-    the loss is not quadratic and convex in the outputs.
+    If the network makes its outputs from the readout's by a softmax, for instance, these are the outputs meant here
+    (:func:`~avalanche_sp.gate.readout.link_of`). The gradient has a row a sample. The name is None if the last layer is
+    not a readout or part of it is frozen, or if the loss is not quadratic and convex in the outputs.
 
     Args:
         criterion: a mean over samples.
         outputs, targets: the network's outputs (n, C), what they should be.
         last: the last layer that was called, its name before and its output after it.
     """
+    if last is not None and (link := link_of(last[2], outputs)) is not None:
+        outputs, criterion = last[2], linked(criterion, link)
     with torch.enable_grad():
         varied = outputs.detach().requires_grad_()
         value = criterion(varied, targets)

@@ -133,7 +133,7 @@ def follow_drift(
     The map is learned on new inputs (:func:`~avalanche_sp.gate.readout.drifted`). Its share is the root of the change
     of the outputs by the updates on old inputs over that on new ones, to first order, with each layer's sensitivity. In
     a deep network whose layers move each other's inputs the first order tells next to nothing. If it explains less than
-    a hundredth of the change of the new outputs (``drift_first_order``), and the new classes agree on the map
+    1/500 of the change of the new outputs (``drift_first_order``), and the new classes agree on the map
     (:func:`~avalanche_sp.gate.readout.agreement`), the share is 1.
 
     Args:

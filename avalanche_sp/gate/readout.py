@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from avalanche_sp.gate.functional import leading_eigenpairs, loss_curvature, newton_step
@@ -25,10 +27,16 @@ __all__ = [
     "class_roots",
     "class_sums",
     "drifted",
+    "link_of",
+    "linked",
     "newton_readout",
     "pseudo_samples",
     "solve_readout",
 ]
+
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+LINKS = (partial(F.log_softmax, dim=1), partial(F.softmax, dim=1), torch.sigmoid, F.logsigmoid)
 
 
 @dataclass
@@ -121,6 +129,21 @@ def newton_readout(
     return ((gradient + step @ hessian) / (total + kept)).to(kind)
 
 
+def link_of(made: Tensor, outputs: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """The function by which a network makes its outputs from its last layer's, both (n, out), if it is one of `LINKS`.
+
+    None if no unit needs one, or none is known.
+    """
+    if made.shape != outputs.shape or made.dim() != 2 or (outputs == made).all(0).any():
+        return None
+    return next((link for link in LINKS if torch.allclose(link(made), outputs, rtol=1e-3, atol=1e-4)), None)
+
+
+def linked(criterion: Criterion, link: Callable[[Tensor], Tensor] | None) -> Criterion:
+    """The loss of (the readout's outputs, targets)."""
+    return criterion if link is None else lambda outputs, targets: criterion(link(outputs), targets)
+
+
 @dataclass(frozen=True)
 class ReadoutSamples:
     """Inputs of the readout and their classes.
@@ -131,6 +154,7 @@ class ReadoutSamples:
         targets: class labels, shape (n,), integers.
         masked: (out,), the network's outputs for the units that it masks, NaN for all others.
         weight: number of samples that they stand for.
+        link: makes the network's outputs from the readout's (n, out), as a softmax does; None if they are the same.
     """
 
     layer: str
@@ -138,6 +162,7 @@ class ReadoutSamples:
     targets: Tensor
     masked: Tensor
     weight: float
+    link: Callable[[Tensor], Tensor] | None = None
 
 
 def class_sums(samples: ReadoutSamples) -> tuple[Tensor, Tensor]:
@@ -304,7 +329,7 @@ def solve_readout(
     new: ReadoutSamples,
     old: LayerMemory | None,
     merged: LayerMemory,
-    criterion: Callable[[Tensor, Tensor], Tensor],
+    criterion: Criterion,
     settings: Settings,
     stored: Sequence[ReadoutSamples] = (),
     trust: float = 0.0,
@@ -328,7 +353,7 @@ def solve_readout(
         new: samples of the experience.
         old: the layer's memory, with class sums; None for the head of a new task.
         merged: the memory with the experience, whose eigenvectors the solution is sought along.
-        criterion: of (outputs, class labels), a mean over samples.
+        criterion: of (the network's outputs, class labels), a mean over samples.
         settings: the constants.
         stored: stored samples of the old classes.
         trust: t, the share of the old loss that they stand for, 0 to 1; 0 without.
@@ -343,6 +368,7 @@ def solve_readout(
         parts.append((*pseudo_samples(old, number, white), share * (1 - trust)))
     total = sum(samples.weight for samples in stored)
     parts += [(s.inputs @ white, s.targets, share * trust * s.weight / total) for s in stored]
+    criterion = linked(criterion, new.link)
     start = layer.weights_and_bias()
     zeros = start.new_zeros(len(new.targets), len(start))
     with torch.enable_grad():

@@ -65,7 +65,7 @@ class Settings:
     )
     drift_ridge: float = _setting(0.1, "positive", "ridge of the drift's map, in units of the mean eigenvalue")
     drift_first_order: float = _setting(
-        0.01, "not negative", "least share of new outputs' change for which the first order tells old inputs' drift"
+        0.002, "not negative", "least share of new outputs' change for which the first order tells old inputs' drift"
     )
     drift_agreement: float = _setting(
         0.5, "positive", "least cosine of old inputs' moves, by two halves of the new classes, to move them all the way"
