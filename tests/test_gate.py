@@ -525,6 +525,29 @@ def test_a_layer_with_few_live_inputs_is_named_after_the_first_experience(dead, 
     assert len(found) == len(said) and all(part in text for part, text in zip(said, found))
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_penalty_alone_is_stable_at_any_learning_rate(momentum):
+    """By the rate and the many old samples alone, each penalty would throw the weights beyond their place."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=momentum)
+    gate = PlasticityGate(model, optimizer, readout_step=False)
+    x, y = 10 * torch.randn(400, 20), torch.randint(0, 10, (400,))
+    gate.consolidate(TensorDataset(x, y), OneHotMSELoss())
+    optimizer.param_groups[0]["lr"] = 1.0
+    gate.begin(samples=40)
+    place = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight += 0.01
+    drifts = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        (0 * model(x)).sum().backward()
+        optimizer.step()
+        drifts.append(float((model[0].weight.detach() - place).norm()))
+    assert drifts[-1] < 0.9 * drifts[0] and max(drifts) < 3 * drifts[0]
+
+
 def test_a_network_that_calls_no_layer_that_can_be_gated_is_consolidated():
     model = MODELS["mlp"]()
     model.forward = lambda x: x.flatten(1) @ model[1].weight[:5].T

@@ -331,7 +331,7 @@ class PlasticityGate:
                 scale = self._prepared.scale.get(name, 1.0) if self._prepared is not None else 1.0
                 factor = times * (s.attention_openness if layer.projects_attention else 1.0)
                 gate = LayerGate.of(remembered, value_of(self.openness, name) * factor, s.gated_vectors, scale)
-                self._gated[name] = Gated(name, layer, remembered, gate, statistics)
+                self._gated[name] = Gated(name, layer, remembered, gate, statistics, self._rate_of(layer))
         freezes = memory.layers and not stored
         self._norms = [m for m in model.modules() if freezes and isinstance(m, NORMALISATION)]
         self._frozen = [p for norm in self._norms for p in norm.parameters(recurse=False)]
@@ -808,6 +808,13 @@ class PlasticityGate:
             _warn_of_dead(observation)
             if self._measures_loss and self.readout_step and not self._stream:
                 _warn_of_unsolved(observation)
+
+    def _rate_of(self, layer: GatedLayer) -> float:
+        """The learning rate of a layer's weights if steps are proportional to the gradient, as SGD's are, else 0."""
+        for group in self._optimizer.param_groups if self._optimizer is not None else ():
+            if "eps" not in group and any(p is layer.weight for p in group["params"]):
+                return float(group["lr"])
+        return 0.0
 
     @property
     def _is_adaptive(self) -> bool:

@@ -20,13 +20,22 @@ __all__ = ["Gated", "Drift"]
 
 @dataclass
 class Gated:
-    """A layer under a gate: its memory, its gate of the moment, and the statistics of its inputs."""
+    """A layer under a gate: its memory, its gate of the moment, and the statistics of its inputs.
+
+    ``rate`` is the learning rate of an optimizer whose steps are proportional to the gradient, else 0.
+    """
 
     name: str
     layer: GatedLayer
     memory: LayerMemory
     gate: LayerGate
     statistics: StreamStatistics
+    rate: float
+
+    @property
+    def largest_weight(self) -> Tensor:
+        r"""The penalty's weight at its limit of stability, 0-dim: :math:`2 / (\eta \max_i \lambda_i (1 - f_i))`."""
+        return 2 / (self.rate * self.memory.eigenvalues * (1 - self.gate.closed)).max()
 
 
 class Drift:
@@ -34,7 +43,8 @@ class Drift:
 
     A look takes back the share f of the updates since the last look along each vector of the memory. After a look the
     penalty is due: its gradient joins the next step's. A penalty at every n-th step, n times as strong, stands for one
-    at each step. At every second look a penalty along all other directions is due also.
+    at each step, within its limit of stability (``docs/theory.md``, 5e). At every second look a penalty along all other
+    directions is due also.
 
     Args:
         weights: of the penalty, by layer; 0 for none.
@@ -53,6 +63,7 @@ class Drift:
         self._before: dict[str, Tensor] = {}  # the weights along the vectors after the last look
         self._due: set[str] = set()
         self._due_beyond: set[str] = set()
+        self._largest: dict[str, Tensor] = {}  # weights of the penalty
         self._likeness: Tensor | None = None  # of stream and memory at the last look that needed it
 
     def begin(
@@ -68,6 +79,7 @@ class Drift:
             takes_back: how much of the gated part of the updates is taken back, 0 to 1.
         """
         self._gated = {g.name: g for g in gated}
+        self._largest = {name: g.largest_weight for name, g in self._gated.items()}
         self._curvature = curvature
         largest = self.settings.largest_ratio
         self._interval = min(max(int(largest / max(ratio, 1)), 1), self.longest)
@@ -136,7 +148,7 @@ class Drift:
 
     def _weight(self, g: Gated) -> Tensor:
         strength = self._interval * self._old_samples * value_of(self.weights, g.name)
-        return strength * self._curvature * g.memory.rows
+        return torch.minimum(strength * self._curvature * g.memory.rows, self._largest[g.name])
 
     def _weight_beyond(self, g: Gated) -> Tensor:
         assert self._likeness is not None
