@@ -353,10 +353,10 @@ def test_weights_move_in_the_open_directions(split2):
 def test_the_pull_back_keeps_more_of_what_was_learned(split2):
     kept = []
     for weight in (0.0, 1.0):
-        plugin = SelectivePlasticityPlugin(openness=20.0, pull_back=weight, readout_step=False)
+        plugin = SelectivePlasticityPlugin(openness=50.0, pull_back=weight, readout_step=False)
         strategy = trained(split2, [plugin], epochs=5)
         kept.append(accuracy(strategy.model, split2, 0))
-    assert kept[1] > kept[0] + 0.02
+    assert kept[1] > kept[0] + 0.1
 
 
 def test_memory_stays_bounded_however_many_experiences_come(split5):

@@ -43,8 +43,8 @@ class Drift:
 
     A look takes back the share f of the updates since the last look along each vector of the memory. After a look the
     penalty is due: its gradient joins the next step's. A penalty at every n-th step, n times as strong, stands for one
-    at each step, within its limit of stability (``docs/theory.md``, 5e). At every second look a penalty along all other
-    directions is due also.
+    at each step. Looks are closer and the penalty is weaker if it would be beyond its limit of stability otherwise
+    (``docs/theory.md``, 5e). At every second look a penalty along all other directions is due also.
 
     Args:
         weights: of the penalty, by layer; 0 for none.
@@ -79,12 +79,14 @@ class Drift:
             takes_back: how much of the gated part of the updates is taken back, 0 to 1.
         """
         self._gated = {g.name: g for g in gated}
-        self._largest = {name: g.largest_weight for name, g in self._gated.items()}
         self._curvature = curvature
         largest = self.settings.largest_ratio
-        self._interval = min(max(int(largest / max(ratio, 1)), 1), self.longest)
         self._old_samples = min(ratio, largest) * strength
         self._takes_back = takes_back
+        self._largest = {name: g.largest_weight for name, g in self._gated.items()}
+        stable = [self._largest[name] / self._weight_a_step(g) for name, g in self._gated.items()]
+        nearest = torch.stack(stable).min().item() if stable else self.longest
+        self._interval = max(int(min(nearest, largest / max(ratio, 1), self.longest)), 1)
         for name, g in self._gated.items():
             known = self._before.get(name)  # steps of an experience before may wait for the next look
             if known is None or len(known) < g.layer.units:  # of a head that has grown
@@ -146,9 +148,11 @@ class Drift:
             weight = self._weight_beyond(g) if scale is None else self._weight_beyond(g) * scale
             g.layer.add_to_gradient(g.layer.drift_from(g.memory.rough_anchor.unpacked()), weight)
 
+    def _weight_a_step(self, g: Gated) -> Tensor:
+        return self._old_samples * value_of(self.weights, g.name) * self._curvature * g.memory.rows
+
     def _weight(self, g: Gated) -> Tensor:
-        strength = self._interval * self._old_samples * value_of(self.weights, g.name)
-        return torch.minimum(strength * self._curvature * g.memory.rows, self._largest[g.name])
+        return torch.minimum(self._interval * self._weight_a_step(g), self._largest[g.name])
 
     def _weight_beyond(self, g: Gated) -> Tensor:
         assert self._likeness is not None
