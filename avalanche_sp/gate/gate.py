@@ -813,7 +813,7 @@ class PlasticityGate:
         """The learning rate of a layer's weights if steps are proportional to the gradient, as SGD's are, else 0."""
         for group in self._optimizer.param_groups if self._optimizer is not None else ():
             if "eps" not in group and any(p is layer.weight for p in group["params"]):
-                return float(group["lr"])
+                return float(group.get("lr") or 0)
         return 0.0
 
     @property
@@ -952,8 +952,8 @@ def _warn_of_unsolved(observation: Observation) -> None:
     if observation.layers and observation.classified is None and observation.readout is None:
         warnings.warn(
             "selective plasticity cannot solve the last layer for old and new classes together, and gates it as any "
-            "other. It is solved if the network returns that layer's outputs (n, classes), or their softmax, "
-            "log-softmax or sigmoid, and the targets are class labels or the loss is a squared error.",
+            "other. It is solved if the network returns that layer's outputs (n, classes), a multiple of them, or "
+            "their softmax, log-softmax or sigmoid, and the targets are class labels or the loss is a squared error.",
             stacklevel=2,
         )
 

@@ -130,13 +130,15 @@ def newton_readout(
 
 
 def link_of(made: Tensor, outputs: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """The function by which a network makes its outputs from its last layer's, both (n, out), if it is one of `LINKS`.
+    """The function by which a network makes its outputs from its last layer's, both (n, out).
 
-    None if no unit needs one, or none is known.
+    It is one of ``LINKS`` or a multiple. None if no unit needs one, or none is known.
     """
     if made.shape != outputs.shape or made.dim() != 2 or (outputs == made).all(0).any():
         return None
-    return next((link for link in LINKS if torch.allclose(link(made), outputs, rtol=1e-3, atol=1e-4)), None)
+    made, outputs = made.detach(), outputs.detach()
+    scale = partial(torch.mul, (made * outputs).sum() / made.square().sum())
+    return next((f for f in (*LINKS, scale) if torch.allclose(f(made), outputs, rtol=1e-3, atol=1e-4)), None)
 
 
 def linked(criterion: Criterion, link: Callable[[Tensor], Tensor] | None) -> Criterion:
