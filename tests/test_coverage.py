@@ -278,7 +278,7 @@ def test_queries_keys_and_values_are_held_unless_a_setting_opens_them(split2, op
     strategy.train(split2.train_stream[1])
     after = F.linear(old, inner.in_proj_weight.detach(), inner.in_proj_bias.detach())
     moved = float((after - before).norm() / before.norm())  # directions that no input has are left open
-    assert moved < 1e-5 if openness == 0 else moved > 1e-4
+    assert moved < 1e-5 if openness == 0 else moved > 1e-3
 
 
 def test_hidden_states_are_those_of_a_cell_run_step_by_step():

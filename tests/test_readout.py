@@ -173,8 +173,8 @@ def test_when_there_is_no_step(split2, kwargs):
 def test_what_is_no_readout_takes_no_step(split2):
     frozen = mlp()
     frozen[5].bias.requires_grad_(False)
-    scaled = nn.Sequential(*mlp(), nn.Tanh())
-    assert moved(split2, frozen) == moved(split2, scaled) == set()
+    squashed = nn.Sequential(*mlp(), nn.Tanh())
+    assert moved(split2, frozen) == moved(split2, squashed) == set()
 
 
 class At:

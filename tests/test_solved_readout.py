@@ -38,7 +38,7 @@ def samples(seed, classes, size=400, inputs=12):
 
 
 def remembered(x, y, rank=13, class_rank=0, old=None):
-    """The memory of samples, and of older ones; with as many eigenvectors of each class."""
+    """The memory of samples, merged with an older memory; with ``class_rank`` eigenvectors of each class."""
     seen = ReadoutSamples("", x, y, torch.full((6,), torch.nan), len(x))
     sums, counts = class_sums(seen)
     roots = class_roots(seen, old, replace(SETTINGS, class_rank=class_rank)) if class_rank else None

@@ -220,11 +220,11 @@ def pseudo_samples(memory: LayerMemory, least: int, basis: Tensor) -> tuple[Tens
     r"""Input vectors with the class means and covariances of a readout's memory.
 
     With the second moment :math:`C`, class means :math:`\mu_c`, class roots :math:`R_c` and shares :math:`p_c`, a
-    class's covariance is :math:`R_c^\top R_c + S`, where
+    class's covariance is :math:`R_c^\top R_c + S`. All classes share S:
 
     .. math:: S = C - \sum_c p_c (\mu_c \mu_c^\top + R_c^\top R_c)
 
-    is what the classes share. The vectors have these means and covariances exactly, along the memory's eigenvectors and
+    The vectors have these means and covariances exactly, along the memory's eigenvectors and
     the means; the directions beyond are left out. So a quadratic loss, for which the sum over classes is enough, is
     exact if the memory keeps all eigenvectors. Without class roots it is the model of linear discriminant analysis, and
     between that and quadratic discriminant analysis with them (compare J. H. Friedman: Regularized discriminant
