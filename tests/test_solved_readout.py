@@ -20,7 +20,7 @@ from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory, Memory
 from avalanche_sp.gate.observe import Observation
 from avalanche_sp.gate.preparation import Preparation, follow_drift, output_sensitivity
-from avalanche_sp.gate.readout import ReadoutSamples, class_roots, class_sums, drifted, pseudo_samples
+from avalanche_sp.gate.readout import ReadoutSamples, class_roots, class_sums, drift_map, pseudo_samples
 
 from conftest import MNIST, accuracy, mlp, sliced, strategy_of
 
@@ -54,7 +54,7 @@ def covariance(x):
 
 def test_pseudo_samples_have_the_class_means_and_the_covariance_within_classes():
     x, y = samples(0, (1, 2, 5))
-    drawn, classes = pseudo_samples(remembered(x, y), 3000, torch.eye(13))
+    drawn, classes = pseudo_samples(remembered(x, y), 3000)
     assert set(classes.tolist()) == {1, 2, 5}
     means = torch.stack([x[y == c].mean(0) for c in range(6) if (y == c).any()])
     ours = torch.stack([drawn[classes == c].mean(0) for c in (1, 2, 5)])
@@ -67,7 +67,7 @@ def test_pseudo_samples_have_the_class_means_and_the_covariance_within_classes()
 def test_pseudo_samples_have_each_class_s_own_leading_covariance_and_share_the_rest():
     x, y = samples(0, (1, 2, 5))
     x[y == 2, :4] *= 3  # a covariance unlike the others'
-    drawn, classes = pseudo_samples(remembered(x, y, class_rank=4), 3000, torch.eye(13))
+    drawn, classes = pseudo_samples(remembered(x, y, class_rank=4), 3000)
     own, share, rest = {}, {}, torch.zeros(13, 13)
     for c in (1, 2, 5):
         torch.testing.assert_close(drawn[classes == c].mean(0), x[y == c].mean(0), atol=1e-4, rtol=1e-4)
@@ -114,13 +114,12 @@ def test_a_memory_that_moves_is_that_of_the_moved_inputs():
     torch.testing.assert_close(ours.mean_eigenvalue, expected.mean_eigenvalue, atol=1e-4, rtol=1e-3)
 
 
-def test_a_linear_drift_is_found_and_its_share_scales_it():
+def test_a_linear_drift_is_found():
     x, _ = samples(0, (0, 3))
     drift = torch.eye(13) + 0.1 * torch.randn(13, 13, generator=torch.Generator().manual_seed(3))
     exact = replace(SETTINGS, drift_ridge=1e-9)
-    torch.testing.assert_close(drifted(x, x, x @ drift, torch.eye(13), 1.0, exact), x @ drift, atol=1e-3, rtol=1e-3)
-    half = drifted(x, x, x @ drift, torch.eye(13), 0.5, exact)
-    torch.testing.assert_close(half, (x + x @ drift) / 2, atol=1e-3, rtol=1e-3)
+    changes = drift_map(x, x @ drift, torch.eye(13), exact)(x)
+    torch.testing.assert_close(changes, x @ drift - x, atol=1e-3, rtol=1e-3)
 
 
 def test_the_drift_is_the_ridge_regression_of_the_changes():
@@ -128,8 +127,8 @@ def test_the_drift_is_the_ridge_regression_of_the_changes():
     after = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
     ridge = SETTINGS.drift_ridge * x.square().sum() / 13
     change = torch.linalg.solve(x.T @ x + ridge * torch.eye(13), x.T @ (after - x))
-    ours = drifted(old, x, after, torch.eye(13), 0.7, SETTINGS)
-    torch.testing.assert_close(ours, old + 0.7 * old @ change, atol=1e-4, rtol=1e-4)
+    ours = drift_map(x, after, torch.eye(13), SETTINGS)(old)
+    torch.testing.assert_close(ours, old @ change, atol=1e-4, rtol=1e-4)
 
 
 def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
@@ -138,7 +137,7 @@ def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
     mixing = 0.2 * torch.randn(12, 12, generator=torch.Generator().manual_seed(3))
     settings = replace(SETTINGS, drift_ridge=1e-4)
     memory, head = Memory({"head": remembered(*old)}), nn.Linear(12, 6)
-    prepared = Preparation("head", x, y, torch.eye(13), {}, {}, {})
+    prepared = Preparation("head", x, y, old, torch.eye(13), {}, {}, {})
 
     def drift(inputs, places):
         return torch.cat([inputs[:, :-1] + inputs[:, :-1] @ mixing + 1 + places, inputs[:, -1:]], 1)
@@ -146,12 +145,14 @@ def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
     def followed(places):
         now = ReadoutSamples("head", drift(x, places[y]), y, torch.full((6,), torch.nan), len(x))
         seen = Observation({}, len(x), 4, torch.zeros(()), None, now)
-        return follow_drift(memory, prepared, seen, {"head": GatedLayer(head)}, settings).layers["head"].class_sums
+        return follow_drift(memory, prepared, seen, {"head": GatedLayer(head)}, settings)
 
     common, apart = torch.zeros(6, 12), 9 * torch.eye(6, 12)
-    expected = remembered(drift(old[0], common[old[1]]), old[1]).class_sums
-    torch.testing.assert_close(followed(common), expected, atol=1, rtol=0.01)
-    torch.testing.assert_close(followed(apart), memory.layers["head"].class_sums)
+    expected = drift(old[0], common[old[1]])
+    for moved, samples_of_old, where in ((followed(common), expected, 1), (followed(apart), old[0], 0)):
+        sums = remembered(samples_of_old, old[1]).class_sums
+        torch.testing.assert_close(moved[0].layers["head"].class_sums, sums, atol=where + 1e-5, rtol=0.01 * where)
+        torch.testing.assert_close(moved[1][0], samples_of_old, atol=0.05 * where, rtol=0)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations([(0, 1), (2, 3), (4, 5)]))[::2], ids=str)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from avalanche_sp.arguments import check_integer
 from avalanche_sp.gate.functional import leading_eigenpairs, remainder
-from avalanche_sp.gate.readout import agreement, drifted
+from avalanche_sp.gate.readout import agreement, drift_map
 from avalanche_sp.gate.settings import Settings
 
 __all__ = ["ClassGaussians"]
@@ -141,7 +141,11 @@ class ClassGaussians:
         """Moves the Gaussians as the features of the same samples (n, d) have moved, if the classes agree."""
         here, there = before.mean(0), after.mean(0)
         rows = torch.cat([torch.stack(list(self.means.values())), self.components + here])
-        if agreement(rows, before, after, targets, self._moved) < self.settings.drift_agreement:
+
+        def changes(part: Tensor) -> Tensor:
+            return self._moved(rows, before[part], after[part]) - rows
+
+        if agreement(targets, changes) < self.settings.drift_agreement:
             return
         moved = self._moved(rows, before, after)
         self.means = dict(zip(self.means, moved))
@@ -154,7 +158,8 @@ class ClassGaussians:
         here, there = before.mean(0), after.mean(0)
         before, after = before - here, after - there
         basis = leading_eigenpairs(before, _DIRECTIONS)[1]
-        return drifted(rows - here, before, after, basis, 1.0, self.settings) + there
+        rows = rows - here
+        return rows + drift_map(before, after, basis, self.settings)(rows) + there
 
     def _rank(self, classes: int, d: int) -> int:
         if self.max_bytes is None:

@@ -23,11 +23,12 @@ __all__ = [
     "unanswered",
     "penalty_gradient",
     "newton_step",
-    "loss_curvature",
+    "loss_derivatives",
     "leading_eigenvalue",
 ]
 
 _FEW = 4  # subspace iteration, if all eigenpairs are more than this multiple of the wanted ones
+_FEW_STARTED = 2  # the same from known vectors
 _OVERSAMPLED = 10  # random vectors beyond the wanted ones
 _ROUNDS = 2  # of the subspace iteration
 
@@ -108,7 +109,7 @@ def likeness(
 
 
 def merge_eigenspace(
-    eigenvalues: Tensor, vectors: Tensor, weight: float, activity: Tensor, rank: float
+    eigenvalues: Tensor, vectors: Tensor, weight: float, activity: Tensor, rank: float, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Leading eigenpairs of the mean of old and new second moments of presynaptic activity.
 
@@ -123,34 +124,40 @@ def merge_eigenspace(
         activity: new presynaptic activity X, shape (n, d).
         rank: number of eigenpairs to keep, an integer; or a float below 1: as many as have that share of C's trace, its
             energy (GPM, Saha et al., ICLR 2021, eq. 9).
+        start: eigenvectors of nearly the same moment (d, m), if they are known.
 
     Returns:
         Eigenvalues (k,) in rising order and orthonormal vectors (d, k), k = min(rank, d, r + n).
     """
     old = (vectors * (weight * eigenvalues).sqrt()).T
-    return leading_eigenpairs(torch.cat([old, activity * ((1 - weight) / len(activity)) ** 0.5]), rank)
+    return leading_eigenpairs(torch.cat([old, activity * ((1 - weight) / len(activity)) ** 0.5]), rank, start)
 
 
-def leading_eigenpairs(factor: Tensor, rank: float) -> tuple[Tensor, Tensor]:
+def leading_eigenpairs(factor: Tensor, rank: float, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Leading eigenpairs of F^T F, at a cost in proportion to F's size and to their number.
 
-    Few of many by subspace iteration from random mixtures of F's rows (N. Halko, P. G. Martinsson, J. A. Tropp: Finding
-    structure with randomness, SIAM Review 2011, algorithm 4.4). On MNIST's pixels and a convolution's features they
-    have all but a thousandth of the energy of the exact ones. Otherwise by the eigendecomposition of F^T F or F F^T,
-    whichever is smaller.
+    Few of many by subspace iteration from random mixtures of F's rows, or from ``start`` in one round (N. Halko, P. G.
+    Martinsson, J. A. Tropp: Finding structure with randomness, SIAM Review 2011, algorithm 4.4). On MNIST's pixels and
+    a convolution's features they have all but a thousandth of the energy of the exact ones. Otherwise by the
+    eigendecomposition of F^T F or F F^T, whichever is smaller.
 
     Args:
         factor: F, shape (n, d).
         rank: number of eigenpairs to keep, an integer; or a float below 1: as many as have that share of the trace.
+        start: eigenvectors of nearly the same F^T F (d, m), if they are known.
 
     Returns:
         Eigenvalues (k,) in rising order and orthonormal vectors (d, k), k = min(rank, d, n).
     """
     rows, d = factor.shape
-    if rank >= 1 and min(rows, d) > _FEW * rank:
-        generator = torch.Generator().manual_seed(0)
-        mixed = torch.randn(rows, int(rank) + _OVERSAMPLED, generator=generator, dtype=factor.dtype).to(factor.device)
-        for _ in range(_ROUNDS + 1):
+    if rank >= 1 and min(rows, d) > (_FEW if start is None else _FEW_STARTED) * rank:
+        if start is None:
+            generator = torch.Generator().manual_seed(0)
+            mixed = torch.randn(rows, int(rank) + _OVERSAMPLED, generator=generator, dtype=factor.dtype)
+            mixed, rounds = mixed.to(factor.device), _ROUNDS + 1
+        else:
+            mixed, rounds = factor @ start, 1
+        for _ in range(rounds):
             basis = torch.linalg.qr(factor.T @ mixed).Q
             mixed = factor @ basis
         values, coordinates = _leading(mixed.T @ mixed, rank)
@@ -255,13 +262,13 @@ def newton_step(gradient: Tensor, hessian: Tensor, damping: float) -> Tensor:
     return -torch.linalg.solve(damped, gradient.T).T * hessian.any()
 
 
-def loss_curvature(outputs: Tensor, loss: Tensor) -> Tensor:
-    """Mean curvature of a loss in one output of one sample, by one Hutchinson probe.
+def loss_derivatives(outputs: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of a loss in the outputs (n, C), and its mean curvature in one output of one sample, 0-dim.
 
-        kappa = tr(d2 L / dz dz) / C = E_v [v^T H v] / C,   v of random signs
+        kappa = tr(d2 L / dz dz) / C = E_v [v^T H v] / C,   v of random signs (one Hutchinson probe)
 
-    2 for :class:`~avalanche_sp.OneHotMSELoss`, the mean of p (1 - p) for softmax cross-entropy; 0 where the loss is
-    piecewise linear.
+    The curvature is 2 for :class:`~avalanche_sp.OneHotMSELoss`, the mean of p (1 - p) for softmax cross-entropy; 0
+    where the loss is piecewise linear.
 
     Args:
         outputs: z, shape (n, C), requiring grad.
@@ -269,11 +276,11 @@ def loss_curvature(outputs: Tensor, loss: Tensor) -> Tensor:
     """
     (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True)
     if not gradient.requires_grad:
-        return outputs.new_zeros(())
+        return gradient, outputs.new_zeros(())
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, outputs.shape, generator=generator).to(outputs) * 2 - 1
     (product,) = torch.autograd.grad((gradient * signs).sum(), outputs)
-    return (product * signs).sum() / outputs.shape[-1]
+    return gradient.detach(), (product * signs).sum() / outputs.shape[-1]
 
 
 def leading_eigenvalue(activity: Tensor, through: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -34,12 +34,13 @@ from avalanche_sp.gate.observe import (
     Samples,
     check_outputs,
     observe,
+    on_device,
 )
 from avalanche_sp.gate.penalty import Drift, Gated
 from avalanche_sp.gate.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
 from avalanche_sp.gate.preparation import Preparation, follow_drift, output_sensitivity, sharpness
 from avalanche_sp.gate.processes import mean_over_processes
-from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples, solve_readout
+from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples, pseudo_samples, solve_readout
 from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.settings import Settings
 from avalanche_sp.gate.stream import StreamWatch
@@ -376,8 +377,8 @@ class PlasticityGate:
             return
         if self._memory_size and classified.layer not in self.memory.layers:
             return  # batches are of several tasks: no row is gated, and nothing bounds the sharpness of a solved head
-        merged = self._merged(classified)
-        if not self._solve(classified, layers, merged, criterion):
+        merged, old = self._merged(classified), self._pseudo_samples(classified.layer)
+        if not self._solve(classified, old, layers, merged, criterion):
             return
         below = {n: layers[n] for n in self._gated if n != classified.layer and n in observation.layers}
         weights = {name: layer.weights_and_bias() for name, layer in below.items()}
@@ -389,9 +390,9 @@ class PlasticityGate:
                 through = partial(g.gate.through, memory=g.memory)
                 sharp = sharpness(observation.layers[name], sensitivity[name], through)
                 scale[name] = float(reference / sharp) if sharp > reference else 1.0
-        inputs, targets = classified.inputs, classified.targets
+        inputs, targets, vectors = classified.inputs, classified.targets, merged.vectors
         means = {name: s.mean for name, s in sensitivity.items()}
-        self._prepared = Preparation(classified.layer, inputs, targets, merged.vectors, weights, means, scale)
+        self._prepared = Preparation(classified.layer, inputs, targets, old, vectors, weights, means, scale)
         self._begin_again()
 
     def check_outputs(self, outputs: Any) -> None:
@@ -577,7 +578,7 @@ class PlasticityGate:
         if self._model is None:
             self.memory, self._loaded = Memory.from_state_dict(state["memory"]), state
             return
-        state, self._loaded = _moved(state, next(self._model.parameters()).device), None
+        state, self._loaded = on_device(next(self._model.parameters()).device, state), None
         self.memory = Memory.from_state_dict(state["memory"])
         self._drift.forget()
         self._trained, self._batches_seen = set(state["trained"]), state["batches_seen"]
@@ -590,7 +591,7 @@ class PlasticityGate:
 
     def to(self, device: torch.device | str) -> PlasticityGate:
         """Moves the memory to a device, after the model."""
-        self.load_state_dict(_moved(self.state_dict(), torch.device(device)))
+        self.load_state_dict(on_device(torch.device(device), self.state_dict()))
         return self
 
     def __getstate__(self) -> dict:
@@ -783,10 +784,14 @@ class PlasticityGate:
         classified, losses, solved = observation.classified, None, False
         merged: dict[str, LayerMemory] = {}
         if classified is not None and criterion is not None and self._solves(observation):
-            if self._prepared is not None:
-                self.memory = follow_drift(self.memory, self._prepared, observation, layers, self.settings)
-            merged = {classified.layer: self._merged(classified)}
-            solved = self._solve(classified, layers, merged[classified.layer], criterion)
+            name, start, prepared = classified.layer, None, self._prepared
+            if prepared is not None and prepared.layer == name:
+                self.memory, old = follow_drift(self.memory, prepared, observation, layers, self.settings)
+                start = prepared.vectors
+            else:
+                old = self._pseudo_samples(name)
+            merged = {name: self._merged(classified, start)}
+            solved = self._solve(classified, old, layers, merged[name], criterion)
         if self.readout_step and not solved:
             losses = self._stored_losses(observation, layers, criterion)
         self.memory = consolidate(
@@ -842,17 +847,28 @@ class PlasticityGate:
         known = old.class_counts.nonzero().flatten()
         return bool((~torch.isin(samples.targets, known)).any())
 
-    def _merged(self, samples: ReadoutSamples) -> LayerMemory:
-        """The readout's memory with that of an experience."""
+    def _merged(self, samples: ReadoutSamples, start: Tensor | None = None) -> LayerMemory:
+        """The readout's memory with that of an experience; ``start`` are eigenvectors that it had before training."""
         inputs = samples.inputs.shape[1]
         old = self.memory.layers.get(samples.layer) or LayerMemory.empty(inputs, samples.inputs)
-        return old.merged(samples.inputs, int(samples.weight), 1.0, self.rank_of(samples.layer, inputs, True))
+        rank = self.rank_of(samples.layer, inputs, True)
+        return old.merged(samples.inputs, int(samples.weight), 1.0, rank, start=start)
+
+    def _pseudo_samples(self, layer: str) -> tuple[Tensor, Tensor] | None:
+        """Inputs of a readout's old classes, drawn from its memory, and their classes; None for a new task's head."""
+        old = self.memory.layers.get(layer)
+        return None if old is None else pseudo_samples(old, min(self.settings.solve_samples, old.samples))
 
     def _solve(
-        self, samples: ReadoutSamples, layers: Mapping[str, GatedLayer], merged: LayerMemory, criterion: Criterion
+        self,
+        samples: ReadoutSamples,
+        old: tuple[Tensor, Tensor] | None,
+        layers: Mapping[str, GatedLayer],
+        merged: LayerMemory,
+        criterion: Criterion,
     ) -> bool:
         """Solves the readout, on stored samples also; False if these do not all reach the same one."""
-        layer, old, stored = layers[samples.layer], self.memory.layers.get(samples.layer), []
+        layer, stored = layers[samples.layer], []
         for replayed in self._replays if old is not None else ():
             seen = self._observed(replayed, {samples.layer: layer}, None).classified
             if seen is None:  # several heads, for instance
@@ -973,10 +989,3 @@ class _Hook:
 
     def __reduce__(self):
         return _Hook, ()
-
-
-def _moved(state: Any, device: torch.device) -> Any:
-    """A nested state with its tensors on a device."""
-    if isinstance(state, Tensor):
-        return state.to(device)
-    return {name: _moved(value, device) for name, value in state.items()} if isinstance(state, Mapping) else state

@@ -63,7 +63,13 @@ class LayerMemory:
         return cls(like.new_zeros(0), vectors, like.new_zeros(()), 0, 0.0, like.new_zeros(0, 0))
 
     def merged(
-        self, x: Tensor, samples: int, rows: float, rank: float, mean_eigenvalue: Tensor | None = None
+        self,
+        x: Tensor,
+        samples: int,
+        rows: float,
+        rank: float,
+        mean_eigenvalue: Tensor | None = None,
+        start: Tensor | None = None,
     ) -> LayerMemory:
         """The second moment of this memory and of one more experience. Weights are not remembered yet.
 
@@ -74,6 +80,7 @@ class LayerMemory:
             rows: number of input vectors that a sample gives a weight.
             rank: eigenvectors to keep, or the share of the energy that they are to have.
             mean_eigenvalue: of the new second moment, over all directions. Default: that of ``x``.
+            start: eigenvectors of nearly the same second moment (d, m), if they are known.
         """
         total = self.samples + samples
         share = self.samples / total
@@ -82,7 +89,7 @@ class LayerMemory:
             values, vectors = frequency.sort(stable=True)
             values, vectors = values[values > 0], vectors[values > 0]
         else:
-            values, vectors = merge_eigenspace(self.eigenvalues, self.vectors, share, x, rank)
+            values, vectors = merge_eigenspace(self.eigenvalues, self.vectors, share, x, rank, start)
         if mean_eigenvalue is None:
             mean_eigenvalue = x.mean() if x.dim() == 1 else x.square().mean(0).mean()
         return LayerMemory(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from avalanche_sp.gate.functional import leading_eigenvalue, loss_curvature
+from avalanche_sp.gate.functional import leading_eigenvalue, loss_derivatives
 from avalanche_sp.gate.layers import GatedLayer
-from avalanche_sp.gate.readout import Criterion, ReadoutLoss, ReadoutSamples, link_of, linked
+from avalanche_sp.gate.readout import Criterion, ReadoutLoss, ReadoutSamples, linked, unlinked
 from avalanche_sp.gate.settings import Settings
 
 __all__ = [
@@ -216,12 +216,17 @@ def observe(
                 count += len(y)
                 outputs = forward(model, x)
                 of_first = of_first or dict(vectors_seen)
-                link = link_of(last[2], outputs) if last is not None and isinstance(outputs, Tensor) else None
-                units.append(_masked_units(outputs if last is None or link is None else last[2], y, last))
-                targets.append(y)
                 if criterion is not None:
                     check_outputs(outputs)
-                    loss, curvature, name, error = output_derivatives(criterion, outputs, y, last)
+                if last is not None and isinstance(outputs, Tensor):
+                    outputs, link = unlinked(last[2], outputs)
+                units.append(_masked_units(outputs, y, last))
+                targets.append(y)
+                if criterion is not None:
+                    quadratic = errors[0][0] is not None if errors else None
+                    loss, curvature, name, error = output_derivatives(
+                        linked(criterion, link), outputs, y, last, quadratic
+                    )
                     curvatures.append(curvature)
                     losses.append(loss * len(y))
                     errors.append((name, error))
@@ -316,33 +321,35 @@ def output_derivatives(
     outputs: Tensor,
     targets: Tensor,
     last: tuple[str, GatedLayer, Tensor] | None,
+    quadratic: bool | None = None,
 ) -> tuple[Tensor, Tensor, str | None, Tensor]:
     """The loss and its mean curvature in the outputs, 0-dim; the readout's name; the gradient in the readout's output.
 
-    If the network makes its outputs from the readout's by a softmax, for instance, these are the outputs meant here
-    (:func:`~avalanche_sp.gate.readout.link_of`). The gradient has a row a sample. The name is None if the last layer is
-    not a readout or part of it is frozen, or if the loss is not quadratic and convex in the outputs.
+    The gradient has a row a sample. The name is None if the last layer is not a readout or part of it is frozen, or if
+    the loss is not quadratic and convex in the outputs.
 
     Args:
-        criterion: a mean over samples.
-        outputs, targets: the network's outputs (n, C), what they should be.
+        criterion: of the outputs meant here and the targets, a mean over samples.
+        outputs, targets: the network's outputs (n, C), before a softmax, for instance
+            (:func:`~avalanche_sp.gate.readout.unlinked`), and what they should be.
         last: the last layer that was called, its name before and its output after it.
+        quadratic: whether the loss is quadratic and convex in the outputs, if another batch has told.
     """
-    if last is not None and (link := link_of(last[2], outputs)) is not None:
-        outputs, criterion = last[2], linked(criterion, link)
     with torch.enable_grad():
         varied = outputs.detach().requires_grad_()
         value = criterion(varied, targets)
-        curvature, loss = loss_curvature(varied, value), value.detach()
+        error, curvature = loss_derivatives(varied, value)
+        loss = value.detach()
     if last is None:
         return loss, curvature, None, outputs
     name, layer, made = last
     if not _is_readout(layer, made, outputs):
         return loss, curvature, None, outputs
     kept = (outputs == made).all(0)  # the others are masked: Avalanche's incremental heads do it
-    nothing, error, twice = (_gradient(criterion, scale * outputs, targets) for scale in (0.0, 1.0, 2.0))
-    curved = (nothing + twice - 2 * error).abs().max()
-    quadratic = curved <= _QUADRATIC * error.abs().max() and (nothing != twice).any()
+    if quadratic is None:
+        nothing, twice = (_gradient(criterion, scale * outputs, targets) for scale in (0.0, 2.0))
+        curved = (nothing + twice - 2 * error).abs().max()
+        quadratic = bool(curved <= _QUADRATIC * error.abs().max() and (nothing != twice).any())
     is_readout = kept.any() and quadratic and curvature > 0
     return loss, curvature, name if is_readout else None, error * kept * len(outputs)
 
@@ -425,7 +432,7 @@ def each_tensor(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def on_device(device: torch.device, inputs: Any) -> Any:
-    """A batch of inputs on a device."""
+    """A batch of inputs, or a state, on a device."""
     return each_tensor(inputs, lambda tensor: tensor.to(device))
 
 

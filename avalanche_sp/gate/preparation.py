@@ -14,7 +14,7 @@ from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import Memory
 from avalanche_sp.gate.observe import Forward, LayerObservation, Observation, after_each, evaluation_mode, some_rows
-from avalanche_sp.gate.readout import agreement, drifted
+from avalanche_sp.gate.readout import agreement, drift_map
 from avalanche_sp.gate.settings import Settings
 
 __all__ = ["Preparation", "Sensitivity", "follow_drift", "output_sensitivity", "sharpness"]
@@ -27,6 +27,7 @@ class Preparation:
     Attributes:
         layer: the readout's name.
         inputs, targets: the readout's inputs (n, d) and their classes (n,).
+        old: inputs (m, d) and classes (m,) of the old classes' pseudo-samples; None for a new task's head.
         vectors: leading eigenvectors of old and new inputs (d, k).
         weights: of the layers below, by name: (out, d).
         sensitivity: of the network's outputs to their outputs, the mean (:class:`Sensitivity`).
@@ -37,6 +38,7 @@ class Preparation:
     layer: str
     inputs: Tensor
     targets: Tensor
+    old: tuple[Tensor, Tensor] | None
     vectors: Tensor
     weights: dict[str, Tensor]
     sensitivity: dict[str, Tensor]
@@ -127,10 +129,10 @@ def follow_drift(
     observation: Observation,
     layers: Mapping[str, GatedLayer],
     settings: Settings,
-) -> Memory:
+) -> tuple[Memory, tuple[Tensor, Tensor] | None]:
     """Moves the memory of the readout's old inputs as far as the layers below have moved them.
 
-    The map is learned on new inputs (:func:`~avalanche_sp.gate.readout.drifted`). Its share is the root of the change
+    The map is learned on new inputs (:func:`~avalanche_sp.gate.readout.drift_map`). Its share is the root of the change
     of the outputs by the updates on old inputs over that on new ones, to first order, with each layer's sensitivity. In
     a deep network whose layers move each other's inputs the first order tells next to nothing. If it explains less than
     1/500 of the change of the new outputs (``drift_first_order``), and the new classes agree on the map
@@ -142,10 +144,13 @@ def follow_drift(
         observation: of the same samples after it. If they are others, or the readout is new, nothing moves.
         layers: the network's gated layers by name.
         settings: the constants.
+
+    Returns:
+        The memory, and the pseudo-samples of the old classes.
     """
-    now = observation.classified
-    if now is None or now.layer not in memory.layers or not torch.equal(prepared.targets, now.targets):
-        return memory
+    now, drawn = observation.classified, prepared.old
+    if now is None or drawn is None or not torch.equal(prepared.targets, now.targets):
+        return memory, drawn
     old = new = now.inputs.new_zeros(())
     for name, before in prepared.weights.items():
         known, seen = memory.layers[name], observation.layers[name]
@@ -156,15 +161,18 @@ def follow_drift(
         old = old + scale * ((along.square() * known.eigenvalues).sum() + of_rest)
         new = new + scale * seen.mean_square(change)
     share = float((old / new.clamp_min(torch.finfo(new.dtype).tiny)).sqrt().clamp(0, 1))
-    before, after = prepared.inputs, now.inputs
-
-    def move(rows: Tensor, before: Tensor, after: Tensor, share: float = 1.0) -> Tensor:
-        return drifted(rows, before, after, prepared.vectors, share, settings)
-
+    before, after, basis = prepared.inputs, now.inputs, prepared.vectors
     readout, weights = memory.layers[now.layer], layers[now.layer].weights_and_bias()
     changed = ((after - before) @ weights.T).square().sum() / len(after)
     if new < settings.drift_first_order * changed:
-        agreed = agreement(readout.roots, before, after, now.targets, move)
-        share = 1.0 if agreed >= settings.drift_agreement else share
-    moved = readout.moved(lambda rows: move(rows, before, after, share))
-    return replace(memory, layers={**memory.layers, now.layer: moved})
+
+        def changes(part: Tensor) -> Tensor:
+            return drift_map(before[part], after[part], basis, settings)(readout.roots)
+
+        share = 1.0 if agreement(now.targets, changes) >= settings.drift_agreement else share
+    of_rows = drift_map(before, after, basis, settings)
+
+    def move(rows: Tensor) -> Tensor:
+        return rows + share * of_rows(rows)
+
+    return replace(memory, layers={**memory.layers, now.layer: readout.moved(move)}), (move(drawn[0]), drawn[1])

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avalanche_sp.gate.functional import leading_eigenpairs, loss_curvature, newton_step
+from avalanche_sp.gate.functional import leading_eigenpairs, loss_derivatives, newton_step
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.settings import Settings
@@ -26,12 +26,12 @@ __all__ = [
     "agreement",
     "class_roots",
     "class_sums",
-    "drifted",
-    "link_of",
+    "drift_map",
     "linked",
     "newton_readout",
     "pseudo_samples",
     "solve_readout",
+    "unlinked",
 ]
 
 
@@ -129,16 +129,22 @@ def newton_readout(
     return ((gradient + step @ hessian) / (total + kept)).to(kind)
 
 
-def link_of(made: Tensor, outputs: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """The function by which a network makes its outputs from its last layer's, both (n, out).
+def unlinked(made: Tensor, outputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+    """A network's outputs before the function that makes them from its last layer's, and that function.
 
-    It is one of ``LINKS`` or a multiple. None if no unit needs one, or none is known.
+    Args:
+        made, outputs: the last layer's outputs, and the network's, both (n, out).
+
+    Returns:
+        ``made`` and one of ``LINKS`` or a multiple; ``outputs`` and None if no unit needs one, or none is known.
     """
     if made.shape != outputs.shape or made.dim() != 2 or (outputs == made).all(0).any():
-        return None
+        return outputs, None
     made, outputs = made.detach(), outputs.detach()
     scale = partial(torch.mul, (made * outputs).sum() / made.square().sum())
-    return next((f for f in (*LINKS, scale) if torch.allclose(f(made), outputs, rtol=1e-3, atol=1e-4)), None)
+    links = (f for f in (*LINKS, scale) if torch.allclose(f(made), outputs, rtol=1e-3, atol=1e-4))
+    link = next(links, None)
+    return (outputs if link is None else made), link
 
 
 def linked(criterion: Criterion, link: Callable[[Tensor], Tensor] | None) -> Criterion:
@@ -216,7 +222,7 @@ def class_roots(samples: ReadoutSamples, old: LayerMemory | None, settings: Sett
     return roots
 
 
-def pseudo_samples(memory: LayerMemory, least: int, basis: Tensor) -> tuple[Tensor, Tensor]:
+def pseudo_samples(memory: LayerMemory, least: int) -> tuple[Tensor, Tensor]:
     r"""Input vectors with the class means and covariances of a readout's memory.
 
     With the second moment :math:`C`, class means :math:`\mu_c`, class roots :math:`R_c` and shares :math:`p_c`, a
@@ -233,10 +239,9 @@ def pseudo_samples(memory: LayerMemory, least: int, basis: Tensor) -> tuple[Tens
     Args:
         memory: of a readout, with class sums.
         least: number of vectors, at least; two for each direction of a covariance are made in any case.
-        basis: B, shape (d, m), along which they are wanted.
 
     Returns:
-        Input vectors times B (n, m), and their classes (n,).
+        Input vectors (n, d), and their classes (n,).
     """
     assert memory.class_sums is not None and memory.class_counts is not None
     classes = memory.class_counts.nonzero().flatten()
@@ -252,13 +257,13 @@ def pseudo_samples(memory: LayerMemory, least: int, basis: Tensor) -> tuple[Tens
     own = (roots * share.sqrt()[:, None, None]).flatten(0, 1).double()
     shared = (within * lam) @ within.T - (centers.T * share) @ centers - own.T @ own
     values, vectors = torch.linalg.eigh(shared)
-    root, k, to_basis = vectors * values.clamp_min(0).sqrt(), roots.shape[1], span.T @ basis
+    root, k = vectors * values.clamp_min(0).sqrt(), roots.shape[1]
     number = (share * max(least, 2 * (len(root) + len(own)))).round().long().clamp_min(k + 2)
     which = torch.repeat_interleave(torch.arange(len(classes), device=number.device), number)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(which), k + len(root), generator=generator).to(means)
-    rows = (means @ basis)[which]
-    for part, drawn, seen in zip(rows.split(number.tolist()), noise.split(number.tolist()), roots @ to_basis):
+    rows = means[which]
+    for part, drawn, seen in zip(rows.split(number.tolist()), noise.split(number.tolist()), roots @ span.T):
         # The class's own noise has unit covariance. Both noises have zero mean, and no covariance with each other.
         frame = torch.linalg.qr(torch.cat([torch.ones_like(drawn[:, :1]), drawn[:, :k]], 1)).Q
         part += frame[:, 1:] @ seen * len(drawn) ** 0.5
@@ -267,56 +272,50 @@ def pseudo_samples(memory: LayerMemory, least: int, basis: Tensor) -> tuple[Tens
     # N^T N / n = S S^T: the noise N S^-T has unit covariance, and still zero mean in each class.
     unit = torch.linalg.cholesky((noise.T @ noise / len(noise)).double())
     colour = torch.linalg.solve_triangular(unit.mT, root.mT, upper=True)
-    return rows.addmm_(noise, colour.to(means.dtype) @ to_basis), classes[which]
+    return rows.addmm_(noise, colour.to(means.dtype) @ span.T), classes[which]
 
 
-def drifted(rows: Tensor, before: Tensor, after: Tensor, basis: Tensor, share: float, settings: Settings) -> Tensor:
-    r"""A readout's old inputs as the present network makes them, by a linear map learned on new samples: x becomes x A.
+def drift_map(before: Tensor, after: Tensor, basis: Tensor, settings: Settings) -> Callable[[Tensor], Tensor]:
+    r"""How the inputs of a readout have moved: a linear map D, learned on new samples.
 
-    .. math:: A = I + s\, B (B^\top X^\top X B + \epsilon \bar\lambda I)^{-1} B^\top X^\top (X' - X)
+    .. math:: D = B (B^\top X^\top X B + \epsilon \bar\lambda I)^{-1} B^\top X^\top (X' - X)
 
-    As linear drift compensation (A. Gomez-Villa et al., ECCV 2024), in the leading eigenspace of the inputs, and with a
-    share s for the smaller drift of old inputs. A, of shape (d, d), is never made.
+    As linear drift compensation (A. Gomez-Villa et al., ECCV 2024), in the leading eigenspace of the inputs.
 
     Args:
-        rows: old inputs, or their means or eigenvectors, shape (m, d).
         before, after: X and X', the inputs (n, d) of the same samples before and after training.
         basis: B, orthonormal, shape (d, k).
-        share: s, 0 to 1.
         settings: the constants.
 
     Returns:
-        Shape (m, d).
+        The function of other inputs x, or of their means or eigenvectors, (m, d): the changes x D, (m, d).
     """
     ridge = settings.drift_ridge * before.square().sum().double() / len(basis)
     inputs = before @ basis
     gram = (inputs.T @ inputs).double()
     gram.diagonal().add_(ridge.clamp_min(torch.finfo(gram.dtype).tiny))
-    mixed = torch.cholesky_solve((rows @ basis).T.double(), torch.linalg.cholesky(gram)).T
-    return rows + share * (mixed.to(rows.dtype) @ inputs.T) @ (after - before)
+    moved = (inputs.T @ (after - before)).double()
+    moved = torch.cholesky_solve(moved, torch.linalg.cholesky(gram)).to(before.dtype)
+    return lambda rows: (rows @ basis) @ moved
 
 
-def agreement(
-    rows: Tensor, before: Tensor, after: Tensor, targets: Tensor, move: Callable[[Tensor, Tensor, Tensor], Tensor]
-) -> float:
+def agreement(targets: Tensor, changes: Callable[[Tensor], Tensor]) -> float:
     """Whether a drift is the same for all classes: how alike two halves of the new classes say that old inputs move.
 
     In a deep convolutional network with BatchNorm most of the drift is common to all inputs. In a perceptron it is not:
     the gate holds old inputs still, and each class has a drift of its own.
 
     Args:
-        rows: old features (m, d).
-        before, after: features (n, d) of the same samples before and after training.
-        targets: their classes (n,).
-        move: makes present features of others, by a map that is learned on features before and after.
+        targets: classes (n,) of new samples.
+        changes: of old inputs (m, d), by a map that is learned on the new samples of a mask (n,).
 
     Returns:
-        The cosine of the changes of all rows by the maps that the two halves teach, -1 to 1; 0 for a single class.
+        The cosine of the changes by the maps that the two halves teach, -1 to 1; 0 for a single class.
     """
     half = torch.isin(targets, targets.unique()[::2])
     if half.all():
         return 0.0
-    one, other = (move(rows, before[part], after[part]) - rows for part in (half, ~half))
+    one, other = changes(half), changes(~half)
     return float((one * other).sum() / (one.norm() * other.norm()).clamp_min(torch.finfo(one.dtype).tiny))
 
 
@@ -329,7 +328,7 @@ def _outputs(inputs: Tensor, weights: Tensor, masked: Tensor) -> Tensor:
 def solve_readout(
     layer: GatedLayer,
     new: ReadoutSamples,
-    old: LayerMemory | None,
+    old: tuple[Tensor, Tensor] | None,
     merged: LayerMemory,
     criterion: Criterion,
     settings: Settings,
@@ -344,7 +343,7 @@ def solve_readout(
         + \frac{\epsilon \kappa \bar\lambda}{2} \lVert W \rVert^2
 
     by L-BFGS, in the leading eigenspace of all inputs, in coordinates in which their second moment is the identity. The
-    old classes' X are :func:`pseudo_samples`; :math:`\kappa` is the loss's curvature at outputs of zero. It starts at
+    old classes' X are pseudo-samples; :math:`\kappa` is the loss's curvature at outputs of zero. It starts at
     the present weights, or at a Newton step from zero with the curvature :math:`\kappa` where the loss is lower there.
     For squared error and all eigenvectors the solution is the ridge regression on all data, if the old inputs have not
     moved. It does not depend on the optimizer, its learning rate or the number of its steps. A loss without curvature
@@ -353,7 +352,7 @@ def solve_readout(
     Args:
         layer: the network's last, a linear one.
         new: samples of the experience.
-        old: the layer's memory, with class sums; None for the head of a new task.
+        old: inputs of the old classes (m, d) and these (m,), by :func:`pseudo_samples`; None for a new task's head.
         merged: the memory with the experience, whose eigenvectors the solution is sought along.
         criterion: of (the network's outputs, class labels), a mean over samples.
         settings: the constants.
@@ -361,13 +360,12 @@ def solve_readout(
         trust: t, the share of the old loss that they stand for, 0 to 1; 0 without.
     """
     values, vectors = merged.eigenvalues, merged.vectors
-    share = old.samples / merged.samples if old is not None else 0.0
+    share = 1 - int(new.weight) / merged.samples
     ridge = settings.solve_ridge * values.sum() / len(vectors)
     white = vectors * (values + ridge).clamp_min(torch.finfo(values.dtype).tiny).rsqrt()  # W = units white^T
     parts = [(new.inputs @ white, new.targets, 1 - share)]
     if old is not None:
-        number = min(settings.solve_samples, old.samples)
-        parts.append((*pseudo_samples(old, number, white), share * (1 - trust)))
+        parts.append((old[0] @ white, old[1], share * (1 - trust)))
     total = sum(samples.weight for samples in stored)
     parts += [(s.inputs @ white, s.targets, share * trust * s.weight / total) for s in stored]
     criterion = linked(criterion, new.link)
@@ -375,7 +373,7 @@ def solve_readout(
     zeros = start.new_zeros(len(new.targets), len(start))
     with torch.enable_grad():
         zeros.requires_grad_()
-        curvature = loss_curvature(zeros, criterion(zeros, new.targets))
+        _, curvature = loss_derivatives(zeros, criterion(zeros, new.targets))
     if not curvature > 0:  # nothing bounds the weights
         return
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from avalanche_sp.gate.detection import ChangeDetector, ChangeWatch, InputWatch
 from avalanche_sp.gate.layers import NORMALISATION, GatedLayer
 from avalanche_sp.gate.observe import Criterion, LayerObservation, Observation, output_derivatives, some_inputs
-from avalanche_sp.gate.readout import ReadoutLoss
+from avalanche_sp.gate.readout import ReadoutLoss, linked, unlinked
 from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.settings import Settings
 
@@ -220,7 +220,10 @@ class StreamWatch:
         """The readout, and its outputs for the stream's samples at the minimum of the loss, if that is quadratic."""
         name, layer, _, made = self._called[-1]
         last = None if made is None else (name, layer, made := stream.of(made))
-        _, self._curvature, readout, errors = output_derivatives(criterion, outputs, self._targets, last)
+        outputs, link = unlinked(made, outputs) if made is not None else (outputs, None)
+        _, self._curvature, readout, errors = output_derivatives(
+            linked(criterion, link), outputs, self._targets, last
+        )
         if readout is None or made is None:
             return None, None
         self.readout = readout
