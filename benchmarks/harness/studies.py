@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
 from harness.protocols import PROTOCOLS, overrides_of
 from harness.recipes import TASK_INCREMENTAL, USES_REPLAY
+from harness.recipes.recipe import CE
 from harness.recipes.split_mnist import WITH_DENDRITES
 from harness.settings import STRATEGIES, title_of
 from harness.store import USUAL_RUN, as_text
@@ -72,7 +73,7 @@ class Study:
     def keeps_curve(self, run) -> bool:
         return run.replay_buffer in self.curves
 
-    def _overrides(self, row: Row, buffer: int) -> dict[str, float]:
+    def _overrides(self, row: Row, buffer: int) -> dict[str, float | str]:
         own = {**self.settings.get("overrides", {}), **row.changes.get("overrides", {})}
         return dict(overrides_of(self.settings["benchmark"], self.protocol, row.strategy, buffer, own.items()))
 
@@ -89,7 +90,7 @@ def _rows(strategies: str) -> tuple[Row, ...]:
     return tuple(map(Row, strategies.split()))
 
 
-def _set(overrides: Mapping[str, float], strategy: str, label: str = "", *buffers: int) -> Row:
+def _set(overrides: Mapping[str, float | str], strategy: str, label: str = "", *buffers: int) -> Row:
     return Row(strategy, label, buffers or None, {"overrides": overrides})
 
 
@@ -237,6 +238,13 @@ OTHER_DATA = {
     for data, numbers in {"fashion-mnist": (5, 2, 10), "glyphs": (19,)}.items()
     for tasks in numbers
 }
+
+# With many classes the loss decides more than with few: ours and their control with cross-entropy also.
+_WITH_SOFTMAX = ("sp", "sp-both", "gaussian-replay", "sp-gaussian")
+OTHER_DATA["glyphs_19"] = replace(
+    OTHER_DATA["glyphs_19"],
+    rows=[*_rows(_OTHERS), *(_set({"loss": CE}, name, f"{name}-softmax") for name in _WITH_SOFTMAX)],
+)
 
 # Dendrites, and the same number of parameters without them: 436 or 827 units a layer instead of 256 with one or four
 # dendrites.

@@ -98,7 +98,7 @@ _KEYS = {name.replace(" ", "").lower(): key for key, name in NAMES.items()}
 def name_of(label: str) -> str:
     """The name in tables and figures of a strategy or of its variant ("sp-wider"); other text as it is."""
     strategy, _, variant = label.rpartition("-")
-    if variant in ("wider", "sigmoid", "one"):
+    if variant in ("wider", "sigmoid", "one", "softmax"):
         return f"{name_of(strategy)}, {variant}"
     return NAMES.get(label, label)
 
