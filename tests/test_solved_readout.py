@@ -10,7 +10,7 @@ import torch
 from avalanche.models import IncrementalClassifier, as_multitask
 from avalanche.training.plugins import ReplayPlugin
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from avalanche_sp import OneHotMSELoss, PlasticityGate, SelectivePlasticityPlugin, Settings, reference
 from avalanche_sp.data import split_mnist
@@ -19,7 +19,7 @@ from avalanche_sp.gate.layer_gate import LayerGate
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory, Memory
 from avalanche_sp.gate.observe import Observation
-from avalanche_sp.gate.preparation import Preparation, follow_drift, output_sensitivity
+from avalanche_sp.gate.preparation import Preparation, features_of, follow_drift, output_sensitivity
 from avalanche_sp.gate.readout import ReadoutSamples, class_roots, class_sums, drift_map, pseudo_samples
 
 from conftest import MNIST, accuracy, mlp, sliced, strategy_of
@@ -137,7 +137,7 @@ def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
     mixing = 0.2 * torch.randn(12, 12, generator=torch.Generator().manual_seed(3))
     settings = replace(SETTINGS, drift_ridge=1e-4)
     memory, head = Memory({"head": remembered(*old)}), nn.Linear(12, 6)
-    prepared = Preparation("head", x, y, old, torch.eye(13), {}, {}, {})
+    prepared = Preparation("head", x, y, old, None, torch.eye(13), {}, {}, {})
 
     def drift(inputs, places):
         return torch.cat([inputs[:, :-1] + inputs[:, :-1] @ mixing + 1 + places, inputs[:, -1:]], 1)
@@ -153,6 +153,87 @@ def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
         sums = remembered(samples_of_old, old[1]).class_sums
         torch.testing.assert_close(moved[0].layers["head"].class_sums, sums, atol=where + 1e-5, rtol=0.01 * where)
         torch.testing.assert_close(moved[1][0], samples_of_old, atol=0.05 * where, rtol=0)
+
+
+def test_old_inputs_that_are_run_through_the_network_tell_their_drift():
+    """New inputs stand still, old ones move: the first order knows nothing of it here."""
+    old, (x, y) = samples(0, (0, 1)), samples(1, (2, 3))
+    mixing = 0.2 * torch.randn(13, 13, generator=torch.Generator().manual_seed(3))
+    memory = Memory({"head": remembered(*old)})
+    prepared = Preparation("head", x, y, old, (old[0][:, :5], old[0]), torch.eye(13), {}, {}, {})
+    now = ReadoutSamples("head", x + x @ mixing, y, torch.full((6,), torch.nan), len(x))
+    seen = Observation({}, len(x), 2, torch.zeros(()), None, now)
+    layers = {"head": GatedLayer(nn.Linear(12, 6))}
+    settings = replace(SETTINGS, drift_ridge=1e-4)
+    followed, (inputs, classes) = follow_drift(memory, prepared, seen, layers, settings, old[0] + old[0] @ mixing)
+    torch.testing.assert_close(inputs, old[0] + old[0] @ mixing, atol=0.1, rtol=0.01)
+    torch.testing.assert_close(classes, old[1])
+    expected = remembered(inputs, classes).class_sums
+    torch.testing.assert_close(followed.layers["head"].class_sums, expected, atol=1e-2, rtol=1e-3)
+
+
+class Skip(nn.Module):
+    """A network whose last layer also has the network's inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(12, 8), nn.Linear(20, 6)
+
+    def forward(self, x):
+        return self.head(torch.cat([self.first(x).relu(), x], 1))
+
+
+def test_the_network_runs_on_input_vectors_of_its_first_layer_if_nothing_else_depends_on_the_data():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 6))
+    rows, other = samples(0, (0, 1))[0][:300], torch.randn(7, 3, 4)
+
+    def run(model, first, head, inputs):
+        return features_of(model, inputs, rows, GatedLayer(first), GatedLayer(head), lambda m, x: m(x))
+
+    expected = torch.cat([plain[1](rows[:, :-1]).relu(), torch.ones(300, 1)], 1)
+    torch.testing.assert_close(run(plain, plain[1], plain[4], other), expected)
+    assert plain.training and not plain[1]._forward_pre_hooks
+    skip = Skip()
+    assert run(skip, skip.first, skip.head, other.flatten(1)) is None
+    convolution = nn.Sequential(nn.Conv2d(1, 2, (3, 4)), nn.Flatten(), nn.Linear(2, 6))
+    assert run(convolution, convolution[0], convolution[2], other.unsqueeze(1)) is None
+
+
+def readouts_after(benchmark, criterion, told=True):
+    """An MLP and its gate's memory after an MNIST stream; without ``told`` no old input is run through it."""
+    model = mlp(256)
+    plugin = SelectivePlasticityPlugin()
+    if not told:
+        plugin.gate._entered = lambda observation, layers: None
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3)
+    strategy = strategy_of(model, [plugin], criterion=criterion, optimizer=adam)
+    for experience in benchmark.train_stream:
+        strategy.train(experience)
+    return model.eval(), plugin.gate.memory
+
+
+def test_the_sums_of_the_data_by_class_are_kept_and_give_truer_means_of_old_features():
+    benchmark, errors = sliced(split_mnist(5, dataset_root=MNIST), 600), {}
+    x, y = zip(*(next(iter(DataLoader(e.dataset, 600)))[:2] for e in benchmark.train_stream))
+    x, y = torch.cat(x), torch.cat(y)
+    for told in (True, False):
+        model, memory = readouts_after(benchmark, nn.CrossEntropyLoss(), told)
+        features, known = model[:-1](x).detach(), memory.layers["5"]
+        means = torch.zeros(10, 256).index_add_(0, y, features) / y.bincount().unsqueeze(1)
+        ours = known.class_sums[:, :-1] / known.class_counts.unsqueeze(1)
+        errors[told] = float((ours - means).square().sum())
+    assert errors[True] < 0.8 * errors[False]
+    vectors = torch.cat([x.flatten(1), torch.ones(len(x), 1)], 1)
+    sums = torch.zeros(10, 785).index_add_(0, y, vectors)
+    torch.testing.assert_close(memory.layers["1"].data_sums, sums, atol=1e-2, rtol=1e-3)
+    small = memory.within(memory.state_bytes - 1)
+    assert small.layers["1"].data_sums is None and small.layers["5"].class_sums is not None
+
+
+def test_a_quadratic_loss_needs_no_sums_of_the_data():
+    benchmark = sliced(split_mnist(5, dataset_root=MNIST), 100, experiences=2)
+    assert readouts_after(benchmark, OneHotMSELoss())[1].layers["1"].data_sums is None
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations([(0, 1), (2, 3), (4, 5)]))[::2], ids=str)

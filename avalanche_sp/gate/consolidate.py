@@ -49,7 +49,11 @@ def consolidate(
         if readout is not None and readout.layer == name and stored is not None:
             losses = [readout, *stored]
             residual = newton_readout(layer, losses, old, memory.curvature, settings, trust, damping)
-        sums = counts = roots = None
+        sums = counts = roots = data_sums = None
+        if observation.classified is not None and name == observation.entrance and readout is None:
+            data_sums = class_sums(replace(observation.classified, inputs=seen.inputs))[0]
+            if old is not None:
+                data_sums = None if old.data_sums is None else _sum(old.data_sums, data_sums)
         if observation.classified is not None and observation.classified.layer == name:
             if readout is None:  # the loss is not quadratic
                 roots = class_roots(observation.classified, old, settings)
@@ -69,6 +73,7 @@ def consolidate(
             class_sums=sums,
             class_counts=counts,
             class_roots=roots,
+            data_sums=data_sums,
             sharpness=old.sharpness if old is not None else None,
             fed_by_data=seen.fed_by_data,
         )

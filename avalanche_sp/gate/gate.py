@@ -38,7 +38,7 @@ from avalanche_sp.gate.observe import (
 )
 from avalanche_sp.gate.penalty import Drift, Gated
 from avalanche_sp.gate.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
-from avalanche_sp.gate.preparation import Preparation, follow_drift, output_sensitivity, sharpness
+from avalanche_sp.gate.preparation import Preparation, features_of, follow_drift, output_sensitivity, sharpness
 from avalanche_sp.gate.processes import mean_over_processes
 from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples, pseudo_samples, solve_readout
 from avalanche_sp.gate.rows import StreamRows
@@ -392,7 +392,8 @@ class PlasticityGate:
                 scale[name] = float(reference / sharp) if sharp > reference else 1.0
         inputs, targets, vectors = classified.inputs, classified.targets, merged.vectors
         means = {name: s.mean for name, s in sensitivity.items()}
-        self._prepared = Preparation(classified.layer, inputs, targets, old, vectors, weights, means, scale)
+        entered = self._entered(observation, layers)
+        self._prepared = Preparation(classified.layer, inputs, targets, old, entered, vectors, weights, means, scale)
         self._begin_again()
 
     def check_outputs(self, outputs: Any) -> None:
@@ -786,7 +787,8 @@ class PlasticityGate:
         if classified is not None and criterion is not None and self._solves(observation):
             name, start, prepared = classified.layer, None, self._prepared
             if prepared is not None and prepared.layer == name:
-                self.memory, old = follow_drift(self.memory, prepared, observation, layers, self.settings)
+                now = self._features(observation, layers, prepared.entered[0]) if prepared.entered is not None else None
+                self.memory, old = follow_drift(self.memory, prepared, observation, layers, self.settings, now)
                 start = prepared.vectors
             else:
                 old = self._pseudo_samples(name)
@@ -858,6 +860,35 @@ class PlasticityGate:
         """Inputs of a readout's old classes, drawn from its memory, and their classes; None for a new task's head."""
         old = self.memory.layers.get(layer)
         return None if old is None else pseudo_samples(old, min(self.settings.solve_samples, old.samples))
+
+    def _features(
+        self, observation: Observation, layers: Mapping[str, GatedLayer], rows: Tensor
+    ) -> Tensor | None:
+        """The readout's inputs that the present network makes of input vectors of the layer that data feed."""
+        entrance, classified = observation.entrance, observation.classified
+        if entrance is None or classified is None:
+            return None
+        model, inputs = self._attached(), observation.inputs
+        with self._not_listening():
+            return features_of(model, inputs, rows, layers[entrance], layers[classified.layer], self._forward)
+
+    def _entered(
+        self, observation: Observation, layers: Mapping[str, GatedLayer]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Input vectors of the layer that data feed, drawn for old classes, and the readout's inputs; None if unknown.
+
+        They are as many as the new samples.
+        """
+        known = self.memory.layers.get(observation.entrance or "")
+        if known is None or known.data_sums is None or observation.classified is None:
+            return None
+        readout = self.memory.layers.get(observation.classified.layer)
+        if readout is None:
+            return None
+        known = replace(known, class_sums=known.data_sums, class_counts=readout.class_counts)
+        rows = pseudo_samples(known, len(observation.classified.targets))[0]
+        features = self._features(observation, layers, rows)
+        return None if features is None else (rows, features)
 
     def _solve(
         self,

@@ -37,6 +37,8 @@ class LayerMemory:
         class_sums, class_counts: of the readout's input vectors by class: (out, d) and (out,); None for other layers.
         class_roots: (out, k, d), in half precision (bfloat16): rows of each class whose second moment is the leading
             part of its covariance. None if the loss is quadratic, which needs no more than the shared second moment.
+        data_sums: (out, d), of the input vectors by class, for the one layer that data feed; None for other layers, and
+            if the loss is quadratic.
         sharpness: leading eigenvalue of the Gauss-Newton matrix in the layer's weights at the end of the first
             experience, without the loss's curvature, 0-dim; None if it was not measured.
         fed_by_data: True if no trained layer makes this layer's input.
@@ -53,6 +55,7 @@ class LayerMemory:
     class_sums: Tensor | None = None
     class_counts: Tensor | None = None
     class_roots: Tensor | None = None
+    data_sums: Tensor | None = None
     sharpness: Tensor | None = None
     fed_by_data: bool = False
 
@@ -163,18 +166,19 @@ class LayerMemory:
         return closed, claim(self.rest, self.mean_eigenvalue, openness)
 
     def leading(self, n: int) -> LayerMemory:
-        """The memory with its n leading eigenvectors only, n >= 1, and without the rough anchor and the class roots.
+        """The memory with its n leading eigenvectors only, n >= 1, without rough anchor, class roots and data sums.
 
         The mean eigenvalue stays, so that the energy of the others counts to the rest. An embedding has no rest: its
         other rows are forgotten as if they were never used.
         """
         along = {k: getattr(self, k)[..., -n:].clone() for k in ("eigenvalues", "vectors", "anchor")}
-        return replace(self, rough_anchor=None, class_roots=None, **along)
+        return replace(self, rough_anchor=None, class_roots=None, data_sums=None, **along)
 
     @property
     def state_bytes(self) -> int:
         tensors = [self.eigenvalues, self.vectors, self.mean_eigenvalue, self.anchor]
-        tensors += [t for t in (self.residual, self.class_sums, self.class_counts, self.class_roots) if t is not None]
+        known = (self.residual, self.class_sums, self.class_counts, self.class_roots, self.data_sums)
+        tensors += [t for t in known if t is not None]
         rough = self.rough_anchor.state_bytes if self.rough_anchor is not None else 0
         return rough + sum(t.numel() * t.element_size() for t in tensors)
 
@@ -223,8 +227,9 @@ class Memory:
     def within(self, budget: int | None) -> Memory:
         """The memory in at most ``budget`` bytes; None is no bound.
 
-        The rough anchors and class roots are dropped first. Then the eigenvectors with the lowest eigenvalues are
-        dropped, in units of the layer's mean eigenvalue and over all layers. The leading one of each layer stays.
+        The rough anchors, class roots and data sums are dropped first. Then the eigenvectors with the lowest
+        eigenvalues are dropped, in units of the layer's mean eigenvalue and over all layers. The leading one of each
+        layer stays.
 
         Raises:
             ValueError: the rest takes more than the budget.

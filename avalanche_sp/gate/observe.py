@@ -107,6 +107,15 @@ class Observation:
     loss: Tensor | None = None
 
     @property
+    def entrance(self) -> str | None:
+        """Name of the layer that alone is fed by data, if it has one input vector a sample and is not the readout."""
+        fed = [name for name, seen in self.layers.items() if seen.fed_by_data]
+        if len(fed) != 1 or self.classified is None or fed[0] == self.classified.layer:
+            return None
+        seen = self.layers[fed[0]]
+        return fed[0] if seen.rows == 1 and seen.inputs.dim() == 2 else None
+
+    @property
     def shared(self) -> set[str]:
         """Names of the layers of which a batch's samples share one input."""
         return {name for name, seen in self.layers.items() if seen.shared}

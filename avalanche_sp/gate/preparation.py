@@ -13,11 +13,20 @@ from torch import Tensor, nn
 from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import Memory
-from avalanche_sp.gate.observe import Forward, LayerObservation, Observation, after_each, evaluation_mode, some_rows
+from avalanche_sp.gate.observe import (
+    BATCH,
+    Forward,
+    LayerObservation,
+    Observation,
+    after_each,
+    each_tensor,
+    evaluation_mode,
+    some_rows,
+)
 from avalanche_sp.gate.readout import agreement, drift_map
 from avalanche_sp.gate.settings import Settings
 
-__all__ = ["Preparation", "Sensitivity", "follow_drift", "output_sensitivity", "sharpness"]
+__all__ = ["Preparation", "Sensitivity", "features_of", "follow_drift", "output_sensitivity", "sharpness"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,8 @@ class Preparation:
         layer: the readout's name.
         inputs, targets: the readout's inputs (n, d) and their classes (n,).
         old: inputs (m, d) and classes (m,) of the old classes' pseudo-samples; None for a new task's head.
+        entered: input vectors of the layer that data feed, drawn for the old classes (m, d'), and the readout's inputs
+            that the network made of them (m, d); None if these are not known.
         vectors: leading eigenvectors of old and new inputs (d, k).
         weights: of the layers below, by name: (out, d).
         sensitivity: of the network's outputs to their outputs, the mean (:class:`Sensitivity`).
@@ -39,6 +50,7 @@ class Preparation:
     inputs: Tensor
     targets: Tensor
     old: tuple[Tensor, Tensor] | None
+    entered: tuple[Tensor, Tensor] | None
     vectors: Tensor
     weights: dict[str, Tensor]
     sensitivity: dict[str, Tensor]
@@ -123,18 +135,66 @@ def sharpness(
     return sensitivity.leading * seen.rows * seen.leading_eigenvalue(through)
 
 
+@torch.no_grad()
+def features_of(
+    model: nn.Module, inputs: Any, rows: Tensor, entrance: GatedLayer, readout: GatedLayer, forward: Forward
+) -> Tensor | None:
+    """The readout's inputs (n, d) that a network makes of input vectors (n, d') of the one layer that data feed.
+
+    Args:
+        inputs: the network's, of some samples, on its device; what it makes of them is replaced by the rows.
+        rows: input vectors of ``entrance``.
+
+    Returns:
+        None if ``entrance`` is no ``nn.Linear``, or if the readout's inputs depend on the network's in another way.
+    """
+    if type(entrance.module) is not nn.Linear:
+        return None
+    seen: list[Tensor] = []
+    sizes: list[int] = []
+
+    def measure(tensor: Tensor) -> Tensor:
+        sizes.append(len(tensor))
+        return tensor
+
+    each_tensor(inputs, measure)
+    size = sizes[0]
+
+    def run(part: Tensor, places: Tensor) -> None:
+        def enter(module: nn.Module, args: tuple) -> tuple:
+            return (part[:, : args[0].shape[-1]].to(args[0]).view_as(args[0]), *args[1:])
+
+        handle = entrance.module.register_forward_pre_hook(enter)
+        try:
+            forward(model, each_tensor(inputs, lambda tensor: tensor[places]))
+        finally:
+            handle.remove()
+
+    with evaluation_mode(model) as device, after_each({"": readout}, lambda *called: seen.append(called[2])):
+        places = torch.arange(size, device=device)
+        run(rows[:size], places[: len(rows)])
+        run(rows[:size], places.flip(0)[: len(rows)])
+        if seen[0].dim() != 2 or not torch.allclose(seen.pop(0), seen.pop(0), rtol=1e-3, atol=1e-4):
+            return None
+        for part in rows.split(BATCH):
+            run(part, places.repeat(-(-len(part) // size))[: len(part)])
+    return torch.cat([readout.presynaptic(x.float()) for x in seen])
+
+
 def follow_drift(
     memory: Memory,
     prepared: Preparation,
     observation: Observation,
     layers: Mapping[str, GatedLayer],
     settings: Settings,
+    entered: Tensor | None = None,
 ) -> tuple[Memory, tuple[Tensor, Tensor] | None]:
     """Moves the memory of the readout's old inputs as far as the layers below have moved them.
 
-    The map is learned on new inputs (:func:`~avalanche_sp.gate.readout.drift_map`). Its share is the root of the change
-    of the outputs by the updates on old inputs over that on new ones, to first order, with each layer's sensitivity. In
-    a deep network whose layers move each other's inputs the first order tells next to nothing. If it explains less than
+    The map is learned on new inputs (:func:`~avalanche_sp.gate.readout.drift_map`), and on old ones if the network can
+    be run on inputs that are drawn for the old classes. Without these its share is the root of the change of the
+    outputs by the updates on old inputs over that on new ones, to first order, with each layer's sensitivity. In a deep
+    network whose layers move each other's inputs the first order tells next to nothing. If it explains less than
     1/500 of the change of the new outputs (``drift_first_order``), and the new classes agree on the map
     (:func:`~avalanche_sp.gate.readout.agreement`), the share is 1.
 
@@ -144,6 +204,7 @@ def follow_drift(
         observation: of the same samples after it. If they are others, or the readout is new, nothing moves.
         layers: the network's gated layers by name.
         settings: the constants.
+        entered: the readout's inputs that the network now makes of ``prepared.entered``.
 
     Returns:
         The memory, and the pseudo-samples of the old classes.
@@ -151,16 +212,39 @@ def follow_drift(
     now, drawn = observation.classified, prepared.old
     if now is None or drawn is None or not torch.equal(prepared.targets, now.targets):
         return memory, drawn
+    before, after, share = prepared.inputs, now.inputs, 1.0
+    if prepared.entered is not None and entered is not None:
+        before, after = torch.cat([before, prepared.entered[1]]), torch.cat([after, entered])
+    else:
+        share = _share_of_old(memory, prepared, observation, layers, settings)
+    of_rows = drift_map(before, after, prepared.vectors, settings)
+
+    def move(rows: Tensor) -> Tensor:
+        return rows + share * of_rows(rows)
+
+    moved = memory.layers[now.layer].moved(move)
+    return replace(memory, layers={**memory.layers, now.layer: moved}), (move(drawn[0]), drawn[1])
+
+
+def _share_of_old(
+    memory: Memory,
+    prepared: Preparation,
+    observation: Observation,
+    layers: Mapping[str, GatedLayer],
+    settings: Settings,
+) -> float:
+    """How far old inputs of the readout have moved, as a share of the map of new ones (:func:`follow_drift`)."""
+    now = observation.classified
+    assert now is not None
     old = new = now.inputs.new_zeros(())
-    for name, before in prepared.weights.items():
+    for name, weights in prepared.weights.items():
         known, seen = memory.layers[name], observation.layers[name]
-        change = layers[name].weights_and_bias()[: len(before)] - before
+        change = layers[name].weights_and_bias()[: len(weights)] - weights
         along = known.along(change)
         of_rest = (change.square().sum() - along.square().sum()).clamp_min(0) * known.rest
         scale = prepared.sensitivity[name] * seen.rows
         old = old + scale * ((along.square() * known.eigenvalues).sum() + of_rest)
         new = new + scale * seen.mean_square(change)
-    share = float((old / new.clamp_min(torch.finfo(new.dtype).tiny)).sqrt().clamp(0, 1))
     before, after, basis = prepared.inputs, now.inputs, prepared.vectors
     readout, weights = memory.layers[now.layer], layers[now.layer].weights_and_bias()
     changed = ((after - before) @ weights.T).square().sum() / len(after)
@@ -169,10 +253,6 @@ def follow_drift(
         def changes(part: Tensor) -> Tensor:
             return drift_map(before[part], after[part], basis, settings)(readout.roots)
 
-        share = 1.0 if agreement(now.targets, changes) >= settings.drift_agreement else share
-    of_rows = drift_map(before, after, basis, settings)
-
-    def move(rows: Tensor) -> Tensor:
-        return rows + share * of_rows(rows)
-
-    return replace(memory, layers={**memory.layers, now.layer: readout.moved(move)}), (move(drawn[0]), drawn[1])
+        if agreement(now.targets, changes) >= settings.drift_agreement:
+            return 1.0
+    return float((old / new.clamp_min(torch.finfo(new.dtype).tiny)).sqrt().clamp(0, 1))
