@@ -42,15 +42,16 @@ def network(kind="mlp", classes=5):
     if kind == "attention":
         block = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
         return nn.Sequential(nn.Unflatten(1, (8, 8)), block, nn.Flatten(), nn.Linear(64, 5))
-    return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    convolution = nn.Conv2d(1, 4, 3)
+    return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), convolution, nn.ReLU(), nn.Flatten(), nn.Linear(144, classes))
 
 
-def new_classes(settings, adam=None, times=1):
+def new_classes(settings, adam=None, times=1, kind="mlp"):
     """The weights after two tasks with classes of their own, of which the second is remembered also.
 
     Their images are there ``times`` times.
     """
-    model = network(classes=10)
+    model = network(kind, classes=10)
     optimizer = adam(model.parameters()) if adam else torch.optim.SGD(model.parameters(), lr=0.02)
     gate = PlasticityGate(model, optimizer, settings=settings)
     for x, y in (OLD, (NEW[0], 5 + NEW[1])):
@@ -204,7 +205,7 @@ CASES = {
     "class_vectors": case(1024, 50, new_classes),
     "adaptive_eps": case(1e-6, 1e-7, new_classes, adam=partial(torch.optim.Adam, lr=1e-4, eps=1e-6)),
     "drift_ridge": case(0.1, 0.11, new_classes),
-    "drift_first_order": case(0.002, 1e6, new_classes, {"drift_agreement": 1e-6}),
+    "drift_first_order": case(0.002, 1e6, new_classes, {"drift_agreement": 1e-6}, kind="cnn"),
     "drift_agreement": case(0.5, 0.9, gaussians),
     "gaussian_ridge": case(0.02, 0.021, gaussians),
     "half_trust": case(50, 60, two_tasks, stored=40),
