@@ -200,9 +200,9 @@ def test_the_network_runs_on_input_vectors_of_its_first_layer_if_nothing_else_de
     assert run(convolution, convolution[0], convolution[2], other.unsqueeze(1)) is None
 
 
-def readouts_after(benchmark, criterion, told=True):
+def readouts_after(benchmark, criterion, told=True, hidden=256):
     """An MLP and its gate's memory after an MNIST stream; without ``told`` no old input is run through it."""
-    model = mlp(256)
+    model = mlp(hidden)
     plugin = SelectivePlasticityPlugin()
     if not told:
         plugin.gate._entered = lambda observation, layers: None
@@ -231,9 +231,12 @@ def test_the_sums_of_the_data_by_class_are_kept_and_give_truer_means_of_old_feat
     assert small.layers["1"].data_sums is None and small.layers["5"].class_sums is not None
 
 
-def test_a_quadratic_loss_needs_no_sums_of_the_data():
+def test_a_quadratic_loss_needs_no_sums_of_the_data_and_a_narrow_layer_keeps_none():
     benchmark = sliced(split_mnist(5, dataset_root=MNIST), 100, experiences=2)
     assert readouts_after(benchmark, OneHotMSELoss())[1].layers["1"].data_sums is None
+    for hidden in (9, 10):
+        _, memory = readouts_after(benchmark, nn.CrossEntropyLoss(), hidden=hidden)
+        assert (memory.layers["1"].data_sums is None) == (hidden < 10)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations([(0, 1), (2, 3), (4, 5)]))[::2], ids=str)

@@ -54,6 +54,8 @@ def consolidate(
             data_sums = class_sums(replace(observation.classified, inputs=seen.inputs))[0]
             if old is not None:
                 data_sums = None if old.data_sums is None else _sum(old.data_sums, data_sums)
+            if data_sums is not None and len(data_sums) > layer.units:  # more than the layer's weights
+                data_sums = None
         if observation.classified is not None and observation.classified.layer == name:
             if readout is None:  # the loss is not quadratic
                 roots = class_roots(observation.classified, old, settings)

@@ -37,8 +37,8 @@ class LayerMemory:
         class_sums, class_counts: of the readout's input vectors by class: (out, d) and (out,); None for other layers.
         class_roots: (out, k, d), in half precision (bfloat16): rows of each class whose second moment is the leading
             part of its covariance. None if the loss is quadratic, which needs no more than the shared second moment.
-        data_sums: (out, d), of the input vectors by class, for the one layer that data feed; None for other layers, and
-            if the loss is quadratic.
+        data_sums: (out, d), of the input vectors by class, for the one layer that data feed; None for other layers, if
+            the loss is quadratic, and if there are more classes than the layer has units.
         sharpness: leading eigenvalue of the Gauss-Newton matrix in the layer's weights at the end of the first
             experience, without the loss's curvature, 0-dim; None if it was not measured.
         fed_by_data: True if no trained layer makes this layer's input.
