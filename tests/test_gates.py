@@ -86,10 +86,13 @@ def test_merge_eigenspace_keeps_the_leading_directions():
     assert (values.diff() > 0).all()
 
 
+@pytest.mark.parametrize("started", [False, True])
 @pytest.mark.parametrize("n, d", [(300, 80), (90, 200)])
-def test_few_eigenpairs_of_many_are_near_those_of_the_whole_decomposition(n, d):
+def test_few_eigenpairs_of_many_are_near_those_of_the_whole_decomposition(n, d, started):
     x = tensor(n, d) * 0.9 ** torch.arange(d)
-    values, vectors = gates.leading_eigenpairs(x, rank=8)
+    earlier = x + 0.05 * tensor(n, d).flip(0) * 0.9 ** torch.arange(d)
+    start = torch.linalg.eigh(earlier.T @ earlier)[1][:, -8:] if started else None
+    values, vectors = gates.leading_eigenpairs(x, 8, start)
     expected, basis = torch.linalg.eigh(x.T @ x)
     torch.testing.assert_close(values, expected[-8:], rtol=1e-3, atol=0)
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(8, dtype=torch.float64))

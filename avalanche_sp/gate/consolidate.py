@@ -50,18 +50,18 @@ def consolidate(
             losses = [readout, *stored]
             residual = newton_readout(layer, losses, old, memory.curvature, settings, trust, damping)
         sums = counts = roots = data_sums = None
-        if observation.classified is not None and name == observation.entrance and readout is None:
-            data_sums = class_sums(replace(observation.classified, inputs=seen.inputs))[0]
-            if old is not None:
-                data_sums = None if old.data_sums is None else _sum(old.data_sums, data_sums)
-            if data_sums is not None and len(data_sums) > layer.units:  # more than the layer's weights
-                data_sums = None
-        if observation.classified is not None and observation.classified.layer == name:
+        classified = observation.classified
+        if classified is not None and classified.layer == name:
             if readout is None:  # the loss is not quadratic
-                roots = class_roots(observation.classified, old, settings)
-            sums, counts = class_sums(observation.classified)
+                roots = class_roots(classified, old, settings)
+            sums, counts = class_sums(classified)
             if old is not None and old.class_sums is not None and old.class_counts is not None:
                 sums, counts = _sum(old.class_sums, sums), _sum(old.class_counts, counts)
+        elif classified is not None and name == observation.entrance and readout is None:
+            if len(classified.masked) <= layer.units:  # no larger than the layer's weights
+                data_sums = class_sums(replace(classified, inputs=seen.inputs))[0]
+            if old is not None and data_sums is not None:
+                data_sums = None if old.data_sums is None else _sum(old.data_sums, data_sums)
         inputs = seen.inputs.shape[-1]
         new = merged.get(name) or (old or LayerMemory.empty(inputs, seen.inputs)).merged(
             seen.inputs, observation.samples, seen.rows, rank_of(name, inputs, name == last), seen.mean_eigenvalue

@@ -879,7 +879,7 @@ class PlasticityGate:
     ) -> tuple[Tensor, Tensor] | None:
         """Input vectors of the layer that data feed, drawn for old classes, and the readout's inputs; None if unknown.
 
-        They are as many as the new samples.
+        Their number is that of the new samples.
         """
         known = self.memory.layers.get(observation.entrance or "")
         if known is None or known.data_sums is None or observation.classified is None:

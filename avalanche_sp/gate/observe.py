@@ -225,13 +225,12 @@ def observe(
                 count += len(y)
                 outputs = forward(model, x)
                 of_first = of_first or dict(vectors_seen)
-                if criterion is not None:
-                    check_outputs(outputs)
                 if last is not None and isinstance(outputs, Tensor):
                     outputs, link = unlinked(last[2], outputs)
                 units.append(_masked_units(outputs, y, last))
                 targets.append(y)
                 if criterion is not None:
+                    check_outputs(outputs)
                     quadratic = errors[0][0] is not None if errors else None
                     loss, curvature, name, error = output_derivatives(
                         linked(criterion, link), outputs, y, last, quadratic
@@ -338,9 +337,9 @@ def output_derivatives(
     the loss is not quadratic and convex in the outputs.
 
     Args:
-        criterion: of the outputs meant here and the targets, a mean over samples.
-        outputs, targets: the network's outputs (n, C), before a softmax, for instance
-            (:func:`~avalanche_sp.gate.readout.unlinked`), and what they should be.
+        criterion: of these outputs and the targets, a mean over samples.
+        outputs: the network's (n, C), before a softmax, for instance (:func:`~avalanche_sp.gate.readout.unlinked`).
+        targets: the samples' targets.
         last: the last layer that was called, its name before and its output after it.
         quadratic: whether the loss is quadratic and convex in the outputs, if another batch has told.
     """

@@ -142,7 +142,7 @@ def features_of(
     """The readout's inputs (n, d) that a network makes of input vectors (n, d') of the one layer that data feed.
 
     Args:
-        inputs: the network's, of some samples, on its device; what it makes of them is replaced by the rows.
+        inputs: the network's, of some samples, on its device. The rows replace the input of ``entrance``.
         rows: input vectors of ``entrance``.
 
     Returns:
@@ -151,33 +151,25 @@ def features_of(
     if type(entrance.module) is not nn.Linear:
         return None
     seen: list[Tensor] = []
-    sizes: list[int] = []
 
-    def measure(tensor: Tensor) -> Tensor:
-        sizes.append(len(tensor))
-        return tensor
-
-    each_tensor(inputs, measure)
-    size = sizes[0]
-
-    def run(part: Tensor, places: Tensor) -> None:
+    def run(part: Tensor, inputs: Any) -> None:
         def enter(module: nn.Module, args: tuple) -> tuple:
             return (part[:, : args[0].shape[-1]].to(args[0]).view_as(args[0]), *args[1:])
 
         handle = entrance.module.register_forward_pre_hook(enter)
         try:
-            forward(model, each_tensor(inputs, lambda tensor: tensor[places]))
+            forward(model, each_tensor(inputs, lambda t: t[torch.arange(len(part), device=t.device) % len(t)]))
         finally:
             handle.remove()
 
-    with evaluation_mode(model) as device, after_each({"": readout}, lambda *called: seen.append(called[2])):
-        places = torch.arange(size, device=device)
-        run(rows[:size], places[: len(rows)])
-        run(rows[:size], places.flip(0)[: len(rows)])
-        if seen[0].dim() != 2 or not torch.allclose(seen.pop(0), seen.pop(0), rtol=1e-3, atol=1e-4):
+    first, *others = rows.split(BATCH)
+    with evaluation_mode(model), after_each({"": readout}, lambda *called: seen.append(called[2])):
+        run(first, inputs)
+        run(first, each_tensor(inputs, lambda tensor: tensor.flip(0)))
+        if seen[0].dim() != 2 or not torch.allclose(seen[0], seen.pop(), rtol=1e-3, atol=1e-4):
             return None
-        for part in rows.split(BATCH):
-            run(part, places.repeat(-(-len(part) // size))[: len(part)])
+        for part in others:
+            run(part, inputs)
     return torch.cat([readout.presynaptic(x.float()) for x in seen])
 
 

@@ -276,7 +276,7 @@ def pseudo_samples(memory: LayerMemory, least: int) -> tuple[Tensor, Tensor]:
 
 
 def drift_map(before: Tensor, after: Tensor, basis: Tensor, settings: Settings) -> Callable[[Tensor], Tensor]:
-    r"""How the inputs of a readout have moved: a linear map D, learned on new samples.
+    r"""How the inputs of a readout have moved: a linear map D, learned on samples.
 
     .. math:: D = B (B^\top X^\top X B + \epsilon \bar\lambda I)^{-1} B^\top X^\top (X' - X)
 
