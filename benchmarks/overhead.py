@@ -1,6 +1,7 @@
-"""Time that the optimizer and the plugin take: ratios to torch's and Avalanche's own, in one process, one thread.
+"""Time that the gate and the optimizer take: ratios to training without them, in one process, on one thread.
 
-    python benchmarks/overhead.py --rounds 7
+    python benchmarks/overhead.py --rounds 5
+    python benchmarks/overhead.py --device cuda --networks 256-256,slim-resnet18 --images 2000
 
 All are measured in turn, round after round, so that a machine whose speed drifts changes both sides of a ratio alike.
 Reported are medians over the rounds. Writes overhead.json.
@@ -12,31 +13,29 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
-from avalanche.benchmarks import SplitMNIST
+from avalanche.benchmarks import benchmark_from_datasets
 from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.training import Naive
 from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 from torch.optim import SGD, Adam
 
-from avalanche_sp import OneHotMSELoss, SelectivePlasticityOptimizer, SelectivePlasticityPlugin, split_mnist
-from harness.cli import Where, parsed
+from avalanche_sp import GaussianBuffer, SelectivePlasticityOptimizer, SelectivePlasticityPlugin, split_mnist
+from harness.cli import Names, Where, parsed
 from harness.data import folder_of
-from harness.memory import optimizer_bytes
-from harness.networks import build_network, perceptron
+from harness.networks import build_network, network_bytes, perceptron
 from harness.run import quiet
-from harness.settings import ROOT
+from harness.settings import NETWORKS, ROOT
 
-Timers = dict[str, Callable[[], float]]  # by name: does the work once, returns seconds
-BATCH, ONLINE_BATCH = 128, 10
-OURS, PLUGIN = "SelectivePlasticityOptimizer", "SelectivePlasticityPlugin"
+STEP_BATCH, BATCH, ONLINE_BATCH = 128, 64, 10
+OURS = "SelectivePlasticityOptimizer"
 OPTIMIZERS = {
     "torch.optim.Adam": Adam,
     OURS: SelectivePlasticityOptimizer,
@@ -44,26 +43,79 @@ OPTIMIZERS = {
     f"{OURS}(fused=True)": partial(SelectivePlasticityOptimizer, fused=True),
 }
 
+Timers = Mapping[str, Callable[[], float]]  # by name: does the work once, returns seconds
+
+
+@dataclass(frozen=True)
+class Settings(Where):
+    """Settings of the measurement.
+
+    Attributes:
+        rounds: number of rounds
+        device: where the networks are trained: cpu, cuda
+        networks: names of harness/settings.py
+        images: images of an experience
+        output: folder of overhead.json
+    """
+
+    rounds: int = 5
+    device: str = "cpu"
+    networks: Names = ("256-256", "cnn", "slim-resnet18", "vit")
+    images: tuple[int, ...] = (400, 2000, 10000)
+    output: Path = ROOT / "results" / "overhead"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(1, "rounds")
+        self.finds("mnist")
+        self.one_of("networks", NETWORKS)
+        for value in self.images:
+            if not 2 * STEP_BATCH <= value <= 10000:
+                raise ValueError(f"Invalid images: {value} (allowed: {2 * STEP_BATCH} to 10000)")
+        if self.device != "cpu" and not torch.cuda.is_available():
+            raise ValueError(f"Invalid device: {self.device} (allowed on this machine: cpu)")
+
+    @property
+    def root(self) -> str:
+        return str(folder_of("mnist", self.dataset_root))
+
 
 def seconds(work: Callable[[], object]) -> float:
     gc.collect()  # nobody pays for the garbage of the run before
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     start = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def torch_loop(make: Callable, batches: Callable[[], Iterable]) -> float:
-    torch.manual_seed(0)
-    model, loss, parts = build_network(), nn.CrossEntropyLoss(), batches()
-    optimizer = make(model.parameters())
+def measure(timers: Timers, rounds: int) -> list[dict]:
+    """Median seconds of each, and the median of its ratio to a reference, round by round.
 
-    def train() -> None:
-        for x, y in parts:
-            optimizer.zero_grad()
-            loss(model(x), y).backward()
-            optimizer.step()
+    The reference is torch's fused Adam for fused optimizers, else the first.
+    """
+    for timer in timers.values():
+        timer()  # warm-up
+    times = pd.DataFrame([{name: timer() for name, timer in timers.items()} for _ in range(rounds)])
+    rows = []
+    for name in timers:
+        reference = "torch.optim.Adam(fused=True)" if "fused" in name else next(iter(timers))
+        ratios = times[name] / times[reference]
+        rows.append({"name": name, "seconds": times[name].median(), "reference": reference, "ratio": ratios.median()})
+        rows[-1] |= {"ratio_min": ratios.min(), "ratio_max": ratios.max()}
+    return rows
 
-    return seconds(train)
+
+# -- What is timed ----------------------------------------------------------------------------------------------------
+
+
+def experiences(root: str, *images: int) -> list:
+    """The first experiences of five of Split MNIST, with so many images each."""
+    whole = split_mnist(5, dataset_root=root).train_stream
+    datasets = [e.dataset.subset(list(range(n))) for e, n in zip(whole, images)]
+    return list(benchmark_from_datasets(train=datasets).train_stream)
 
 
 class StepClock(SupervisedPlugin):
@@ -78,49 +130,68 @@ class StepClock(SupervisedPlugin):
         self.seconds += time.perf_counter()
 
 
-def naive(
-    before: Sequence, timed: Sequence, make: Callable, plugin=None, loss=OneHotMSELoss, batch=BATCH, steps_alone=False
+def trained(
+    network: str, before: list, timed: list, make: Callable, plugins: Callable, batch: int, device: str, steps: bool
 ) -> float:
     """Seconds that Naive takes for the experiences ``timed``, after those ``before``: all, or its iterations alone."""
-    model, clock = build_network(), StepClock()
-    plugins = [plugin(), clock] if plugin else [clock]
-    arguments = {"criterion": loss(), "train_mb_size": batch, "plugins": plugins, "evaluator": None}
-    strategy = Naive(model=model, optimizer=make(model.parameters()), **arguments)
+    torch.manual_seed(0)
+    model, clock = build_network(network).to(device), StepClock()
+    strategy = Naive(
+        model=model,
+        optimizer=make(model.parameters()),
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=batch,
+        plugins=[*plugins(), clock],
+        evaluator=None,
+        device=device,
+    )
     for experience in before:
         strategy.train(experience)
     clock.seconds = 0.0
     whole = seconds(lambda: [strategy.train(experience) for experience in timed])
-    return clock.seconds if steps_alone else whole
+    return clock.seconds if steps else whole
 
 
-def data_path(root: str) -> Timers:
-    """An epoch of 2-task Split MNIST's first experience."""
-    ours = split_mnist(2, dataset_root=root).train_stream[0]
-    classic = SplitMNIST(2, fixed_class_order=range(10), dataset_root=root).train_stream[0]
-    x, y, _ = ours.dataset.read_batch(list(range(len(ours.dataset))))
-    sgd = partial(SGD, lr=0.05)
-    return {
-        "bare torch loop": lambda: torch_loop(
-            sgd, lambda: ((x[rows], y[rows]) for rows in torch.randperm(len(x)).split(BATCH))
-        ),
-        "Naive, avalanche_sp split_mnist": partial(naive, [], [ours], sgd, loss=nn.CrossEntropyLoss),
-        "Naive, Avalanche SplitMNIST": partial(naive, [], [classic], sgd, loss=nn.CrossEntropyLoss),
-    }
+def gated(settings: Settings, network: str, images: int, name: str, make: Callable, batch: int, steps: bool) -> Timers:
+    """The second experience of Split MNIST, after a first one of 400 images."""
+    first, second = experiences(settings.root, 400, images)
+    train = partial(trained, network, [first], [second], make, batch=batch, device=settings.device, steps=steps)
+    return {name: partial(train, plugins=list), f"{name}, gate": partial(train, plugins=with_gate)}
 
 
-def training_steps() -> Timers:
-    """100 training steps on one batch."""
-    x, y = torch.randn(BATCH, 784), torch.randint(10, (BATCH,))
-    return {name: partial(torch_loop, make, lambda: [(x, y)] * 100) for name, make in OPTIMIZERS.items()}
+def with_gate(**arguments) -> list:
+    return [SelectivePlasticityPlugin(**arguments)]
 
 
-def steps(width: int) -> tuple[Timers, dict[str, int]]:
-    """100 steps of each optimizer, gradients ready; and the bytes of state that each keeps beyond Adam's."""
-    timers, extra = {}, {}
+def with_gaussians() -> list:
+    return [GaussianBuffer().replay_plugin()]
+
+
+def online(settings: Settings) -> Timers:
+    """The first 400 mini-batches of two tasks of five, each an experience: no boundary is told."""
+    tasks = split_mnist(5, dataset_root=settings.root).train_stream[:2]
+    parts = [part for t in tasks for part, _ in zip(split_online_stream([t], ONLINE_BATCH, seed=0), range(400))]
+    make, how = partial(SGD, lr=0.02), ("surprise", "continuous")
+    train = partial(trained, "256-256", [], parts, make, batch=ONLINE_BATCH, device=settings.device, steps=False)
+    found = {f'SGD, gate(consolidate="{c}")': partial(train, plugins=partial(with_gate, consolidate=c)) for c in how}
+    return {"SGD": partial(train, plugins=list), **found}
+
+
+def drawn(settings: Settings) -> Timers:
+    """The steps of a second experience with samples drawn from Gaussians, and with none."""
+    first, second = experiences(settings.root, 2000, 2000)
+    arguments = {"batch": BATCH, "device": settings.device, "steps": True}
+    train = partial(trained, "256-256", [first], [second], partial(SGD, lr=0.05), **arguments)
+    return {"SGD": partial(train, plugins=list), "SGD, GaussianBuffer": partial(train, plugins=with_gaussians)}
+
+
+def optimizer_steps(settings: Settings, width: int) -> Timers:
+    """100 steps of each optimizer, gradients ready."""
+    timers = {}
     for name, make in OPTIMIZERS.items():
         for consolidated in (False, True) if name.startswith(OURS) else (False,):
             torch.manual_seed(0)
-            model = perceptron(width, width)
+            model = perceptron(width, width).to(settings.device)
             for p in model.parameters():
                 p.grad = torch.randn_like(p)
             optimizer = make(model.parameters())
@@ -129,65 +200,54 @@ def steps(width: int) -> tuple[Timers, dict[str, int]]:
                 optimizer.consolidate()
             row = f"{name}, consolidated" if consolidated else name
             timers[row] = partial(seconds, lambda optimizer=optimizer: [optimizer.step() for _ in range(100)])
-            extra[row] = optimizer_bytes(optimizer)
-    return timers, extra
-
-
-def gated(root: str, steps_alone: bool) -> Timers:
-    """Split MNIST's second experience of two: its iterations, or all of it with consolidation."""
-    first, second = split_mnist(2, dataset_root=root).train_stream
-    timers: Timers = {}
-    for name, make in {"SGD": partial(SGD, lr=0.1), **({"Adam": Adam} if steps_alone else {})}.items():
-        timers[name] = partial(naive, [first], [second], make, steps_alone=steps_alone)
-        timers[f"{name}, {PLUGIN}"] = partial(timers[name], plugin=SelectivePlasticityPlugin)
     return timers
 
 
-def online(root: str) -> Timers:
-    """The first 400 mini-batches of two tasks of five, each an experience: no boundary is told."""
-    tasks = split_mnist(5, dataset_root=root).train_stream[:2]
-    parts = [part for t in tasks for part, _ in zip(split_online_stream([t], ONLINE_BATCH, seed=0), range(400))]
-    train = partial(naive, [], parts, partial(SGD, lr=0.02), batch=ONLINE_BATCH)
-    timers = {"SGD": train}
-    for how in ("surprise", "continuous"):
-        plugin = partial(SelectivePlasticityPlugin, consolidate=how)
-        timers[f'SGD, {PLUGIN}(consolidate="{how}")'] = partial(train, plugin=plugin)
-    return timers
+def training_steps(settings: Settings) -> Timers:
+    """100 training steps of each optimizer on one batch."""
+    x = torch.randn(STEP_BATCH, 784, device=settings.device)
+    y = torch.randint(10, (STEP_BATCH,), device=settings.device)
+
+    def run(make: Callable) -> float:
+        model, loss = build_network().to(settings.device), nn.CrossEntropyLoss()
+        optimizer = make(model.parameters())
+
+        def train() -> None:
+            for _ in range(100):
+                optimizer.zero_grad()
+                loss(model(x), y).backward()
+                optimizer.step()
+
+        return seconds(train)
+
+    return {name: partial(run, make) for name, make in OPTIMIZERS.items()}
 
 
-def measure(timers: Timers, rounds: int) -> list[dict]:
-    """Median seconds of each, and the median of its ratio to a reference, round by round.
-
-    The reference is torch's fused Adam for fused optimizers, Adam for Adam with the plugin, else the first.
-    """
-    for timer in timers.values():
-        timer()  # warm-up
-    times = pd.DataFrame([{name: timer() for name, timer in timers.items()} for _ in range(rounds)])
-    rows = []
-    for name in timers:
-        other = "Adam" if name.startswith("Adam") else next(iter(timers))
-        reference = "torch.optim.Adam(fused=True)" if "fused" in name else other
-        ratios = times[name] / times[reference]
-        rows.append({"name": name, "seconds": times[name].median(), "reference": reference, "ratio": ratios.median()})
-        rows[-1] |= {"ratio_min": ratios.min(), "ratio_max": ratios.max()}
-    return rows
+def state_share(network: str, root: str) -> float:
+    """Bytes of the gate's memory after two experiences, over those of the network."""
+    model, plugin = build_network(network), SelectivePlasticityPlugin()
+    optimizer = Adam(model.parameters(), lr=1e-3)
+    arguments = {"train_mb_size": BATCH, "plugins": [plugin], "evaluator": None}
+    strategy = Naive(model=model, optimizer=optimizer, criterion=nn.CrossEntropyLoss(), **arguments)
+    for experience in experiences(root, 400, 400):
+        strategy.train(experience)
+    return plugin.state_bytes / network_bytes(model)
 
 
-@dataclass(frozen=True)
-class Settings(Where):
-    """Settings of the measurement.
-
-    Attributes:
-        rounds: number of rounds
-        output: folder of overhead.json
-    """
-
-    rounds: int = 7
-    output: Path = ROOT / "results" / "overhead"
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.finds("mnist")
+def parts(settings: Settings):
+    """What is timed, its batch and timers, one after another."""
+    sgd, adam = partial(SGD, lr=0.05), partial(Adam, lr=1e-3)
+    for network in settings.networks:
+        for name, make in {"SGD": sgd, "Adam": adam}.items():
+            yield f"{network}: training steps", STEP_BATCH, gated(settings, network, 2000, name, make, STEP_BATCH, True)
+        for images in settings.images:
+            what = f"{network}: an experience of {images} images"
+            yield what, BATCH, gated(settings, network, images, "Adam", adam, BATCH, False)
+    yield "256-256: 800 mini-batches of an online stream", ONLINE_BATCH, online(settings)
+    yield "256-256: training steps with drawn samples", BATCH, drawn(settings)
+    yield "100 optimizer steps, 269,322 parameters", 1, optimizer_steps(settings, 256)
+    yield "100 optimizer steps, 1,796,010 parameters", 1, optimizer_steps(settings, 1000)
+    yield "100 training steps, 269,322 parameters", STEP_BATCH, training_steps(settings)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -195,23 +255,12 @@ def main(argv: list[str] | None = None) -> int:
     settings.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     quiet()
-    root = str(folder_of("mnist", settings.dataset_root))
-    (small, small_bytes), (large, large_bytes) = steps(256), steps(1000)
-    parts = {
-        "data": ("an epoch of 30,596 images", data_path(root), {}),
-        "step": ("100 steps, 269,322 parameters", small, small_bytes),
-        "large step": ("100 steps, 1,796,010 parameters", large, large_bytes),
-        "training step": ("100 training steps, 269,322 parameters", training_steps(), {}),
-        "plugin step": ("the 230 training steps of an epoch", gated(root, True), {}),
-        "plugin epoch": ("an epoch of 29,404 images, consolidation included", gated(root, False), {}),
-        "online": ("800 mini-batches of an online stream", online(root), {}),
-    }
-    results: dict[str, object] = {"torch": torch.__version__}
-    for part, (what, timers, extra) in parts.items():
+    device = torch.cuda.get_device_name() if settings.device != "cpu" else "one thread of a CPU"
+    results: dict = {"torch": torch.__version__, "device": device, "rounds": settings.rounds, "parts": []}
+    results["state"] = {network: state_share(network, settings.root) for network in settings.networks}
+    for what, batch, timers in parts(settings):
         rows = measure(timers, settings.rounds)
-        rows = [row | ({"extra_bytes": extra[row["name"]]} if extra else {}) for row in rows]
-        batch = ONLINE_BATCH if part == "online" else BATCH
-        results[part] = {"what": what, "batch_size": batch, "rounds": settings.rounds, "rows": rows}
+        results["parts"].append({"what": what, "batch_size": batch, "rows": rows})
         print(f"\n{what}\n{pd.DataFrame(rows).to_string(index=False, float_format='%.3f')}", flush=True)
     path = settings.output / "overhead.json"
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -52,9 +52,14 @@ def covariance(x):
     return (x - x.mean(0)).T @ (x - x.mean(0)) / len(x)
 
 
+def drawn_from(memory):
+    coordinates, axes, classes = pseudo_samples(memory, 3000)
+    return coordinates @ axes, classes
+
+
 def test_pseudo_samples_have_the_class_means_and_the_covariance_within_classes():
     x, y = samples(0, (1, 2, 5))
-    drawn, classes = pseudo_samples(remembered(x, y), 3000)
+    drawn, classes = drawn_from(remembered(x, y))
     assert set(classes.tolist()) == {1, 2, 5}
     means = torch.stack([x[y == c].mean(0) for c in range(6) if (y == c).any()])
     ours = torch.stack([drawn[classes == c].mean(0) for c in (1, 2, 5)])
@@ -64,10 +69,22 @@ def test_pseudo_samples_have_the_class_means_and_the_covariance_within_classes()
     torch.testing.assert_close(within[1], within[0], atol=2e-3, rtol=1e-3)
 
 
+def test_pseudo_samples_of_few_directions_have_the_class_means_and_the_memory_s_second_moment():
+    for rank, rest in ((4, 0.0), (4, 1e-3), (12, 0.0)):  # the means along the vectors alone, beyond them, too many
+        x, y = samples(0, (1, 2, 5))
+        x = x @ (vectors := torch.linalg.eigh(x.T @ x).eigenvectors[:, -rank:]) @ vectors.T + rest * x
+        memory = remembered(x, y, rank)
+        drawn, classes = drawn_from(memory)
+        for c in (1, 2, 5):
+            torch.testing.assert_close(drawn[classes == c].mean(0), x[y == c].mean(0), atol=1e-4, rtol=1e-4)
+        own = drawn.T @ drawn / len(drawn)
+        torch.testing.assert_close(own, x.T @ x / len(x), atol=0.02, rtol=0.02)
+
+
 def test_pseudo_samples_have_each_class_s_own_leading_covariance_and_share_the_rest():
     x, y = samples(0, (1, 2, 5))
     x[y == 2, :4] *= 3  # a covariance unlike the others'
-    drawn, classes = pseudo_samples(remembered(x, y, class_rank=4), 3000)
+    drawn, classes = drawn_from(remembered(x, y, class_rank=4))
     own, share, rest = {}, {}, torch.zeros(13, 13)
     for c in (1, 2, 5):
         torch.testing.assert_close(drawn[classes == c].mean(0), x[y == c].mean(0), atol=1e-4, rtol=1e-4)
@@ -137,7 +154,7 @@ def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
     mixing = 0.2 * torch.randn(12, 12, generator=torch.Generator().manual_seed(3))
     settings = replace(SETTINGS, drift_ridge=1e-4)
     memory, head = Memory({"head": remembered(*old)}), nn.Linear(12, 6)
-    prepared = Preparation("head", x, y, old, None, torch.eye(13), {}, {}, {})
+    prepared = Preparation("head", x, y, (old[0], torch.eye(13), old[1]), None, torch.eye(13), {}, {}, {})
 
     def drift(inputs, places):
         return torch.cat([inputs[:, :-1] + inputs[:, :-1] @ mixing + 1 + places, inputs[:, -1:]], 1)
@@ -152,7 +169,8 @@ def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
     for moved, samples_of_old, where in ((followed(common), expected, 1), (followed(apart), old[0], 0)):
         sums = remembered(samples_of_old, old[1]).class_sums
         torch.testing.assert_close(moved[0].layers["head"].class_sums, sums, atol=where + 1e-5, rtol=0.01 * where)
-        torch.testing.assert_close(moved[1][0], samples_of_old, atol=0.05 * where, rtol=0)
+        coordinates, axes, _ = moved[1]
+        torch.testing.assert_close(coordinates @ axes, samples_of_old, atol=0.05 * where, rtol=0)
 
 
 def test_old_inputs_that_are_run_through_the_network_tell_their_drift():
@@ -160,12 +178,14 @@ def test_old_inputs_that_are_run_through_the_network_tell_their_drift():
     old, (x, y) = samples(0, (0, 1)), samples(1, (2, 3))
     mixing = 0.2 * torch.randn(13, 13, generator=torch.Generator().manual_seed(3))
     memory = Memory({"head": remembered(*old)})
-    prepared = Preparation("head", x, y, old, (old[0][:, :5], old[0]), torch.eye(13), {}, {}, {})
+    drawn = old[0], torch.eye(13), old[1]
+    prepared = Preparation("head", x, y, drawn, (old[0][:, :5], old[0]), torch.eye(13), {}, {}, {})
     now = ReadoutSamples("head", x + x @ mixing, y, torch.full((6,), torch.nan), len(x))
     seen = Observation({}, len(x), 2, torch.zeros(()), None, now)
     layers = {"head": GatedLayer(nn.Linear(12, 6))}
     settings = replace(SETTINGS, drift_ridge=1e-4)
-    followed, (inputs, classes) = follow_drift(memory, prepared, seen, layers, settings, old[0] + old[0] @ mixing)
+    followed, moved = follow_drift(memory, prepared, seen, layers, settings, old[0] + old[0] @ mixing)
+    inputs, classes = moved[0] @ moved[1], moved[2]
     torch.testing.assert_close(inputs, old[0] + old[0] @ mixing, atol=0.1, rtol=0.01)
     torch.testing.assert_close(classes, old[1])
     expected = remembered(inputs, classes).class_sums

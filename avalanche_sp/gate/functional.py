@@ -30,7 +30,7 @@ __all__ = [
 _FEW = 4  # subspace iteration, if all eigenpairs are more than this multiple of the wanted ones
 _FEW_STARTED = 2  # the same from known vectors
 _OVERSAMPLED = 10  # random vectors beyond the wanted ones
-_ROUNDS = 2  # of the subspace iteration
+_ROUNDS = 1  # of the subspace iteration
 
 
 def loss_surprise(loss: Tensor, mean: Tensor, variance: Tensor, full: float) -> Tensor:
@@ -138,7 +138,7 @@ def leading_eigenpairs(factor: Tensor, rank: float, start: Tensor | None = None)
 
     Few of many by subspace iteration from random mixtures of F's rows, or from ``start`` in one round (N. Halko, P. G.
     Martinsson, J. A. Tropp: Finding structure with randomness, SIAM Review 2011, algorithm 4.4). On MNIST's pixels and
-    a convolution's features they have all but a thousandth of the energy of the exact ones. Otherwise by the
+    a convolution's features they have all but a few thousandths of the energy of the exact ones. Otherwise by the
     eigendecomposition of F^T F or F F^T, whichever is smaller.
 
     Args:

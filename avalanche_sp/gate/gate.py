@@ -858,8 +858,8 @@ class PlasticityGate:
         rank = self.rank_of(samples.layer, inputs, True)
         return old.merged(samples.inputs, int(samples.weight), 1.0, rank, start=start)
 
-    def _pseudo_samples(self, layer: str) -> tuple[Tensor, Tensor] | None:
-        """Inputs of a readout's old classes, drawn from its memory, and their classes; None for a new task's head."""
+    def _pseudo_samples(self, layer: str) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Those of a readout's old classes, drawn from its memory; None for a new task's head."""
         old = self.memory.layers.get(layer)
         return None if old is None else pseudo_samples(old, min(self.settings.solve_samples, old.samples))
 
@@ -888,14 +888,15 @@ class PlasticityGate:
         if readout is None:
             return None
         known = replace(known, class_sums=known.data_sums, class_counts=readout.class_counts)
-        rows = pseudo_samples(known, len(observation.classified.targets))[0]
+        coordinates, axes, _ = pseudo_samples(known, len(observation.classified.targets))
+        rows = coordinates @ axes
         features = self._features(observation, layers, rows)
         return None if features is None else (rows, features)
 
     def _solve(
         self,
         samples: ReadoutSamples,
-        old: tuple[Tensor, Tensor] | None,
+        old: tuple[Tensor, Tensor, Tensor] | None,
         layers: Mapping[str, GatedLayer],
         merged: LayerMemory,
         criterion: Criterion,

@@ -36,7 +36,8 @@ class Preparation:
     Attributes:
         layer: the readout's name.
         inputs, targets: the readout's inputs (n, d) and their classes (n,).
-        old: inputs (m, d) and classes (m,) of the old classes' pseudo-samples; None for a new task's head.
+        old: the old classes' :func:`~avalanche_sp.gate.readout.pseudo_samples`: coordinates (m, k) and axes (k, d) of
+            inputs, and classes (m,); None for a new task's head.
         entered: input vectors of the layer that data feed, drawn for the old classes (m, d'), and the readout's inputs
             that the network made of them (m, d); None if these are not known.
         vectors: leading eigenvectors of old and new inputs (d, k).
@@ -49,7 +50,7 @@ class Preparation:
     layer: str
     inputs: Tensor
     targets: Tensor
-    old: tuple[Tensor, Tensor] | None
+    old: tuple[Tensor, Tensor, Tensor] | None
     entered: tuple[Tensor, Tensor] | None
     vectors: Tensor
     weights: dict[str, Tensor]
@@ -180,7 +181,7 @@ def follow_drift(
     layers: Mapping[str, GatedLayer],
     settings: Settings,
     entered: Tensor | None = None,
-) -> tuple[Memory, tuple[Tensor, Tensor] | None]:
+) -> tuple[Memory, tuple[Tensor, Tensor, Tensor] | None]:
     """Moves the memory of the readout's old inputs as far as the layers below have moved them.
 
     The map is learned on new inputs (:func:`~avalanche_sp.gate.readout.drift_map`), and on old ones if the network can
@@ -215,7 +216,8 @@ def follow_drift(
         return rows + share * of_rows(rows)
 
     moved = memory.layers[now.layer].moved(move)
-    return replace(memory, layers={**memory.layers, now.layer: moved}), (move(drawn[0]), drawn[1])
+    coordinates, axes, targets = drawn
+    return replace(memory, layers={**memory.layers, now.layer: moved}), (coordinates, move(axes), targets)
 
 
 def _share_of_old(

@@ -222,7 +222,7 @@ def class_roots(samples: ReadoutSamples, old: LayerMemory | None, settings: Sett
     return roots
 
 
-def pseudo_samples(memory: LayerMemory, least: int) -> tuple[Tensor, Tensor]:
+def pseudo_samples(memory: LayerMemory, least: int) -> tuple[Tensor, Tensor, Tensor]:
     r"""Input vectors with the class means and covariances of a readout's memory.
 
     With the second moment :math:`C`, class means :math:`\mu_c`, class roots :math:`R_c` and shares :math:`p_c`, a
@@ -241,15 +241,18 @@ def pseudo_samples(memory: LayerMemory, least: int) -> tuple[Tensor, Tensor]:
         least: number of vectors, at least; two for each direction of a covariance are made in any case.
 
     Returns:
-        Input vectors (n, d), and their classes (n,).
+        The input vectors as a product of coordinates (n, k) and axes (k, d), and their classes (n,).
     """
     assert memory.class_sums is not None and memory.class_counts is not None
     classes = memory.class_counts.nonzero().flatten()
     counts = memory.class_counts[classes]
     share, means = counts / counts.sum(), memory.class_sums[classes] / counts.unsqueeze(1)
     span, lam = memory.vectors, memory.eigenvalues.double()
-    if span.shape[1] < len(span):
-        span = torch.linalg.qr(torch.cat([span, means.T], 1)).Q
+    if span.shape[1] + len(means) < len(span):
+        beyond = torch.linalg.qr(means.T - span @ (span.T @ means.T)).Q
+        span = torch.cat([span, beyond - span @ (span.T @ beyond)], 1)  # orthogonal also if no mean is beyond
+    else:
+        span = torch.eye(len(span)).to(span)
     roots = span.new_zeros(len(classes), 0, span.shape[1])
     if memory.class_roots is not None:
         roots = memory.class_roots[classes].to(span) @ span
@@ -262,8 +265,8 @@ def pseudo_samples(memory: LayerMemory, least: int) -> tuple[Tensor, Tensor]:
     which = torch.repeat_interleave(torch.arange(len(classes), device=number.device), number)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(which), k + len(root), generator=generator).to(means)
-    rows = means[which]
-    for part, drawn, seen in zip(rows.split(number.tolist()), noise.split(number.tolist()), roots @ span.T):
+    coordinates = centers.to(means)[which]
+    for part, drawn, seen in zip(coordinates.split(number.tolist()), noise.split(number.tolist()), roots):
         # The class's own noise has unit covariance. Both noises have zero mean, and no covariance with each other.
         frame = torch.linalg.qr(torch.cat([torch.ones_like(drawn[:, :1]), drawn[:, :k]], 1)).Q
         part += frame[:, 1:] @ seen * len(drawn) ** 0.5
@@ -272,7 +275,7 @@ def pseudo_samples(memory: LayerMemory, least: int) -> tuple[Tensor, Tensor]:
     # N^T N / n = S S^T: the noise N S^-T has unit covariance, and still zero mean in each class.
     unit = torch.linalg.cholesky((noise.T @ noise / len(noise)).double())
     colour = torch.linalg.solve_triangular(unit.mT, root.mT, upper=True)
-    return rows.addmm_(noise, colour.to(means.dtype) @ span.T), classes[which]
+    return coordinates.addmm_(noise, colour.to(means.dtype)), span.T, classes[which]
 
 
 def drift_map(before: Tensor, after: Tensor, basis: Tensor, settings: Settings) -> Callable[[Tensor], Tensor]:
@@ -294,8 +297,8 @@ def drift_map(before: Tensor, after: Tensor, basis: Tensor, settings: Settings) 
     inputs = before @ basis
     gram = (inputs.T @ inputs).double()
     gram.diagonal().add_(ridge.clamp_min(torch.finfo(gram.dtype).tiny))
-    moved = (inputs.T @ (after - before)).double()
-    moved = torch.cholesky_solve(moved, torch.linalg.cholesky(gram)).to(before.dtype)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram)).to(before.dtype)
+    moved = inverse @ (inputs.T @ (after - before))
     return lambda rows: (rows @ basis) @ moved
 
 
@@ -328,7 +331,7 @@ def _outputs(inputs: Tensor, weights: Tensor, masked: Tensor) -> Tensor:
 def solve_readout(
     layer: GatedLayer,
     new: ReadoutSamples,
-    old: tuple[Tensor, Tensor] | None,
+    old: tuple[Tensor, Tensor, Tensor] | None,
     merged: LayerMemory,
     criterion: Criterion,
     settings: Settings,
@@ -352,7 +355,7 @@ def solve_readout(
     Args:
         layer: the network's last, a linear one.
         new: samples of the experience.
-        old: inputs of the old classes (m, d) and these (m,), by :func:`pseudo_samples`; None for a new task's head.
+        old: inputs of the old classes and these, by :func:`pseudo_samples`; None for a new task's head.
         merged: the memory with the experience, whose eigenvectors the solution is sought along.
         criterion: of (the network's outputs, class labels), a mean over samples.
         settings: the constants.
@@ -362,10 +365,12 @@ def solve_readout(
     values, vectors = merged.eigenvalues, merged.vectors
     share = 1 - int(new.weight) / merged.samples
     ridge = settings.solve_ridge * values.sum() / len(vectors)
-    white = vectors * (values + ridge).clamp_min(torch.finfo(values.dtype).tiny).rsqrt()  # W = units white^T
+    scale = (values + ridge).clamp_min(torch.finfo(values.dtype).tiny).rsqrt()
+    white = vectors * scale  # W = units white^T
     parts = [(new.inputs @ white, new.targets, 1 - share)]
     if old is not None:
-        parts.append((old[0] @ white, old[1], share * (1 - trust)))
+        coordinates, axes, targets = old
+        parts.append((coordinates @ (axes @ white), targets, share * (1 - trust)))
     total = sum(samples.weight for samples in stored)
     parts += [(s.inputs @ white, s.targets, share * trust * s.weight / total) for s in stored]
     criterion = linked(criterion, new.link)
@@ -378,10 +383,10 @@ def solve_readout(
         return
 
     def loss(units: Tensor) -> Tensor:
-        value = 0.5 * curvature * ridge * (units @ white.T).square().sum()
+        value = 0.5 * curvature * ridge * (units * scale).square().sum()
         return value + sum(weight * criterion(_outputs(x, units, new.masked), y) for x, y, weight in parts)
 
-    present = start @ (vectors * (values + ridge).sqrt())
+    present = start @ vectors / scale
     nothing = torch.zeros_like(present)
     at_nothing, gradient = _with_gradient(loss, nothing)
     units = min(present, -gradient / curvature, key=lambda weights: float(loss(weights))).requires_grad_()

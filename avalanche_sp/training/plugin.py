@@ -54,7 +54,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
             the rank, fewer eigenvectors are kept. Default None: no bound.
 
     ``openness``, ``pull_back`` and ``rank`` take one value for all layers, or a mapping from patterns of layer names
-    to values: ``docs/layers.md``.
+    to values: ``docs/guide.md``.
 
     Raises:
         ValueError: at construction for an argument out of range; at ``train`` for a model without a layer to gate, for

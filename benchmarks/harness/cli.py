@@ -43,9 +43,7 @@ def _list(kind: type, metavar: str, parse: Callable[[list[str]], object]) -> Pri
 
 
 Names = Annotated[tuple[str, ...], _list(tuple, "A,B", _words)]
-Strategies = Annotated[
-    tuple[str, ...], _list(tuple, "A,B", lambda text: tuple(map(strategy_called, _words(text))))
-]
+Strategies = Annotated[tuple[str, ...], _list(tuple, "A,B", lambda text: tuple(map(strategy_called, _words(text))))]
 Strategy = Annotated[
     str,
     PrimitiveConstructorSpec(

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from harness.recipes import name_of
-from harness.settings import BOUNDS, network_title
+from harness.settings import BOUNDS
 from harness.statistics import bootstrap, student
-from harness.studies import ALONE, BY_BUFFER, LAYERS, LONG_STREAMS, OURS, STUDIES, WITH_AND_WITHOUT
+from harness.studies import ALONE, BY_BUFFER, LONG_STREAMS, OURS, STUDIES, WITH_AND_WITHOUT
 from harness.tables import by_seed, cells, title
 
 # Blues and greens for replay (P. Tol, Colour schemes, 2021), red for selective plasticity, greys for the rest.
@@ -42,7 +42,6 @@ def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
     return [
         acc_by_buffer(frame, folder / "buffers.png"),
         *(accuracy_in_training(STUDIES[name].select(frame), folder / file) for name, file in training.items()),
-        contributions_of_layers(frame, folder / "layers.png"),
         long_streams(frame, folder / "long_streams.png"),
     ]
 
@@ -182,33 +181,3 @@ def long_streams(frame: pd.DataFrame, path: Path) -> Path:
 def _apart(places: list[float], least: float) -> list[float]:
     """Places in rising order, moved up until neighbours are ``least`` apart."""
     return list(accumulate(places, lambda last, place: max(place, last + least)))
-
-
-def contributions_of_layers(frame: pd.DataFrame, path: Path) -> Path:
-    """Bars with bootstrap intervals: differences in ACC, paired by seed. A row a network, a bar a layer."""
-    panels = {
-        "Protection of one layer": {
-            "alone, minus none": ("only {}", "none"),
-            "all but it, minus all": ("all but {}", "all"),
-        },
-        "Openness of one layer": {"times 4": ("{} x 4", "all"), "divided by 4": ("{} / 4", "all")},
-    }
-    figure, axes = plt.subplots(len(LAYERS), 2, figsize=(8.4, 2.6 * len(LAYERS)), squeeze=False)
-    figure.subplots_adjust(0.085, 0.09, 0.99, 0.93, wspace=0.15, hspace=0.6)
-    for row, (network, layers) in zip(axes, LAYERS.items()):
-        accuracies = by_seed(STUDIES[f"layers_{network}"].select(frame)).droplevel("replay_buffer")
-        for ax, (heading, bars) in zip(row, panels.items()):
-            for i, (label, (kind, reference)) in enumerate(bars.items()):
-                gains = [accuracies.loc[kind.format(layer)] - accuracies.loc[reference] for layer in layers]
-                means = np.array([gain.mean() for gain in gains])
-                low, high = np.array([bootstrap(tuple(gain)) for gain in gains]).T
-                x, errors = np.arange(len(layers)) + 0.38 * (i - 0.5), np.clip([means - low, high - means], 0, None)
-                colour, hatch = (("#332288", ""), ("#ddaa33", "//"))[i]  # of different lightness, too
-                ax.bar(x, means, 0.36, yerr=errors, capsize=3, color=colour, label=label, hatch=hatch)
-            ax.axhline(0, color="#555555", lw=0.8)
-            ax.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers], fontsize=8)
-            ax.set_title(f"{heading}\n{network_title(network).split(' of')[0]}", fontsize=8, loc="left")
-            ax.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
-            ax.tick_params(labelsize=7)
-        row[0].set_ylabel("ACC, percentage points", fontsize=8)
-    return _save(figure, path)

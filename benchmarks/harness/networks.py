@@ -70,9 +70,7 @@ def perceptron(*widths: int, inputs: int = 784, classes: int = 10) -> nn.Sequent
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], classes))
 
 
-def small_cnn(
-    shape: tuple[int, int, int] = (1, 28, 28), classes: int = 10, normalised: bool = False
-) -> nn.Sequential:
+def small_cnn(shape: tuple[int, int, int] = (1, 28, 28), classes: int = 10, normalised: bool = False) -> nn.Sequential:
     first, second = CHANNELS
     norms = [[nn.BatchNorm2d(width)] if normalised else [] for width in CHANNELS]
     return nn.Sequential(

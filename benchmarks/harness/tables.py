@@ -17,7 +17,6 @@ from harness.studies import (
     BEST_WITHOUT,
     BOUNDARIES,
     FRONT,
-    LAYERS,
     OTHERS,
     OVERVIEW,
     STUDIES,
@@ -252,17 +251,6 @@ def grid(runs: pd.DataFrame, study: Study) -> str:
     return caption(study.title, runs) + markdown(shown.reset_index().to_dict("records"))
 
 
-def changes(runs: pd.DataFrame, study: Study) -> str:
-    """A row a change of the settings, a column a strategy; in brackets the change of ACC."""
-    acc = runs.groupby(["label", "strategy"], sort=False)["acc"]
-    means = acc.mean().unstack(sort=False)
-    brackets = (means - means.iloc[0]).map(" ({:+.1f})".format)
-    brackets.iloc[0] = ""
-    shown = (acc.agg(with_bootstrap).unstack(sort=False) + brackets).rename(columns=name_of)
-    shown = shown.fillna("").rename_axis(index="")
-    return caption(study.title, runs) + markdown(shown.reset_index().to_dict("records"))
-
-
 def best(runs: pd.DataFrame, study: Study, ours: str) -> str:
     """Ours minus the best other row, for each number of stored samples."""
     found = {buffer: rows.loc[rows["other"].idxmax()] for buffer, rows in against_others(runs, ours).items()}
@@ -277,13 +265,13 @@ def best(runs: pd.DataFrame, study: Study, ours: str) -> str:
 def minus_others(runs: pd.DataFrame, study: Study, ours: str, *names: str) -> str:
     """Ours minus every other row, or those named: a column a number of stored samples. Bold if it is significant.
 
-    With more than four columns there are no intervals, and one more row: ours minus ours with the next smaller memory.
+    The last row, if every other row is compared: ours minus ours with the next smaller memory.
     """
     runs = runs[runs["label"].isin((ours, *names))] if names else runs
     found = against_others(runs, ours)
 
     def text(row: pd.Series) -> str:
-        shown = with_bootstrap(row["gains"], "+.1f") if len(found) <= 4 else f"{row['mean']:+.1f}"
+        shown = with_bootstrap(row["gains"], "+.1f")
         return shown if verdict(row) == "level" else f"**{shown}**"
 
     head = f"{name_of(ours)} minus"
@@ -291,7 +279,7 @@ def minus_others(runs: pd.DataFrame, study: Study, ours: str, *names: str) -> st
     for buffer, differences_at in found.items():
         for (label, _), row in differences_at.iterrows():
             rows[label][_column(buffer)] = text(row)
-    if len(found) > 4:
+    if not names and ours in WITH_AND_WITHOUT and len(found) > 1:
         steps = {_column(buffer): text(row) for buffer, row in growth(runs, ours).iterrows()}
         rows[ours] = {head: "itself with the next smaller memory"} | steps
     return markdown(row for row in rows.values() if len(row) > 1)
@@ -344,43 +332,43 @@ def front(frame: pd.DataFrame) -> str:
     return f"{markdown(rows.values())}\n{note}\n"
 
 
-# The README's table of costs: part and row of docs/results/overhead.json, by the text of the row.
-_COSTS = {
-    "training step with the gate, SGD": ("plugin step", "SGD, SelectivePlasticityPlugin"),
-    "training step with the gate, Adam": ("plugin step", "Adam, SelectivePlasticityPlugin"),
-    "epoch with the gate and its consolidation, SGD": ("plugin epoch", "SGD, SelectivePlasticityPlugin"),
-    "training step with our optimizer instead of Adam": ("training step", "SelectivePlasticityOptimizer"),
-}
+# The networks of ``overhead.py`` in the README.
+_TIMED = {"256-256": "perceptron", "cnn": "CNN", "slim-resnet18": "SlimResNet18", "vit": "vision transformer"}
 
 
-def _measured() -> dict[str, dict]:
-    """What ``overhead.py`` measured, by part."""
-    found = json.loads((ROOT / "docs" / "results" / "overhead.json").read_text())
-    return {part: value for part, value in found.items() if isinstance(value, dict)}
+def _measured() -> dict:
+    """What ``overhead.py`` measured."""
+    return json.loads((ROOT / "docs" / "results" / "overhead.json").read_text())
 
 
 def overhead(frame: pd.DataFrame) -> str:
-    """Ratios of times that ``overhead.py`` measured."""
-    return markdown(
-        {"measured": part["what"], "batch": part["batch_size"], "": row["name"]}
-        | {"relative to": row["reference"], "ratio": f"{row['ratio']:.2f}"}
-        | {"rounds": f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}"}
-        for part in _measured().values()
+    """Ratios of times that ``overhead.py`` measured, and the gate's memory over the network's."""
+    found = _measured()
+    rows = (
+        {"measured": part["what"], "batch": part["batch_size"], "": row["name"], "relative to": row["reference"]}
+        | {"ratio": f"{row['ratio']:.2f}", "rounds": f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}"}
+        for part in found["parts"]
         for row in part["rows"]
         if row["name"] != row["reference"]
     )
+    state = ", ".join(f"{_TIMED[name]} {share:.0%}" for name, share in found["state"].items())
+    device = f"{found['rounds']} rounds on {found['device']}, torch {found['torch'].partition('+')[0]}."
+    return f"{markdown(rows)}\n{device} Bytes of the gate's memory over those of the network: {state}.\n"
 
 
 def costs(frame: pd.DataFrame) -> str:
-    """The README's costs: ratios of times that ``overhead.py`` measured, and the memory of a run."""
-    rows, measured = [], _measured()
-    for text, (part, name) in _COSTS.items():
-        (ratio,) = (row["ratio"] for row in measured[part]["rows"] if row["name"] == name)
-        rows.append({"": text, "time, relative to plain training": f"{ratio:.2f}"})
-    runs = FRONT["Split MNIST"].select(frame)
-    kept = runs.loc[runs["strategy"] == "sp", "extra_memory_bytes"].max()
-    weights = 4 * sum((inputs + 1) * outputs for inputs, outputs in ((784, 256), (256, 256), (256, 10)))  # bytes
-    return f"{markdown(rows)}\nThe gate keeps {kept / 1000:.0f} kB, {kept / weights:.0%} of this network's weights.\n"
+    """The README's costs: the largest ratios of all networks, with Adam."""
+    found = _measured()
+    ratios = pd.DataFrame(
+        (part["what"].partition(": ")[2], row["ratio"])
+        for part in found["parts"]
+        for row in part["rows"]
+        if row["name"] == "Adam, gate"
+    )
+    times = {what: f"{ratio:.1f}" for what, ratio in ratios.groupby(0, sort=False)[1].max().items()}
+    times["bytes of the gate's memory"] = f"{max(found['state'].values()):.1f}"
+    head = "relative to training without the gate, or to the network's bytes"
+    return markdown({"": what, head: value} for what, value in times.items())
 
 
 def pretrained(frame: pd.DataFrame) -> str:
@@ -438,24 +426,7 @@ def boundaries(frame: pd.DataFrame) -> str:
     return markdown(rows)
 
 
-def layers(frame: pd.DataFrame, network: str) -> str:
-    """The contribution of each layer's protection."""
-    accuracies = by_seed(STUDIES[f"layers_{network}"].select(frame)).droplevel("replay_buffer")
-    means = accuracies.mean(axis=1).map("{:.1f}".format)
-
-    def minus(one: str, other: str) -> str:
-        return with_bootstrap(accuracies.loc[one] - accuracies.loc[other], "+.2f")
-
-    rows = [
-        {"layer": f"`{layer}`", "protected alone": means[f"only {layer}"], "minus none": minus(f"only {layer}", "none")}
-        | {"all but it": means[f"all but {layer}"], "minus all": minus(f"all but {layer}", "all")}
-        | {"openness x 4": minus(f"{layer} x 4", "all"), "openness / 4": minus(f"{layer} / 4", "all")}
-        for layer in LAYERS[network]
-    ]
-    return f"{network_title(network)}: no layer protected {means['none']}, all {means['all']}.\n\n" + markdown(rows)
-
-
-OF_ONE_STUDY: dict[str, Callable[..., str]] = {"listing": listing, "minus": minus, "grid": grid, "changes": changes}
-OF_ONE_STUDY |= {"best": best, "minus-others": minus_others}
-OF_SEVERAL: dict[str, Callable[..., str]] = {"overview": overview, "boundaries": boundaries, "layers": layers}
-OF_SEVERAL |= {"front": front, "costs": costs, "overhead": overhead, "pretrained": pretrained}
+OF_ONE_STUDY: dict[str, Callable[..., str]] = {"listing": listing, "minus": minus, "grid": grid, "best": best}
+OF_ONE_STUDY["minus-others"] = minus_others
+OF_SEVERAL: dict[str, Callable[..., str]] = {"overview": overview, "boundaries": boundaries, "front": front}
+OF_SEVERAL |= {"costs": costs, "overhead": overhead, "pretrained": pretrained}

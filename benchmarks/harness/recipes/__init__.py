@@ -107,6 +107,7 @@ def strategy_called(name: str) -> str:
     """The key of a strategy, from its name, its name without blanks, or its key."""
     return _KEYS.get(name.replace(" ", "").lower(), name)
 
+
 # By the kind of benchmark. All data sets have the settings that were tuned on MNIST.
 _BY_KIND = {"split": split_mnist.RECIPES, "permuted": permuted_mnist.RECIPES}
 TASK_INCREMENTAL = tuple(split_mnist.TASK_INCREMENTAL)
