@@ -28,7 +28,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from avalanche_sp import GaussianBuffer, SelectivePlasticityOptimizer, SelectivePlasticityPlugin, split_mnist
-from harness.cli import Names, Where, parsed
+from harness.cli import Names, Numbers, Where, parsed
 from harness.data import folder_of
 from harness.networks import build_network, network_bytes, perceptron
 from harness.run import quiet
@@ -61,7 +61,7 @@ class Settings(Where):
     rounds: int = 5
     device: str = "cpu"
     networks: Names = ("256-256", "cnn", "slim-resnet18", "vit")
-    images: tuple[int, ...] = (400, 2000, 10000)
+    images: Numbers = (400, 2000, 10000)
     output: Path = ROOT / "results" / "overhead"
 
     def __post_init__(self):

@@ -12,7 +12,7 @@ from avalanche_sp.gate.layers import gated_layers
 
 WORDS, LENGTH = 20, 7
 # All input vectors in the second moment, and all its eigenvectors gated in every step, as an embedding's are.
-WHOLE = Settings(vectors_a_sample=LENGTH, gated_vectors=WORDS)
+WHOLE = Settings(vectors=10**9, gated_vectors=WORDS)
 
 
 @pytest.fixture(scope="module")

@@ -677,6 +677,17 @@ def test_an_iterable_of_more_samples_than_wanted_is_read_once_and_evenly():
     torch.testing.assert_close(memory.mean_eigenvalue, mean.float())
 
 
+def test_at_most_half_of_a_long_experience_is_run_through_the_network():
+    model, optimizer, gate = made()
+    assert [min(n, gate.observed(n)) for n in (300, 1000, 1800, 3000, 9000)] == [300, 1000, 1000, 1500, 2000]
+    seen = []
+    model[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    gate.consolidate(TensorDataset(*task(5, 2400)), OneHotMSELoss())
+    assert 1200 <= sum(seen) < 1200 + 256 and gate.memory.samples == 2400  # and some for measurements
+    small = made(consolidation_samples=100)[2]
+    assert small.observed(9000) == 100
+
+
 def test_a_dataset_and_a_loader_of_it_are_remembered_alike():
     model, optimizer, gate = made()
     data = TensorDataset(*TASKS[0])

@@ -82,9 +82,9 @@ def two_tasks(settings, kind="mlp", epochs=8, stored=0, samples=192, epoch=0):
     return weights(model)
 
 
-def stream(settings, consolidate="continuous", shift=0.0, detector=None, steps=120):
+def stream(settings, consolidate="continuous", shift=0.0, detector=None, steps=120, kind="mlp"):
     """The weights at the end of a stream, and the steps after which the gate consolidated."""
-    model = network()
+    model = network(kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     gate, at = PlasticityGate(model, optimizer, consolidate=consolidate, detector=detector, settings=settings), []
     for step in range(steps):
@@ -184,7 +184,8 @@ CASES = {
     "rank": case(48, 40, two_tasks),
     "stream_rank": case(64, 40, stream, {"stream_chunk": 640}),
     "readout_rank": case(256, 40, two_tasks, {"rank": 2}),
-    "vectors_a_sample": case(8, 9, two_tasks, kind="cnn"),
+    "vectors": case(2000, 320, two_tasks, kind="cnn"),
+    "observed_least": case(1000, 96, two_tasks),
     "gated_vectors": case(32, 31, two_tasks),
     "attention_openness": case(0, 1, two_tasks, kind="attention"),
     "look": case(8, 7, two_tasks),
@@ -213,6 +214,7 @@ CASES = {
     "few_epochs": case(800, 900, two_tasks, stored=40, epoch=1),
     "stream_look": case(4, 5, stream, {"stream_chunk": 640}),
     "stream_samples": case(16, 17, stream, {"stream_chunk": 640}),
+    "stream_vectors": case(8, 7, stream, {"stream_chunk": 640}, kind="cnn"),
     "stream_chunk": case(4096, 4080, stream, {"stream_look": 1}, steps=260),
     "stream_memory": case(5120, 6000, long_stream, {"stream_look": 1}),
     "stream_drift": case(0.2, 0.25, stream, consolidate="surprise", shift=0.02, detector=Never()),

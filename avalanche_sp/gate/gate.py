@@ -129,8 +129,8 @@ class PlasticityGate:
             without told boundaries is not counted. If it is too small for the rank, the weights at four bits each are
             not kept, and then fewer eigenvectors are kept (:meth:`~avalanche_sp.gate.memory.Memory.within`). A loaded
             memory is bounded from the next consolidation on. Default None: no bound.
-        consolidation_samples: samples of an experience that are run through the network at its end, evenly spread over
-            it, 1 or more (default 2000).
+        consolidation_samples: samples of an experience that are run through the network, evenly spread over it, at
+            most (default 2000), 1 or more. Of more than 1000 samples no more than half are run.
         consolidate: ``"experience"`` (default): :meth:`consolidate` is called at the end of every experience.
             ``"surprise"``: at a change of the stream's loss or inputs. ``"continuous"``: every 4096 samples. The last
             two need :meth:`observe` in every step.
@@ -304,7 +304,7 @@ class PlasticityGate:
         """
         replays: Sequence[Samples] = ()
         if not isinstance(stored, int):
-            replays = [self._samples_of(data) for data in stored]
+            replays = [self._samples_of(data, of_experience=False) for data in stored]
             stored = sum(s.total for s in replays)
         for name, value, least in (("samples", samples, 1), ("stored", stored, 0), ("epoch", epoch, 0)):
             if value is not None and value < least:
@@ -748,8 +748,16 @@ class PlasticityGate:
             default = max(default, min(s.readout_rank, inputs) if told else 0)
         return value_of(per_layer("rank", self.rank, default), name)
 
-    def _samples_of(self, data: Dataset | Iterable[tuple[Any, Tensor]] | Samples) -> Samples:
-        return data if isinstance(data, Samples) else Samples.of(data, self.consolidation_samples)
+    def observed(self, total: int) -> int:
+        """Number of samples that are run through the network, of an experience of ``total`` samples."""
+        return min(self.consolidation_samples, max(total // 2, self.settings.observed_least))
+
+    def _samples_of(
+        self, data: Dataset | Iterable[tuple[Any, Tensor]] | Samples, of_experience: bool = True
+    ) -> Samples:
+        if isinstance(data, Samples):
+            return data
+        return Samples.of(data, self.observed if of_experience else lambda total: self.consolidation_samples)
 
     @contextmanager
     def _not_listening(self) -> Iterator[None]:

@@ -135,8 +135,8 @@ class Samples:
     classes: int
 
     @classmethod
-    def of(cls, data: Dataset | Iterable[tuple[Any, Tensor]], limit: int) -> Samples:
-        """At most ``limit`` samples of a map-style dataset of pairs, or of an iterable of batches of pairs.
+    def of(cls, data: Dataset | Iterable[tuple[Any, Tensor]], limit: Callable[[int], int]) -> Samples:
+        """Samples of a map-style dataset of pairs, or of an iterable of batches of pairs; at most ``limit`` of all.
 
         An iterable is read once. A sample's place in a shuffled loader depends on the loader's random numbers.
 
@@ -145,7 +145,8 @@ class Samples:
         """
         if isinstance(data, Dataset) and hasattr(data, "__len__"):
             total = len(data)
-            loader = DataLoader(Subset(data, evenly_spread(total, limit)), BATCH, generator=torch.Generator())
+            places = evenly_spread(total, limit(total))
+            loader = DataLoader(Subset(data, places), BATCH, generator=torch.Generator())
             batches = [(batch[0], batch[1]) for batch in loader]
         else:
             total, batches = _spread(data, limit)  # type: ignore[arg-type]  # an iterable dataset is one
@@ -159,14 +160,14 @@ def evenly_spread(total: int, limit: int) -> list[int]:
     return torch.linspace(0, total - 1, min(total, limit)).long().tolist() if total else []
 
 
-def _spread(data: Iterable[tuple[Any, Tensor]], limit: int) -> tuple[int, list[tuple[Any, Tensor]]]:
+def _spread(data: Iterable[tuple[Any, Tensor]], limit: Callable[[int], int]) -> tuple[int, list[tuple[Any, Tensor]]]:
     """Every n-th batch of an iterable, n the lowest power of two that leaves at most ``limit`` samples."""
     total, every, kept = 0, 1, []
     for number, (x, y, *_) in enumerate(data):
         total += len(y)
         if number % every == 0:
             kept.append((x, y))
-        while len(kept) > 1 and sum(len(y) for _, y in kept) > limit:
+        while len(kept) > 1 and sum(len(y) for _, y in kept) > limit(total):
             kept, every = kept[::2], 2 * every
     return total, kept
 
@@ -213,7 +214,7 @@ def observe(
     def record(name, layer, x, output):
         nonlocal last
         last = (name, layer, output) if layer.per_row and isinstance(output, Tensor) else None
-        x, vectors = some_inputs(layer, x, settings.vectors_a_sample)
+        x, vectors = some_inputs(layer, x, max(settings.vectors // samples.total, 1))
         inputs.setdefault(name, []).append(x)
         vectors_seen[name] = vectors_seen.get(name, 0) + vectors
 

@@ -47,7 +47,7 @@ class SelectivePlasticityCallback(TrainerCallback):
         self.gate.begin(len(train_dataloader.dataset), epoch=int(state.epoch or 0))
         if not state.epoch:
             with torch.random.fork_rng([]):  # the loader's order stays what it is without the callback
-                self._samples = Samples.of(_pairs(train_dataloader), self.gate.consolidation_samples)
+                self._samples = Samples.of(_pairs(train_dataloader), self.gate.observed)
             self.gate.prepare(self._samples, self.criterion)
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -47,7 +47,7 @@ class SelectivePlasticityCallback(lightning.Callback):
         self.gate.begin(len(trainer.train_dataloader.dataset), epoch=trainer.current_epoch)
         if not trainer.current_epoch:
             with torch.random.fork_rng([]):  # the loader's order stays what it is without the callback
-                self._samples = Samples.of(trainer.train_dataloader, self.gate.consolidation_samples)
+                self._samples = Samples.of(trainer.train_dataloader, self.gate.observed)
             self.gate.prepare(self._samples, self.criterion)
 
     def on_train_end(self, trainer, pl_module):

@@ -39,8 +39,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
         pull_back: weight of the penalty, 0 or more (default 1).
         rank: eigenvectors kept a layer, 1 or more, or a share of the energy below 1 (default 48, and 256 at the
             last layer; 64 if the plugin finds the boundaries).
-        consolidation_samples: samples of an experience, evenly spread over it, that are run through the network at its
-            end, 1 or more (default 2000).
+        consolidation_samples: samples of an experience that are run through the network, evenly spread over it, at
+            most (default 2000), 1 or more. Of more than 1000 samples no more than half are run.
         consolidate: ``"experience"`` (default): at the end of every experience. ``"surprise"``: at a change of the
             stream's loss or inputs. ``"continuous"``: every 4096 samples. The last two need no boundaries: experiences
             may be of any length, as Avalanche's online streams' are (``docs/boundaries.md``).
@@ -137,7 +137,6 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
 
     def before_training_epoch(self, strategy, **kwargs):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
-        limit = self.gate.consolidation_samples
         if is_mixture(strategy) and self.gate.memory.layers and not self._told_of_mixture:
             self._told_of_mixture = True
             warnings.warn(
@@ -145,12 +144,15 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
                 "The plugin does not know which are new. It gates none of them.",
                 stacklevel=2,
             )
-        stored = [samples_of(memory, limit) for memory in memories_of(strategy)]
+        stored = [samples_of(memory, self.gate.consolidation_samples) for memory in memories_of(strategy)]
         epoch = strategy.clock.train_exp_epochs
         self.gate.begin(len(strategy.experience.dataset), stored, epoch)
         if not epoch:
-            self._samples = samples_of(strategy.experience.dataset, limit)
+            self._samples = self._samples_of(strategy.experience.dataset)
             self.gate.prepare(self._samples, strategy._criterion)
+
+    def _samples_of(self, dataset) -> Samples:
+        return samples_of(dataset, self.gate.observed(len(dataset)))
 
     def before_training_iteration(self, strategy, **kwargs):
         if isinstance(strategy.mbatch, Mapping):
@@ -211,7 +213,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
                     stacklevel=2,
                 )
         elif self.gate.boundaries == "experience" and self.gate.active:
-            samples = self._samples or samples_of(strategy.experience.dataset, self.gate.consolidation_samples)
+            samples = self._samples or self._samples_of(strategy.experience.dataset)
             self._samples = None
             self.gate.consolidate(samples, strategy._criterion)
             self._note_consolidation(strategy, strategy.clock.train_iterations)
