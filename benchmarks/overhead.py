@@ -96,8 +96,6 @@ def measure(timers: Timers, rounds: int) -> list[dict]:
 
     The reference is torch's fused Adam for fused optimizers, else the first.
     """
-    for timer in timers.values():
-        timer()  # warm-up
     times = pd.DataFrame([{name: timer() for name, timer in timers.items()} for _ in range(rounds)])
     rows = []
     for name in timers:
