@@ -80,15 +80,18 @@ class Settings(Where):
         return str(folder_of("mnist", self.dataset_root))
 
 
+def now() -> float:
+    """Seconds, when the device has done all it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(work: Callable[[], object]) -> float:
     gc.collect()  # nobody pays for the garbage of the run before
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = now()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def measure(timers: Timers, rounds: int) -> list[dict]:
@@ -110,7 +113,7 @@ def measure(timers: Timers, rounds: int) -> list[dict]:
 
 
 def experiences(root: str, *images: int) -> list:
-    """The first experiences of five of Split MNIST, with so many images each."""
+    """The first experiences of five of Split MNIST, each with its number of images."""
     whole = split_mnist(5, dataset_root=root).train_stream
     datasets = [e.dataset.subset(list(range(n))) for e, n in zip(whole, images)]
     return list(benchmark_from_datasets(train=datasets).train_stream)
@@ -122,10 +125,10 @@ class StepClock(SupervisedPlugin):
     seconds = 0.0
 
     def before_training_iteration(self, strategy, **kwargs):
-        self.seconds -= time.perf_counter()
+        self.seconds -= now()
 
     def after_training_iteration(self, strategy, **kwargs):
-        self.seconds += time.perf_counter()
+        self.seconds += now()
 
 
 def trained(

@@ -1,4 +1,4 @@
-"""A step under the gate waits for no result on the device; on a GPU it is run there, under autocast.
+"""The gate's part of a step waits for no result on the device; on a GPU it is run there, under autocast.
 
 ``python -m pytest -m cuda`` runs what needs a GPU.
 """
@@ -130,7 +130,7 @@ def test_a_step_with_stored_samples_waits_for_nothing(split5):
         assert waits.found == []
 
 
-def test_overhead_measures_a_network_with_and_without_the_gate(tmp_path):
+def test_overhead_measures_a_network_with_and_without_the_gate():
     timers = overhead.gated(
         overhead.Settings(dataset_root=MNIST, images=(256,)), "100-100", 256, "Adam", torch.optim.Adam, 64, False
     )

@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from avalanche_sp import OneHotMSELoss, PlasticityGate, SelectivePlasticityPlugin, Settings, reference
 from avalanche_sp.data import TensorClassificationDataset, TensorSource, benchmark_of
+from avalanche_sp.gate import Samples
 from avalanche_sp.gate.layers import gated_layers
+from avalanche_sp.gate.observe import some_inputs
 
 from conftest import weights
 
@@ -686,6 +688,35 @@ def test_at_most_half_of_a_long_experience_is_run_through_the_network():
     assert 1200 <= sum(seen) < 1200 + 256 and gate.memory.samples == 2400  # and some for measurements
     small = made(consolidation_samples=100)[2]
     assert small.observed(9000) == 100
+
+
+@pytest.mark.parametrize("total, expected", [(640, 640), (1024, 1000), (2000, 1000), (3000, 1500), (8000, 2000)])
+def test_of_a_loader_as_many_samples_are_run_as_of_a_dataset(total, expected):
+    gate = made()[2]
+    batches = [(torch.zeros(len(y), 2), y) for y in torch.arange(total).split(64)]
+    samples = Samples.of(iter(batches), gate.observed)
+    places = torch.cat([y for _, y in samples.batches])
+    assert expected - 128 < len(places) == samples.number <= expected and samples.total == total
+    assert places[0] == 0 and places[-1] == total - 1 and places.diff().max() <= 128 * (total // expected)
+
+
+@pytest.mark.parametrize("shape", [(256, 1, 28, 28), (1, 1, 28, 28), (256, 7, 12), (4096, 12)])
+def test_input_vectors_of_samples_are_spread_over_samples_and_places(shape):
+    """Of images, of one that all samples share, of sequences, and of flattened sequences."""
+    x = torch.arange(torch.Size(shape).numel()).view(shape).float()
+    module = nn.Conv2d(1, 2, 3) if len(shape) == 4 else nn.Linear(12, 2)
+    layer = gated_layers(nn.Sequential(module))["0"]
+    every = layer.presynaptic(x)
+    place = {first: i for i, first in enumerate(every[:, 0].tolist())}
+    for most in (300, 512, 10**6):
+        rows, _ = some_inputs(layer, x, most)
+        assert 0.5 * min(most, len(every)) <= len(rows) <= most
+        samples = torch.tensor([place[first] for first in rows[:, 0].tolist()])
+        assert len(samples.unique()) == len(rows)
+        each = len(every) // len(x)
+        assert len((samples // each).unique()) == min(len(x), most)
+        if 2 * each <= most < len(every):  # also in the first half of the batch
+            assert len((samples % each)[: len(rows) // 2].unique()) > 0.6 * each
 
 
 def test_a_dataset_and_a_loader_of_it_are_remembered_alike():

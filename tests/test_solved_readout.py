@@ -81,6 +81,24 @@ def test_pseudo_samples_of_few_directions_have_the_class_means_and_the_memory_s_
         torch.testing.assert_close(own, x.T @ x / len(x), atol=0.02, rtol=0.02)
 
 
+def test_pseudo_samples_of_many_classes_of_two_samples_have_the_memory_s_second_moment():
+    torch.manual_seed(0)
+    y = torch.arange(60).repeat(2)
+    x = torch.randn(60, 64)[y] + 0.3 * torch.randn(120, 64)
+    sums = torch.zeros(60, 64).index_add_(0, y, x)
+    memory = replace(
+        LayerMemory.empty(64, x).merged(x, 120, 1.0, 64), class_sums=sums, class_counts=torch.full((60,), 2.0)
+    )
+    coordinates, axes, _ = pseudo_samples(memory, 120)
+    drawn = coordinates @ axes
+    torch.testing.assert_close(drawn.T @ drawn / len(drawn), x.T @ x / 120, atol=1e-3, rtol=1e-3)
+
+
+def test_inputs_that_are_all_zero_do_not_move():
+    zeros = torch.zeros(20, 13)
+    assert drift_map(zeros, zeros, torch.eye(13), SETTINGS)(torch.ones(2, 13)).tolist() == torch.zeros(2, 13).tolist()
+
+
 def test_pseudo_samples_have_each_class_s_own_leading_covariance_and_share_the_rest():
     x, y = samples(0, (1, 2, 5))
     x[y == 2, :4] *= 3  # a covariance unlike the others'

@@ -136,10 +136,10 @@ def merge_eigenspace(
 def leading_eigenpairs(factor: Tensor, rank: float, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Leading eigenpairs of F^T F, at a cost in proportion to F's size and to their number.
 
-    Few of many by subspace iteration from random mixtures of F's rows, or from ``start`` in one round (N. Halko, P. G.
-    Martinsson, J. A. Tropp: Finding structure with randomness, SIAM Review 2011, algorithm 4.4). On MNIST's pixels and
-    a convolution's features they have all but a few thousandths of the energy of the exact ones. Otherwise by the
-    eigendecomposition of F^T F or F F^T, whichever is smaller.
+    Few of many by subspace iteration from random mixtures of F's rows, or from ``start`` with one pass less (N. Halko,
+    P. G. Martinsson, J. A. Tropp: Finding structure with randomness, SIAM Review 2011, algorithm 4.4). On MNIST's
+    pixels and a convolution's features they have all but a few thousandths of the energy of the exact ones. Otherwise
+    by the eigendecomposition of F^T F or F F^T, whichever is smaller.
 
     Args:
         factor: F, shape (n, d).

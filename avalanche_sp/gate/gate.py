@@ -130,7 +130,7 @@ class PlasticityGate:
             not kept, and then fewer eigenvectors are kept (:meth:`~avalanche_sp.gate.memory.Memory.within`). A loaded
             memory is bounded from the next consolidation on. Default None: no bound.
         consolidation_samples: samples of an experience that are run through the network, evenly spread over it, at
-            most (default 2000), 1 or more. Of more than 1000 samples no more than half are run.
+            most (default 2000), 1 or more. These are 1000 samples, or half of all if that is more.
         consolidate: ``"experience"`` (default): :meth:`consolidate` is called at the end of every experience.
             ``"surprise"``: at a change of the stream's loss or inputs. ``"continuous"``: every 4096 samples. The last
             two need :meth:`observe` in every step.
@@ -867,7 +867,7 @@ class PlasticityGate:
         return old.merged(samples.inputs, int(samples.weight), 1.0, rank, start=start)
 
     def _pseudo_samples(self, layer: str) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Those of a readout's old classes, drawn from its memory; None for a new task's head."""
+        """Pseudo-samples of a readout's old classes; None for a new task's head."""
         old = self.memory.layers.get(layer)
         return None if old is None else pseudo_samples(old, min(self.settings.solve_samples, old.samples))
 

@@ -34,6 +34,7 @@ __all__ = [
 
 BATCH = 256  # samples a forward pass
 _SENSITIVITY = 100  # samples of a sensitivity, which is a mean over samples
+_GOLDEN = 0.6180339887498949  # a step whose multiples, modulo 1, are evenly spread
 _SOME = 256  # a layer's input vectors, of a mean that need not be exact
 _QUADRATIC = 1e-3  # a loss is quadratic if its gradient is linear in the outputs to this precision
 
@@ -127,18 +128,23 @@ class Samples:
 
     Attributes:
         batches: pairs of inputs and targets.
+        number: of samples in these.
         total, classes: numbers of samples and classes of the whole experience.
     """
 
     batches: Iterable[tuple[Any, Tensor]]
+    number: int
     total: int
     classes: int
 
     @classmethod
     def of(cls, data: Dataset | Iterable[tuple[Any, Tensor]], limit: Callable[[int], int]) -> Samples:
-        """Samples of a map-style dataset of pairs, or of an iterable of batches of pairs; at most ``limit`` of all.
+        """Samples of a map-style dataset of pairs, or of an iterable of batches of pairs.
 
         An iterable is read once. A sample's place in a shuffled loader depends on the loader's random numbers.
+
+        Args:
+            limit: the largest number of samples, for a number of all samples; it does not fall.
 
         Raises:
             ValueError: there is no sample.
@@ -152,7 +158,8 @@ class Samples:
             total, batches = _spread(data, limit)  # type: ignore[arg-type]  # an iterable dataset is one
         if not total:
             raise ValueError("Invalid data: no sample (allowed: one or more)")
-        return cls(_rebatched(batches), total, len(torch.cat([y.flatten() for _, y in batches]).unique()))
+        targets = torch.cat([y.flatten() for _, y in batches])
+        return cls(_rebatched(batches), sum(len(y) for _, y in batches), total, len(targets.unique()))
 
 
 def evenly_spread(total: int, limit: int) -> list[int]:
@@ -161,14 +168,17 @@ def evenly_spread(total: int, limit: int) -> list[int]:
 
 
 def _spread(data: Iterable[tuple[Any, Tensor]], limit: Callable[[int], int]) -> tuple[int, list[tuple[Any, Tensor]]]:
-    """Every n-th batch of an iterable, n the lowest power of two that leaves at most ``limit`` samples."""
+    """Batches of an iterable, evenly spread, with at most ``limit`` samples or one batch; twice as many are held."""
     total, every, kept = 0, 1, []
     for number, (x, y, *_) in enumerate(data):
         total += len(y)
         if number % every == 0:
             kept.append((x, y))
-        while len(kept) > 1 and sum(len(y) for _, y in kept) > limit(total):
+        while len(kept) > 1 and sum(len(y) for _, y in kept) > 2 * limit(total):
             kept, every = kept[::2], 2 * every
+    held = sum(len(y) for _, y in kept)
+    if held > limit(total):
+        kept = [kept[i] for i in evenly_spread(len(kept), max(len(kept) * limit(total) // held, 1))]
     return total, kept
 
 
@@ -208,13 +218,13 @@ def observe(
     targets: list[Tensor] = []
     units: list[tuple[str, Tensor] | None] = []
     last: tuple[str, GatedLayer, Tensor] | None = None
-    count, some, link = 0, None, None
+    count, most, some, link = 0, 0, None, None
     of_first: dict[str, int] = {}  # input vectors of the first batch
 
     def record(name, layer, x, output):
         nonlocal last
         last = (name, layer, output) if layer.per_row and isinstance(output, Tensor) else None
-        x, vectors = some_inputs(layer, x, max(settings.vectors // samples.total, 1))
+        x, vectors = some_inputs(layer, x, most)
         inputs.setdefault(name, []).append(x)
         vectors_seen[name] = vectors_seen.get(name, 0) + vectors
 
@@ -224,6 +234,7 @@ def observe(
                 x, y = on_device(device, x), y.to(device)
                 some = _first(x, _SENSITIVITY) if not count else some
                 count += len(y)
+                most = max(settings.vectors * len(y) // samples.number, len(y))
                 outputs = forward(model, x)
                 of_first = of_first or dict(vectors_seen)
                 if last is not None and isinstance(outputs, Tensor):
@@ -302,18 +313,23 @@ def some_rows(inputs: Tensor) -> Tensor:
 
 
 def some_inputs(layer: GatedLayer, x: Tensor, most: int) -> tuple[Tensor, int]:
-    """At most ``most`` input vectors a sample of a layer (n, d), evenly spread; and the number of all for a weight.
+    """At most ``most`` input vectors of a layer (n, d), and the number of all for a weight.
 
-    Of an embedding the uses of each row (d,).
+    They are of as many samples as possible, evenly spread. A sample's are evenly spread, and begin at another place
+    than the next sample's, in golden steps. Of an embedding the uses of each row (d,).
     """
     if layer.of_rows:
         rows = layer.uses(x)
         return rows, int(rows.sum())
     each = len(layer.presynaptic(x[:1].float()))  # of a sample, or of a row of a flattened sequence
     every, uses = each * len(x), each * len(x) // layer.groups
-    if each <= most:
+    if every <= most:
         return layer.presynaptic(x.float()), uses
-    return layer.presynaptic_at(x.float(), torch.linspace(0, every - 1, most * len(x), device=x.device).long()), uses
+    rows = torch.linspace(0, len(x) - 1, min(len(x), most), dtype=torch.float64).long().unsqueeze(1)
+    number = most // len(rows)
+    begin = (torch.arange(len(rows), dtype=torch.float64).unsqueeze(1) * _GOLDEN % 1 * each).long()
+    places = rows * each + (begin + torch.arange(number) * each // number) % each
+    return layer.presynaptic_at(x.float(), places.flatten().to(x.device)), uses
 
 
 def check_outputs(outputs: Any) -> None:

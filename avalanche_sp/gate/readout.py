@@ -238,7 +238,8 @@ def pseudo_samples(memory: LayerMemory, least: int) -> tuple[Tensor, Tensor, Ten
 
     Args:
         memory: of a readout, with class sums.
-        least: number of vectors, at least; two for each direction of a covariance are made in any case.
+        least: number of vectors, at least; two for each direction of a covariance are made in any case, and one more
+            for each class and direction of its own.
 
     Returns:
         The input vectors as a product of coordinates (n, k) and axes (k, d), and their classes (n,).
@@ -250,7 +251,8 @@ def pseudo_samples(memory: LayerMemory, least: int) -> tuple[Tensor, Tensor, Ten
     span, lam = memory.vectors, memory.eigenvalues.double()
     if span.shape[1] + len(means) < len(span):
         beyond = torch.linalg.qr(means.T - span @ (span.T @ means.T)).Q
-        span = torch.cat([span, beyond - span @ (span.T @ beyond)], 1)  # orthogonal also if no mean is beyond
+        # The QR of a zero residual has arbitrary columns: they are projected again.
+        span = torch.cat([span, beyond - span @ (span.T @ beyond)], 1)
     else:
         span = torch.eye(len(span)).to(span)
     roots = span.new_zeros(len(classes), 0, span.shape[1])
@@ -261,7 +263,8 @@ def pseudo_samples(memory: LayerMemory, least: int) -> tuple[Tensor, Tensor, Ten
     shared = (within * lam) @ within.T - (centers.T * share) @ centers - own.T @ own
     values, vectors = torch.linalg.eigh(shared)
     root, k = vectors * values.clamp_min(0).sqrt(), roots.shape[1]
-    number = (share * max(least, 2 * (len(root) + len(own)))).round().long().clamp_min(k + 2)
+    least = max(least, 2 * (len(root) + len(own)) + len(classes) * (k + 1))  # each class loses k + 1 dimensions
+    number = (share * least).round().long().clamp_min(k + 2)
     which = torch.repeat_interleave(torch.arange(len(classes), device=number.device), number)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(which), k + len(root), generator=generator).to(means)
@@ -296,7 +299,7 @@ def drift_map(before: Tensor, after: Tensor, basis: Tensor, settings: Settings) 
     ridge = settings.drift_ridge * before.square().sum().double() / len(basis)
     inputs = before @ basis
     gram = (inputs.T @ inputs).double()
-    gram.diagonal().add_(ridge.clamp_min(torch.finfo(gram.dtype).tiny))
+    gram.diagonal().add_(ridge.clamp_min(torch.finfo(before.dtype).tiny))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram)).to(before.dtype)
     moved = inverse @ (inputs.T @ (after - before))
     return lambda rows: (rows @ basis) @ moved

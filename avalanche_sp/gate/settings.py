@@ -36,10 +36,10 @@ class Settings:
     stream_rank: int = _setting(64, "count", "eigenvectors kept for a layer if boundaries are found")
     readout_rank: int = _setting(256, "count", "the same for the last layer, at least")
     vectors: int = _setting(
-        2000, "count", "input vectors of a layer in an experience's second moment, at most; one a sample in any case"
+        2000, "count", "input vectors of a layer in an experience's second moment; one a sample if that is more"
     )
     observed_least: int = _setting(
-        1000, "count", "samples of an experience that are run through the network even if they are more than half"
+        1000, "count", "samples of an experience run through the network; half of all if that is more"
     )
     # Gate.
     gated_vectors: int = _setting(32, "count", "leading eigenvectors gated in every step; the others at every look")
@@ -83,7 +83,7 @@ class Settings:
     # Streams without told boundaries.
     stream_look: int = _setting(4, "count", "steps between two looks at the stream")
     stream_samples: int = _setting(16, "count", "samples that a look adds to the second moments")
-    stream_vectors: int = _setting(8, "count", "input vectors of one of these samples, at most")
+    stream_vectors: int = _setting(8, "count", "input vectors for each of these samples, at most")
     stream_chunk: int = _setting(4096, "count", "samples between two consolidations without a detector")
     stream_memory: int = _setting(5120, "count", "input vectors for which older ones stand in a second moment, at most")
     stream_drift: float = _setting(0.2, "positive", "squared move of the inputs' mean, in variances, that is a change")

@@ -206,7 +206,7 @@ class StreamWatch:
             readout, wanted = self._wanted(outputs, criterion, stream)
         for name, layer, x, _ in self._called:
             shared = len(x) % stream.batch != 0  # by all samples, as positions are
-            x, count = some_inputs(layer, x if shared else stream.of(x), self.settings.stream_vectors)
+            x, count = some_inputs(layer, x if shared else stream.of(x), self.settings.stream_vectors * n)
             if name not in self.moments and layer.of_rows:
                 self.moments[name] = RowFrequencies(len(x), self.settings.stream_memory, x)
             elif name not in self.moments:

@@ -40,7 +40,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
         rank: eigenvectors kept a layer, 1 or more, or a share of the energy below 1 (default 48, and 256 at the
             last layer; 64 if the plugin finds the boundaries).
         consolidation_samples: samples of an experience that are run through the network, evenly spread over it, at
-            most (default 2000), 1 or more. Of more than 1000 samples no more than half are run.
+            most (default 2000), 1 or more. These are 1000 samples, or half of all if that is more.
         consolidate: ``"experience"`` (default): at the end of every experience. ``"surprise"``: at a change of the
             stream's loss or inputs. ``"continuous"``: every 4096 samples. The last two need no boundaries: experiences
             may be of any length, as Avalanche's online streams' are (``docs/boundaries.md``).

@@ -75,7 +75,7 @@ class SpreadBatches:
 
 def samples_of(dataset, limit: int) -> Samples:
     """At most ``limit`` samples of an Avalanche dataset, as the gate takes them: with task labels among the inputs."""
-    return Samples(SpreadBatches(dataset, limit), len(dataset), classes_of(dataset))
+    return Samples(SpreadBatches(dataset, limit), min(len(dataset), limit), len(dataset), classes_of(dataset))
 
 
 def forward_of(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:

@@ -265,7 +265,7 @@ def best(runs: pd.DataFrame, study: Study, ours: str) -> str:
 def minus_others(runs: pd.DataFrame, study: Study, ours: str, *names: str) -> str:
     """Ours minus every other row, or those named: a column a number of stored samples. Bold if it is significant.
 
-    The last row, if every other row is compared: ours minus ours with the next smaller memory.
+    With several buffers and all other rows there is one more row: ours minus ours with the next smaller memory.
     """
     runs = runs[runs["label"].isin((ours, *names))] if names else runs
     found = against_others(runs, ours)
@@ -351,7 +351,7 @@ def overhead(frame: pd.DataFrame) -> str:
         for row in part["rows"]
         if row["name"] != row["reference"]
     )
-    state = ", ".join(f"{_TIMED[name]} {share:.0%}" for name, share in found["state"].items())
+    state = ", ".join(f"{_TIMED.get(name, name)} {share:.0%}" for name, share in found["state"].items())
     device = f"{found['rounds']} rounds on {found['device']}, torch {found['torch'].partition('+')[0]}."
     return f"{markdown(rows)}\n{device} Bytes of the gate's memory over those of the network: {state}.\n"
 
