@@ -147,6 +147,8 @@ def test_the_guides_other_strategies_train_and_evaluate(names):
     gated = []
     for block in others:
         exec(block, names)
+        if "strategy" not in block:
+            continue
         strategy, benchmark = names["strategy"], names["benchmark"]
         assert isinstance(strategy, SupervisedTemplate) and strategy.model is names["model"]
         for experience in benchmark.train_stream:

@@ -2,12 +2,15 @@
 
 import importlib
 import warnings
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from avalanche_sp import split_mnist
 
-from conftest import MNIST, ROOT
+from conftest import MNIST, ROOT, mlp
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +38,20 @@ def test_a_plain_loop_keeps_the_first_digits_and_learns_the_new_ones():
     (forgotten, _), (old, new) = (example.train(tasks, test, gated) for gated in (False, True))
     assert old > forgotten + 50
     assert new > 70
+
+
+@pytest.mark.slow
+def test_a_run_that_lightning_resumes_after_its_first_epoch_is_consolidated():
+    pytest.importorskip("lightning")
+    from avalanche_sp.integrations.lightning import SelectivePlasticityCallback
+
+    model = mlp()
+    x, y, _ = split_mnist(5, dataset_root=MNIST).train_stream[0].dataset.read_batch(list(range(96)))
+    loader = DataLoader(TensorDataset(x, y), 32)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01)]
+    trainer = SimpleNamespace(optimizers=optimizers, train_dataloader=loader, current_epoch=1)
+    callback = SelectivePlasticityCallback(torch.nn.functional.cross_entropy)
+    callback.on_train_start(trainer, model)
+    callback.on_train_epoch_start(trainer, model)
+    callback.on_train_end(trainer, model)
+    assert callback.gate.memory.samples == 96

@@ -25,17 +25,6 @@ def test_a_tenth_of_a_blurred_task_is_its_neighbours():
     assert sizes[0] == sizes[1]
 
 
-def test_random_classes_are_the_seeds():
-    def classes(seed):
-        stream = build_benchmark(run_of(seed=seed, stream="random classes"), str(MNIST)).train_stream
-        return [sorted(e.dataset.targets.uniques) for e in stream]
-
-    first, second = classes(0), classes(1)
-    assert first != second and first == classes(0)
-    for tasks in (first, second):
-        assert sorted(sum(tasks, [])) == list(range(10)) and {len(task) for task in tasks} == {2}
-
-
 def test_swaps_turn_one_permutation_into_another():
     random = np.random.RandomState(0)
     start, end = random.permutation(50), random.permutation(50)

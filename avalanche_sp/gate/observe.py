@@ -163,12 +163,19 @@ class Samples:
 
 
 def evenly_spread(total: int, limit: int) -> list[int]:
-    """At most ``limit`` of the places 0 to ``total - 1``, from the first to the last."""
-    return torch.linspace(0, total - 1, min(total, limit)).long().tolist() if total else []
+    """At most ``limit`` of the places 0 to ``total - 1``: all, or one in each of ``limit`` equal parts.
+
+    The place in a part goes on in golden steps, so that no period of the data, as of labels in turn, is met.
+    """
+    if total <= limit:
+        return list(range(total))
+    parts = torch.arange(limit)
+    begin, end = parts * total // limit, (parts + 1) * total // limit
+    return (begin + (parts.double() * _GOLDEN % 1 * (end - begin)).long()).tolist()
 
 
 def _spread(data: Iterable[tuple[Any, Tensor]], limit: Callable[[int], int]) -> tuple[int, list[tuple[Any, Tensor]]]:
-    """Batches of an iterable, evenly spread, with at most ``limit`` samples or one batch; twice as many are held."""
+    """Batches of an iterable, evenly spread, with ``limit`` samples to a batch; twice that is held at most."""
     total, every, kept = 0, 1, []
     for number, (x, y, *_) in enumerate(data):
         total += len(y)

@@ -39,19 +39,23 @@ class SelectivePlasticityCallback(TrainerCallback):
     def __init__(self, criterion=None, **gate: Any):
         self.criterion = criterion or _cross_entropy
         self.gate = PlasticityGate(forward=_logits, **gate)
+        self._samples: Samples | None = None  # of the present training
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.gate.attach(model, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps the optimizer
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self.gate.begin(len(train_dataloader.dataset), epoch=int(state.epoch or 0))
-        if not state.epoch:
+        if self._samples is None:  # in the first epoch, and in that of a resumed run
             with torch.random.fork_rng([]):  # the loader's order stays what it is without the callback
                 self._samples = Samples.of(_pairs(train_dataloader), self.gate.observed)
+        if not state.epoch:
             self.gate.prepare(self._samples, self.criterion)
 
     def on_train_end(self, args, state, control, **kwargs):
+        assert self._samples is not None
         self.gate.consolidate(self._samples, self.criterion)
+        self._samples = None
         self.gate.detach()
 
 

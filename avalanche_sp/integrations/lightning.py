@@ -37,6 +37,7 @@ class SelectivePlasticityCallback(lightning.Callback):
     def __init__(self, criterion: Criterion, **gate: Any):
         self.criterion = criterion
         self.gate = PlasticityGate(**gate)
+        self._samples: Samples | None = None  # of the present training
 
     def on_train_start(self, trainer, pl_module):
         if len(trainer.optimizers) != 1:
@@ -45,13 +46,16 @@ class SelectivePlasticityCallback(lightning.Callback):
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.gate.begin(len(trainer.train_dataloader.dataset), epoch=trainer.current_epoch)
-        if not trainer.current_epoch:
+        if self._samples is None:  # in the first epoch, and in that of a resumed run
             with torch.random.fork_rng([]):  # the loader's order stays what it is without the callback
                 self._samples = Samples.of(trainer.train_dataloader, self.gate.observed)
+        if not trainer.current_epoch:
             self.gate.prepare(self._samples, self.criterion)
 
     def on_train_end(self, trainer, pl_module):
+        assert self._samples is not None
         self.gate.consolidate(self._samples, self.criterion)
+        self._samples = None
         self.gate.detach()
 
     def state_dict(self) -> dict[str, Any]:

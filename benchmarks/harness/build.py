@@ -147,9 +147,7 @@ def build_strategy(run: Run, model: nn.Module, extra_plugins: list, evaluator):
     recipe = recipe_of(run)
     criterion = LOSSES[recipe.loss]()
     plugins = [PLUGINS[name](recipe.arguments, run) for name in recipe.plugins]
-    finds = any(isinstance(p, SelectivePlasticityPlugin) and p.gate.boundaries != "experience" for p in plugins)
-    # If boundaries are neither told nor found, no experience is the present one, and none an earlier one.
-    if recipe.joint_weight and (finds or not run.in_mini_batches):
+    if recipe.joint_weight:
         # A plugin is asked for the weight of the stored samples, unless they are to have their full weight.
         criterion = JointReplayLoss(criterion, trust=None if recipe.arguments.get("shrinkage") else 1.0)
     optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), lr=recipe.lr, **recipe.optimizer_arguments)

@@ -191,7 +191,7 @@ def build_benchmark(run: Run, dataset_root: Path | None = None) -> CLScenario:
         if run.validation and size is not None:
             size = min(images, round(size * 6 / 5))  # the held-out images come on top
         benchmark = permute_pixels(train, test, run.n_tasks, train_size=size, seed=run.seed, task_labels=False)
-    if not run.validation and run.stream in ("tasks", "random classes"):
+    if not run.validation and run.stream == "tasks":
         return benchmark
     train, test = ([e.dataset for e in stream] for stream in (benchmark.train_stream, benchmark.test_stream))
     if run.validation:

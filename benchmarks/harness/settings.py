@@ -25,9 +25,8 @@ NETWORKS = {name: f"MLP {{}}-{name}-{{}}" for name in PERCEPTRONS} | {
 STRATEGIES = tuple(ABOUT)[: list(ABOUT).index("joint") + 1]  # a comparison's, unless others are asked for
 BOUNDS = ("cumulative", "joint")
 # The order of the tasks: one after another; the same, each experience one mini-batch, for strategies that are not told
-# the boundaries; mixed with their neighbours; each turning slowly into the next; the first task again at the end; or
-# of classes in random order (otherwise 0 to 9).
-STREAMS = ("tasks", "online", "blurred", "drifting", "returning", "random classes")
+# the boundaries; mixed with their neighbours; each turning slowly into the next; or the first task again at the end.
+STREAMS = ("tasks", "online", "blurred", "drifting", "returning")
 
 
 def title_of(benchmark: str) -> str:
@@ -94,7 +93,7 @@ class Run:
     def in_mini_batches(self) -> bool:
         """Whether each experience that the strategy trains on is one mini-batch."""
         untold = self.strategy.endswith(("-surprise", "-continuous"))
-        return self.stream == "online" and (untold or self.strategy in ("naive-sgd", "replay-adaptive"))
+        return self.stream == "online" and (untold or self.strategy == "naive-sgd")
 
     def settings(self) -> dict:
         """All that decides its result, as the store keeps it: its own settings and its recipe's.

@@ -24,8 +24,6 @@ BLOCK = 100  # images of a drifting stream that share their permutation
 def groups_of_classes(run: Run, n_tasks: int, dataset_root: Path | None) -> CLScenario:
     """The run's data set in ``n_tasks`` groups of classes."""
     classes = torch.arange(DATA[run.data].classes)
-    if run.stream == "random classes":
-        classes = torch.randperm(len(classes), generator=torch.Generator().manual_seed(run.seed))
     heads = {"task_labels": run.task_incremental, "from_zero": run.task_incremental}
     return split_classes(*parts_of(run.data, dataset_root, run.pixels), classes.chunk(n_tasks), seed=run.seed, **heads)
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from avalanche.benchmarks.utils import AvalancheDataset
 from avalanche.training.plugins import AGEMPlugin, GDumbPlugin, GEMPlugin, ReplayPlugin, SupervisedPlugin
-from avalanche.training.storage_policy import ReservoirSamplingBuffer
 from torch import nn
 
 from avalanche_sp import GaussianBuffer
-from avalanche_sp.data import TensorClassificationDataset, TensorSource
 from avalanche_sp.training.replay import stream_rows
 from harness.methods import check
 from harness.settings import Run
@@ -26,24 +23,14 @@ def memory_of(run: Run) -> dict[str, int]:
 
 
 def replay(run: Run) -> ReplayPlugin:
-    """Avalanche's replay. If an experience is one mini-batch, its memory is a random part of the whole stream: the
-    default, as much of each experience, would be the first samples."""
-    return ReplayPlugin(**memory_of(run), storage_policy=Reservoir(run.replay_buffer) if run.in_mini_batches else None)
+    """Avalanche's replay."""
+    return ReplayPlugin(**memory_of(run))
 
 
 def gaussian_replay(run: Run) -> ReplayPlugin:
     """Avalanche's replay of samples drawn from Gaussians, and of stored ones if the run has a buffer."""
     policy = GaussianBuffer(2000 + run.replay_buffer, stored=run.replay_buffer)
     return policy.replay_plugin(batch_size_mem=run.batch_size)
-
-
-class Reservoir(ReservoirSamplingBuffer):
-    """Avalanche's, but with copies of the samples: views of views are one deeper, and slower, with every mini-batch."""
-
-    def update_from_dataset(self, new_data: AvalancheDataset) -> None:
-        super().update_from_dataset(new_data)
-        images, labels, _ = self.buffer.read_batch(list(range(len(self.buffer))))
-        self.buffer = TensorClassificationDataset.from_source(TensorSource(images, labels), 0)
 
 
 def averaged_gem(run: Run) -> AGEMPlugin:
