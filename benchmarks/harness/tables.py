@@ -357,7 +357,7 @@ def overhead(frame: pd.DataFrame) -> str:
 
 
 def costs(frame: pd.DataFrame) -> str:
-    """The README's costs: the largest ratios of all networks, with Adam."""
+    """The README's costs: the largest ratios of time of all networks, with Adam, and the range of the memory."""
     found = _measured()
     ratios = pd.DataFrame(
         (part["what"].partition(": ")[2], row["ratio"])
@@ -366,9 +366,9 @@ def costs(frame: pd.DataFrame) -> str:
         if row["name"] == "Adam, gate"
     )
     times = {what: f"{ratio:.1f}" for what, ratio in ratios.groupby(0, sort=False)[1].max().items()}
-    times["bytes of the gate's memory"] = f"{max(found['state'].values()):.1f}"
-    head = "relative to training without the gate, or to the network's bytes"
-    return markdown({"": what, head: value} for what, value in times.items())
+    table = markdown({"": what, "time, relative to training without the gate": time} for what, time in times.items())
+    least, most = min(found["state"].values()), max(found["state"].values())
+    return f"{table}\nThe gate's memory takes {least:.1f} to {most:.1f} times the bytes of the network.\n"
 
 
 def pretrained(frame: pd.DataFrame) -> str:
