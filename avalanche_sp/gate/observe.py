@@ -165,7 +165,7 @@ class Samples:
 def evenly_spread(total: int, limit: int) -> list[int]:
     """At most ``limit`` of the places 0 to ``total - 1``: all, or one in each of ``limit`` equal parts.
 
-    The place in a part goes on in golden steps, so that no period of the data, as of labels in turn, is met.
+    The place in a part goes on in golden steps: of labels that come in turn all are met.
     """
     if total <= limit:
         return list(range(total))
@@ -332,7 +332,7 @@ def some_inputs(layer: GatedLayer, x: Tensor, most: int) -> tuple[Tensor, int]:
     every, uses = each * len(x), each * len(x) // layer.groups
     if every <= most:
         return layer.presynaptic(x.float()), uses
-    rows = torch.linspace(0, len(x) - 1, min(len(x), most), dtype=torch.float64).long().unsqueeze(1)
+    rows = torch.tensor(evenly_spread(len(x), most)).unsqueeze(1)
     number = most // len(rows)
     begin = (torch.arange(len(rows), dtype=torch.float64).unsqueeze(1) * _GOLDEN % 1 * each).long()
     places = rows * each + (begin + torch.arange(number) * each // number) % each

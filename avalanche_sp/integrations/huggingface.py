@@ -46,7 +46,7 @@ class SelectivePlasticityCallback(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self.gate.begin(len(train_dataloader.dataset), epoch=int(state.epoch or 0))
-        if self._samples is None:  # in the first epoch, and in that of a resumed run
+        if self._samples is None or not state.epoch:  # a resumed run has none
             with torch.random.fork_rng([]):  # the loader's order stays what it is without the callback
                 self._samples = Samples.of(_pairs(train_dataloader), self.gate.observed)
         if not state.epoch:

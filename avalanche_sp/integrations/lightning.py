@@ -46,7 +46,7 @@ class SelectivePlasticityCallback(lightning.Callback):
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.gate.begin(len(trainer.train_dataloader.dataset), epoch=trainer.current_epoch)
-        if self._samples is None:  # in the first epoch, and in that of a resumed run
+        if self._samples is None or not trainer.current_epoch:  # a resumed run has none
             with torch.random.fork_rng([]):  # the loader's order stays what it is without the callback
                 self._samples = Samples.of(trainer.train_dataloader, self.gate.observed)
         if not trainer.current_epoch:
