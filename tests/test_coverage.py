@@ -268,7 +268,8 @@ def gradient(layer):
 def test_queries_keys_and_values_are_held_unless_a_setting_opens_them(split2, openness):
     torch.manual_seed(0)
     model = Net(SelfAttention(), ROWS)
-    plugin = SelectivePlasticityPlugin(settings=Settings(attention_openness=openness), rank=29)
+    settings = Settings(attention_openness=openness, vectors=10**6)  # all, so that no direction stays unknown
+    plugin = SelectivePlasticityPlugin(settings=settings, rank=29)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
     strategy = strategy_of(model, [plugin], optimizer=optimizer, criterion=nn.CrossEntropyLoss(), batch=100)
     strategy.train(split2.train_stream[0])

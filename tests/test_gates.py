@@ -94,7 +94,7 @@ def test_few_eigenpairs_of_many_are_near_those_of_the_whole_decomposition(n, d, 
     start = torch.linalg.eigh(earlier.T @ earlier)[1][:, -8:] if started else None
     values, vectors = gates.leading_eigenpairs(x, 8, start)
     expected, basis = torch.linalg.eigh(x.T @ x)
-    torch.testing.assert_close(values, expected[-8:], rtol=1e-3, atol=0)
+    torch.testing.assert_close(values, expected[-8:], rtol=3e-3, atol=0)
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(8, dtype=torch.float64))
     assert (vectors.T @ basis[:, -8:]).square().sum() > 8 * 0.999  # of the same space
     torch.testing.assert_close(values.sum(), (x @ vectors).square().sum())
