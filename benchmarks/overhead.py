@@ -109,7 +109,7 @@ def measure(timers: Timers, rounds: int) -> list[dict]:
     return rows
 
 
-# -- What is timed ----------------------------------------------------------------------------------------------------
+# -- Timers -----------------------------------------------------------------------------------------------------------
 
 
 def experiences(root: str, *images: int) -> list:
@@ -226,17 +226,13 @@ def training_steps(settings: Settings) -> Timers:
 
 def state_share(network: str, root: str) -> float:
     """Bytes of the gate's memory after two experiences, over those of the network."""
-    model, plugin = build_network(network), SelectivePlasticityPlugin()
-    optimizer = Adam(model.parameters(), lr=1e-3)
-    arguments = {"train_mb_size": BATCH, "plugins": [plugin], "evaluator": None}
-    strategy = Naive(model=model, optimizer=optimizer, criterion=nn.CrossEntropyLoss(), **arguments)
-    for experience in experiences(root, 400, 400):
-        strategy.train(experience)
-    return plugin.state_bytes / network_bytes(model)
+    plugin, tasks = SelectivePlasticityPlugin(), experiences(root, 400, 400)
+    trained(network, [], tasks, partial(Adam, lr=1e-3), lambda: [plugin], BATCH, "cpu", steps=False)
+    return plugin.state_bytes / network_bytes(build_network(network))
 
 
 def parts(settings: Settings):
-    """What is timed, its batch and timers, one after another."""
+    """Title, batch size and timers of each table, one after another."""
     sgd, adam = partial(SGD, lr=0.05), partial(Adam, lr=1e-3)
     for network in settings.networks:
         for name, make in {"SGD": sgd, "Adam": adam}.items():

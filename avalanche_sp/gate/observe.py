@@ -322,8 +322,9 @@ def some_rows(inputs: Tensor) -> Tensor:
 def some_inputs(layer: GatedLayer, x: Tensor, most: int) -> tuple[Tensor, int]:
     """At most ``most`` input vectors of a layer (n, d), and the number of all for a weight.
 
-    They are of as many samples as possible, evenly spread. A sample's are evenly spread, and begin at another place
-    than the next sample's, in golden steps. Of an embedding the uses of each row (d,).
+    Each sample gives the same number of vectors, evenly spread over its places; the first place moves from sample to
+    sample in golden steps. If there are more samples than ``most``, evenly spread ones give one vector each. Of an
+    embedding the uses of each row (d,).
     """
     if layer.of_rows:
         rows = layer.uses(x)
