@@ -681,13 +681,15 @@ def test_an_iterable_of_more_samples_than_wanted_is_read_once_and_evenly():
 
 def test_at_most_half_of_a_long_experience_is_run_through_the_network():
     model, optimizer, gate = made()
-    assert [min(n, gate.observed(n)) for n in (300, 1000, 1800, 3000, 9000)] == [300, 1000, 1000, 1500, 2000]
+    assert [min(n, gate.observed(n, 2)) for n in (300, 1000, 1800, 3000, 9000)] == [300, 1000, 1000, 1500, 2000]
+    assert [gate.observed(1600, classes) for classes in (1, 2, 3, 4, 5)] == [800, 1000, 1500, 2000, 2000]
     seen = []
     model[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    gate.consolidate(TensorDataset(*task(5, 2400)), OneHotMSELoss())
+    x, y = task(5, 2400)
+    gate.consolidate(TensorDataset(x, y % 2), OneHotMSELoss())
     assert 1200 <= sum(seen) < 1200 + 256 and gate.memory.samples == 2400  # and some for measurements
     small = made(consolidation_samples=100)[2]
-    assert small.observed(9000) == 100
+    assert small.observed(9000, 2) == 100
 
 
 def test_samples_are_spread_evenly_also_if_labels_come_in_turn():
@@ -700,14 +702,21 @@ def test_samples_are_spread_evenly_also_if_labels_come_in_turn():
             assert counts.min() > 0.9 * limit / period
 
 
-@pytest.mark.parametrize("total, expected", [(640, 640), (1024, 1000), (2000, 1000), (3000, 1500), (8000, 2000)])
-def test_of_a_loader_as_many_samples_are_run_as_of_a_dataset(total, expected):
-    gate = made()[2]
-    batches = [(torch.zeros(len(y), 2), y) for y in torch.arange(total).split(64)]
+@pytest.mark.parametrize(
+    "total, classes, expected",
+    [(640, 2, 640), (1024, 2, 1000), (2000, 2, 1000), (3000, 2, 1500), (8000, 2, 2000), (1600, 4, 1600)],
+)
+def test_of_a_loader_as_many_samples_are_run_as_of_a_dataset(total, classes, expected):
+    """Labels are sorted, so that the number of classes is known late."""
+    gate, every = made()[2], torch.arange(total)
+    batches = [(places.unsqueeze(1), places * classes // total) for places in every.split(64)]
     samples = Samples.of(iter(batches), gate.observed)
-    places = torch.cat([y for _, y in samples.batches])
+    places = torch.cat([x.flatten() for x, _ in samples.batches])
     assert expected - 128 < len(places) == samples.number < expected + 64 and samples.total == total
     assert places[0] == 0 and places[-1] >= total - 256 and places.diff().max() <= 256 * (total // expected)
+    assert samples.classes == classes
+    of_dataset = Samples.of(TensorDataset(every, every * classes // total), gate.observed)
+    assert of_dataset.number == expected and of_dataset.classes == classes
 
 
 @pytest.mark.parametrize("shape", [(256, 1, 28, 28), (1, 1, 28, 28), (256, 7, 12), (4096, 12)])

@@ -92,7 +92,7 @@ def test_the_first_pattern_that_matches_counts_and_others_take_the_default():
     ids=str,
 )
 def test_the_default_rank_depends_on_how_often_something_is_merged(split2, consolidate, default, rank, kept):
-    """A readout keeps 256 directions if boundaries are told; all others keep the default."""
+    """A readout keeps 257 directions if boundaries are told; all others keep the default."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(784, 80), nn.ReLU(), nn.Linear(80, 700), nn.ReLU(), nn.Linear(700, 10)
@@ -100,7 +100,7 @@ def test_the_default_rank_depends_on_how_often_something_is_merged(split2, conso
     plugin = SelectivePlasticityPlugin(rank=rank, **found(consolidate))
     trained(split2, plugin, model=model)
     ranks = {name: memory.vectors.shape[1] for name, memory in plugin.layers.items()}
-    assert ranks == {"1": default, "3": default, "5": 256 if consolidate == "experience" else 64, **kept}
+    assert ranks == {"1": default, "3": default, "5": 257 if consolidate == "experience" else 64, **kept}
 
 
 def test_each_layer_is_gated_as_it_is_told(split2):

@@ -183,9 +183,9 @@ def case(default, changed, run, base=None, **kwargs):
 CASES = {
     "rank": case(48, 40, two_tasks),
     "stream_rank": case(64, 40, stream, {"stream_chunk": 640}),
-    "readout_rank": case(256, 40, two_tasks, {"rank": 2}),
+    "readout_rank": case(257, 40, two_tasks, {"rank": 2}),
     "vectors": case(2000, 320, two_tasks, kind="cnn"),
-    "observed_least": case(1000, 96, two_tasks),
+    "observed_a_class": case(500, 9, two_tasks),
     "gated_vectors": case(32, 31, two_tasks),
     "attention_openness": case(0, 1, two_tasks, kind="attention"),
     "look": case(8, 7, two_tasks),

@@ -20,7 +20,16 @@ from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory, Memory
 from avalanche_sp.gate.observe import Observation
 from avalanche_sp.gate.preparation import Preparation, features_of, follow_drift, output_sensitivity
-from avalanche_sp.gate.readout import ReadoutSamples, class_roots, class_sums, drift_map, pseudo_samples
+from avalanche_sp.gate.readout import (
+    PseudoSamples,
+    ReadoutSamples,
+    class_roots,
+    class_sums,
+    drift_map,
+    extended,
+    pseudo_samples,
+    solve_readout,
+)
 
 from conftest import MNIST, accuracy, mlp, sliced, strategy_of
 
@@ -53,8 +62,8 @@ def covariance(x):
 
 
 def drawn_from(memory):
-    coordinates, axes, classes = pseudo_samples(memory, 3000)
-    return coordinates @ axes, classes
+    drawn = pseudo_samples(memory, 3000)
+    return drawn.inputs, drawn.targets
 
 
 def test_pseudo_samples_have_the_class_means_and_the_covariance_within_classes():
@@ -81,6 +90,31 @@ def test_pseudo_samples_of_few_directions_have_the_class_means_and_the_memory_s_
         torch.testing.assert_close(own, x.T @ x / len(x), atol=0.02, rtol=0.02)
 
 
+def test_what_class_means_have_beyond_few_eigenvectors_tells_classes_apart():
+    """Three classes of little difference and much common variation, which takes all the eigenvectors that are kept."""
+    torch.manual_seed(0)
+    y = torch.arange(3).repeat(200)
+    x = 0.2 * torch.randn(600, 40) + torch.nn.functional.one_hot(y, 40) + 3 * torch.randn(600, 4) @ torch.randn(4, 40)
+    memory = remembered(x, y, 4)
+    means = torch.stack([x[y == c].mean(0) for c in range(3)])
+    moments, directions = extended(memory, means)
+    torch.testing.assert_close(moments[:4], memory.eigenvalues)
+    torch.testing.assert_close(moments[4:], torch.minimum(memory.eigenvalues[:1], 36 * memory.rest).expand(3))
+    torch.testing.assert_close(directions.T @ directions, torch.eye(7), atol=1e-5, rtol=0)
+    torch.testing.assert_close(means @ directions @ directions.T, means, atol=1e-4, rtol=1e-4)
+    drawn, classes = drawn_from(memory)
+    ours = torch.stack([drawn[classes == c].mean(0) for c in range(3)])
+    torch.testing.assert_close(ours, means, atol=1e-4, rtol=1e-4)
+    within = covariance(((drawn - ours[classes]) @ directions)[:, 4:])
+    torch.testing.assert_close(within, moments[4:].diag(), atol=1e-3, rtol=1e-3)
+    head = GatedLayer(nn.Linear(39, 6))
+    head.module.bias = None  # the last input is no constant here
+    head.module.weight = nn.Parameter(torch.zeros(6, 40))
+    new = ReadoutSamples("head", x, y, torch.full((6,), torch.nan), len(x))
+    solve_readout(GatedLayer(head.module), new, None, memory, OneHotMSELoss(), SETTINGS)
+    assert (head.module(x).argmax(1) == y).float().mean() > 0.9  # along the eigenvectors alone: about 1/3
+
+
 def test_pseudo_samples_of_many_classes_of_two_samples_have_the_memory_s_second_moment():
     torch.manual_seed(0)
     y = torch.arange(60).repeat(2)
@@ -89,8 +123,7 @@ def test_pseudo_samples_of_many_classes_of_two_samples_have_the_memory_s_second_
     memory = replace(
         LayerMemory.empty(64, x).merged(x, 120, 1.0, 64), class_sums=sums, class_counts=torch.full((60,), 2.0)
     )
-    coordinates, axes, _ = pseudo_samples(memory, 120)
-    drawn = coordinates @ axes
+    drawn = pseudo_samples(memory, 120).inputs
     torch.testing.assert_close(drawn.T @ drawn / len(drawn), x.T @ x / 120, atol=1e-3, rtol=1e-3)
 
 
@@ -172,7 +205,7 @@ def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
     mixing = 0.2 * torch.randn(12, 12, generator=torch.Generator().manual_seed(3))
     settings = replace(SETTINGS, drift_ridge=1e-4)
     memory, head = Memory({"head": remembered(*old)}), nn.Linear(12, 6)
-    prepared = Preparation("head", x, y, (old[0], torch.eye(13), old[1]), None, torch.eye(13), {}, {}, {})
+    prepared = Preparation("head", x, y, PseudoSamples(old[0], torch.eye(13), old[1]), None, torch.eye(13), {}, {}, {})
 
     def drift(inputs, places):
         return torch.cat([inputs[:, :-1] + inputs[:, :-1] @ mixing + 1 + places, inputs[:, -1:]], 1)
@@ -187,8 +220,7 @@ def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
     for moved, samples_of_old, where in ((followed(common), expected, 1), (followed(apart), old[0], 0)):
         sums = remembered(samples_of_old, old[1]).class_sums
         torch.testing.assert_close(moved[0].layers["head"].class_sums, sums, atol=where + 1e-5, rtol=0.01 * where)
-        coordinates, axes, _ = moved[1]
-        torch.testing.assert_close(coordinates @ axes, samples_of_old, atol=0.05 * where, rtol=0)
+        torch.testing.assert_close(moved[1].inputs, samples_of_old, atol=0.05 * where, rtol=0)
 
 
 def test_old_inputs_that_are_run_through_the_network_tell_their_drift():
@@ -196,14 +228,14 @@ def test_old_inputs_that_are_run_through_the_network_tell_their_drift():
     old, (x, y) = samples(0, (0, 1)), samples(1, (2, 3))
     mixing = 0.2 * torch.randn(13, 13, generator=torch.Generator().manual_seed(3))
     memory = Memory({"head": remembered(*old)})
-    drawn = old[0], torch.eye(13), old[1]
+    drawn = PseudoSamples(old[0], torch.eye(13), old[1])
     prepared = Preparation("head", x, y, drawn, (old[0][:, :5], old[0]), torch.eye(13), {}, {}, {})
     now = ReadoutSamples("head", x + x @ mixing, y, torch.full((6,), torch.nan), len(x))
     seen = Observation({}, len(x), 2, torch.zeros(()), None, now)
     layers = {"head": GatedLayer(nn.Linear(12, 6))}
     settings = replace(SETTINGS, drift_ridge=1e-4)
     followed, moved = follow_drift(memory, prepared, seen, layers, settings, old[0] + old[0] @ mixing)
-    inputs, classes = moved[0] @ moved[1], moved[2]
+    inputs, classes = moved.inputs, moved.targets
     torch.testing.assert_close(inputs, old[0] + old[0] @ mixing, atol=0.1, rtol=0.01)
     torch.testing.assert_close(classes, old[1])
     expected = remembered(inputs, classes).class_sums

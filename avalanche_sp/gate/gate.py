@@ -40,7 +40,7 @@ from avalanche_sp.gate.penalty import Drift, Gated
 from avalanche_sp.gate.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
 from avalanche_sp.gate.preparation import Preparation, features_of, follow_drift, output_sensitivity, sharpness
 from avalanche_sp.gate.processes import mean_over_processes
-from avalanche_sp.gate.readout import ReadoutLoss, ReadoutSamples, pseudo_samples, solve_readout
+from avalanche_sp.gate.readout import PseudoSamples, ReadoutLoss, ReadoutSamples, pseudo_samples, solve_readout
 from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.settings import Settings
 from avalanche_sp.gate.stream import StreamWatch
@@ -122,7 +122,7 @@ class PlasticityGate:
             faster and keep less of the old. ``math.inf`` switches the gate off: training is then bit for bit what it
             is without the gate. For a single layer it leaves the layer alone.
         pull_back: weight of the penalty, 0 or more (default 1).
-        rank: eigenvectors kept a layer, 1 or more (default 48, and 256 at the last layer; 64 if the gate finds the
+        rank: eigenvectors kept a layer, 1 or more (default 48, and 257 at the last layer; 64 if the gate finds the
             boundaries). A float below 1 is the share of the energy, the second moment's trace, that the kept ones have;
             only if boundaries are told.
         memory_budget: upper bound on the bytes of the memory, ``gate.memory.state_bytes``; what follows a stream
@@ -130,7 +130,7 @@ class PlasticityGate:
             not kept, and then fewer eigenvectors are kept (:meth:`~avalanche_sp.gate.memory.Memory.within`). A loaded
             memory is bounded from the next consolidation on. Default None: no bound.
         consolidation_samples: samples of an experience that are run through the network, evenly spread over it, at
-            most (default 2000), 1 or more. These are 1000 samples, or half of all if that is more.
+            most (default 2000), 1 or more. These are 500 of each class, or half of all if that is more.
         consolidate: ``"experience"`` (default): :meth:`consolidate` is called at the end of every experience.
             ``"surprise"``: at a change of the stream's loss or inputs. ``"continuous"``: every 4096 samples. The last
             two need :meth:`observe` in every step.
@@ -571,7 +571,7 @@ class PlasticityGate:
             "drift": self._drift.state_dict(),
             "trained": sorted(self._trained),
             "batches_seen": self._batches_seen,
-            "prepared": vars(self._prepared) if self._prepared is not None else None,
+            "prepared": self._prepared.state_dict() if self._prepared is not None else None,
             "loss_before": self._loss_before,
             "statistics": {name: s.state_dict() for name, s in self.statistics.items()},
         }
@@ -585,7 +585,8 @@ class PlasticityGate:
         self.memory = Memory.from_state_dict(state["memory"])
         self._drift.forget()
         self._trained, self._batches_seen = set(state["trained"]), state["batches_seen"]
-        self._prepared = Preparation(**state["prepared"]) if state["prepared"] is not None else None
+        prepared = state["prepared"]
+        self._prepared = None if prepared is None else Preparation.from_state_dict(prepared)
         self._loss_before = state["loss_before"]
         self.begin(*state["epoch"])
         self._drift.load_state_dict(state["drift"])
@@ -748,16 +749,16 @@ class PlasticityGate:
             default = max(default, min(s.readout_rank, inputs) if told else 0)
         return value_of(per_layer("rank", self.rank, default), name)
 
-    def observed(self, total: int) -> int:
-        """Number of samples that are run through the network, of an experience of ``total`` samples."""
-        return min(self.consolidation_samples, max(total // 2, self.settings.observed_least))
+    def observed(self, total: int, classes: int) -> int:
+        """Number of samples that are run through the network, of an experience of ``total`` samples, at most."""
+        return min(self.consolidation_samples, max(total // 2, self.settings.observed_a_class * classes))
 
     def _samples_of(
         self, data: Dataset | Iterable[tuple[Any, Tensor]] | Samples, of_experience: bool = True
     ) -> Samples:
         if isinstance(data, Samples):
             return data
-        return Samples.of(data, self.observed if of_experience else lambda total: self.consolidation_samples)
+        return Samples.of(data, self.observed if of_experience else lambda *_: self.consolidation_samples)
 
     @contextmanager
     def _not_listening(self) -> Iterator[None]:
@@ -866,7 +867,7 @@ class PlasticityGate:
         rank = self.rank_of(samples.layer, inputs, True)
         return old.merged(samples.inputs, int(samples.weight), 1.0, rank, start=start)
 
-    def _pseudo_samples(self, layer: str) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _pseudo_samples(self, layer: str) -> PseudoSamples | None:
         """Pseudo-samples of a readout's old classes; None for a new task's head."""
         old = self.memory.layers.get(layer)
         return None if old is None else pseudo_samples(old, min(self.settings.solve_samples, old.samples))
@@ -896,15 +897,14 @@ class PlasticityGate:
         if readout is None:
             return None
         known = replace(known, class_sums=known.data_sums, class_counts=readout.class_counts)
-        coordinates, axes, _ = pseudo_samples(known, len(observation.classified.targets))
-        rows = coordinates @ axes
+        rows = pseudo_samples(known, len(observation.classified.targets)).inputs
         features = self._features(observation, layers, rows)
         return None if features is None else (rows, features)
 
     def _solve(
         self,
         samples: ReadoutSamples,
-        old: tuple[Tensor, Tensor, Tensor] | None,
+        old: PseudoSamples | None,
         layers: Mapping[str, GatedLayer],
         merged: LayerMemory,
         criterion: Criterion,

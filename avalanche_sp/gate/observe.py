@@ -138,28 +138,38 @@ class Samples:
     classes: int
 
     @classmethod
-    def of(cls, data: Dataset | Iterable[tuple[Any, Tensor]], limit: Callable[[int], int]) -> Samples:
+    def of(cls, data: Dataset | Iterable[tuple[Any, Tensor]], limit: Callable[[int, int], int]) -> Samples:
         """Samples of a map-style dataset of pairs, or of an iterable of batches of pairs.
 
         An iterable is read once. A sample's place in a shuffled loader depends on the loader's random numbers.
 
         Args:
-            limit: the largest number of samples, for a number of all samples; it does not fall.
+            limit: the largest number of samples, for the numbers of all samples and of classes; it does not fall.
 
         Raises:
             ValueError: there is no sample.
         """
         if isinstance(data, Dataset) and hasattr(data, "__len__"):
             total = len(data)
-            places = evenly_spread(total, limit(total))
-            loader = DataLoader(Subset(data, places), BATCH, generator=torch.Generator())
-            batches = [(batch[0], batch[1]) for batch in loader]
+            batches = _read(data, first := limit(total, 1))
+            if (more := limit(total, _classes(batches))) > first:
+                batches = _read(data, more)
         else:
             total, batches = _spread(data, limit)  # type: ignore[arg-type]  # an iterable dataset is one
         if not total:
             raise ValueError("Invalid data: no sample (allowed: one or more)")
-        targets = torch.cat([y.flatten() for _, y in batches])
-        return cls(_rebatched(batches), sum(len(y) for _, y in batches), total, len(targets.unique()))
+        return cls(_rebatched(batches), sum(len(y) for _, y in batches), total, _classes(batches))
+
+
+def _classes(batches: list[tuple[Any, Tensor]]) -> int:
+    return len(torch.cat([y.flatten().unique() for _, y in batches]).unique()) if batches else 0
+
+
+def _read(data: Dataset, limit: int) -> list[tuple[Any, Tensor]]:
+    """Samples of a dataset, evenly spread, in batches."""
+    places = evenly_spread(len(data), limit)  # type: ignore[arg-type]
+    loader = DataLoader(Subset(data, places), BATCH, generator=torch.Generator())
+    return [(batch[0], batch[1]) for batch in loader]
 
 
 def evenly_spread(total: int, limit: int) -> list[int]:
@@ -174,18 +184,22 @@ def evenly_spread(total: int, limit: int) -> list[int]:
     return (begin + (parts.double() * _GOLDEN % 1 * (end - begin)).long()).tolist()
 
 
-def _spread(data: Iterable[tuple[Any, Tensor]], limit: Callable[[int], int]) -> tuple[int, list[tuple[Any, Tensor]]]:
-    """Batches of an iterable, evenly spread, with ``limit`` samples to a batch; twice that is held at most."""
+def _spread(
+    data: Iterable[tuple[Any, Tensor]], limit: Callable[[int, int], int]
+) -> tuple[int, list[tuple[Any, Tensor]]]:
+    """Batches of an iterable, evenly spread, with ``limit`` samples to a batch; at most twice the limit is held."""
     total, every, kept = 0, 1, []
+    classes: set[float] = set()
     for number, (x, y, *_) in enumerate(data):
         total += len(y)
+        classes.update(y.unique().tolist())
         if number % every == 0:
             kept.append((x, y))
-        while len(kept) > 1 and sum(len(y) for _, y in kept) > 2 * limit(total):
+        while len(kept) > 1 and sum(len(y) for _, y in kept) > 2 * limit(total, total):  # more classes may come
             kept, every = kept[::2], 2 * every
-    held = sum(len(y) for _, y in kept)
-    if held > limit(total):
-        kept = [kept[i] for i in evenly_spread(len(kept), max(len(kept) * limit(total) // held, 1))]
+    held, most = sum(len(y) for _, y in kept), limit(total, len(classes))
+    if held > most:
+        kept = [kept[i] for i in evenly_spread(len(kept), max(len(kept) * most // held, 1))]
     return total, kept
 
 

@@ -23,7 +23,7 @@ from avalanche_sp.gate.observe import (
     evaluation_mode,
     some_rows,
 )
-from avalanche_sp.gate.readout import agreement, drift_map
+from avalanche_sp.gate.readout import PseudoSamples, agreement, drift_map
 from avalanche_sp.gate.settings import Settings
 
 __all__ = ["Preparation", "Sensitivity", "features_of", "follow_drift", "output_sensitivity", "sharpness"]
@@ -36,8 +36,7 @@ class Preparation:
     Attributes:
         layer: the readout's name.
         inputs, targets: the readout's inputs (n, d) and their classes (n,).
-        old: the old classes' :func:`~avalanche_sp.gate.readout.pseudo_samples`: coordinates (m, k) and axes (k, d) of
-            inputs, and classes (m,); None for a new task's head.
+        old: of the old classes; None for a new task's head.
         entered: input vectors of the layer that data feed, drawn for the old classes (m, d'), and the readout's inputs
             that the network made of them (m, d); None if these are not known.
         vectors: leading eigenvectors of old and new inputs (d, k).
@@ -50,12 +49,20 @@ class Preparation:
     layer: str
     inputs: Tensor
     targets: Tensor
-    old: tuple[Tensor, Tensor, Tensor] | None
+    old: PseudoSamples | None
     entered: tuple[Tensor, Tensor] | None
     vectors: Tensor
     weights: dict[str, Tensor]
     sensitivity: dict[str, Tensor]
     scale: dict[str, float]
+
+    def state_dict(self) -> dict:
+        """Tensors and numbers by field."""
+        return {**vars(self), "old": None if self.old is None else vars(self.old)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping) -> Preparation:
+        return cls(**{**state, "old": None if state["old"] is None else PseudoSamples(**state["old"])})
 
 
 @dataclass(frozen=True)
@@ -181,7 +188,7 @@ def follow_drift(
     layers: Mapping[str, GatedLayer],
     settings: Settings,
     entered: Tensor | None = None,
-) -> tuple[Memory, tuple[Tensor, Tensor, Tensor] | None]:
+) -> tuple[Memory, PseudoSamples | None]:
     """Moves the memory of the readout's old inputs as far as the layers below have moved them.
 
     The map is learned on new inputs (:func:`~avalanche_sp.gate.readout.drift_map`), and on old ones if the network can
@@ -216,8 +223,7 @@ def follow_drift(
         return rows + share * of_rows(rows)
 
     moved = memory.layers[now.layer].moved(move)
-    coordinates, axes, targets = drawn
-    return replace(memory, layers={**memory.layers, now.layer: moved}), (coordinates, move(axes), targets)
+    return replace(memory, layers={**memory.layers, now.layer: moved}), drawn.moved(move)
 
 
 def _share_of_old(

@@ -34,12 +34,12 @@ class Settings:
     # Memory of a layer.
     rank: int = _setting(48, "count", "eigenvectors kept for a layer if the end of an experience is told")
     stream_rank: int = _setting(64, "count", "eigenvectors kept for a layer if boundaries are found")
-    readout_rank: int = _setting(256, "count", "the same for the last layer, at least")
+    readout_rank: int = _setting(257, "count", "the same for the last layer, at least: all of 256 inputs and a bias")
     vectors: int = _setting(
         2000, "count", "input vectors of a layer in an experience's second moment; one a sample if that is more"
     )
-    observed_least: int = _setting(
-        1000, "count", "samples of an experience run through the network; half of all if that is more"
+    observed_a_class: int = _setting(
+        500, "count", "samples run through the network for each class of an experience; half of all if that is more"
     )
     # Gate.
     gated_vectors: int = _setting(32, "count", "leading eigenvectors gated in every step; the others at every look")

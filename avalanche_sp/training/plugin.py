@@ -14,7 +14,15 @@ from avalanche_sp.gate.layers import gated_layers
 from avalanche_sp.gate.per_layer import PerLayer
 from avalanche_sp.optim import SelectivePlasticityOptimizer
 from avalanche_sp.training.consolidation import ConsolidatedEligibility
-from avalanche_sp.training.replay import forward_of, is_mixture, memories_of, samples_of, stored_rows, trains_apart
+from avalanche_sp.training.replay import (
+    classes_of,
+    forward_of,
+    is_mixture,
+    memories_of,
+    samples_of,
+    stored_rows,
+    trains_apart,
+)
 
 __all__ = ["SelectivePlasticityPlugin"]
 
@@ -37,10 +45,10 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
         openness: alpha > 0, in units of the mean eigenvalue (default 0.5). Larger values learn the new faster and keep
             less of the old. ``math.inf`` switches the gate off, for all layers or for one.
         pull_back: weight of the penalty, 0 or more (default 1).
-        rank: eigenvectors kept a layer, 1 or more, or a share of the energy below 1 (default 48, and 256 at the
+        rank: eigenvectors kept a layer, 1 or more, or a share of the energy below 1 (default 48, and 257 at the
             last layer; 64 if the plugin finds the boundaries).
         consolidation_samples: samples of an experience that are run through the network, evenly spread over it, at
-            most (default 2000), 1 or more. These are 1000 samples, or half of all if that is more.
+            most (default 2000), 1 or more. These are 500 of each class, or half of all if that is more.
         consolidate: ``"experience"`` (default): at the end of every experience. ``"surprise"``: at a change of the
             stream's loss or inputs. ``"continuous"``: every 4096 samples. The last two need no boundaries: experiences
             may be of any length, as Avalanche's online streams' are (``docs/boundaries.md``).
@@ -152,7 +160,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
             self.gate.prepare(self._samples, strategy._criterion)
 
     def _samples_of(self, dataset) -> Samples:
-        return samples_of(dataset, self.gate.observed(len(dataset)))
+        return samples_of(dataset, self.gate.observed(len(dataset), classes_of(dataset)))
 
     def before_training_iteration(self, strategy, **kwargs):
         if isinstance(strategy.mbatch, Mapping):
