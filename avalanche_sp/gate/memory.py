@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-from avalanche_sp.gate.functional import claim, leading_eigenpairs, likeness, merge_eigenspace, remainder
+from avalanche_sp.gate.functional import claim, likeness, merge_eigenspace, remainder
 from avalanche_sp.gate.packed import PackedRows
 
 __all__ = ["LayerMemory", "Memory", "check_budget"]
@@ -105,13 +105,16 @@ class LayerMemory:
         )
 
     def moved(self, drift: Callable[[Tensor], Tensor]) -> LayerMemory:
-        """The memory of the same inputs after a linear drift.
+        """The memory of the same inputs after a linear drift, to be merged.
+
+        Its vectors have length 1, and are no longer orthogonal. The second moment is that of the moved inputs.
 
         Args:
             drift: moves input vectors (m, d).
         """
         roots = drift(self.roots)
-        values, vectors = leading_eigenpairs(roots, len(roots))
+        values = roots.square().sum(1)
+        vectors = (roots / values.sqrt().clamp_min(torch.finfo(roots.dtype).tiny).unsqueeze(1)).T
         mean = self.mean_eigenvalue + (values.sum() - self.eigenvalues.sum()) / len(self.vectors)
         sums = None if self.class_sums is None else drift(self.class_sums)
         own = self.class_roots
