@@ -169,7 +169,7 @@ def test_none_and_a_large_budget_change_nothing_and_a_tight_one_still_keeps(spli
         sizes.append(plugin.state_bytes)
     assert all(map(torch.equal, ends[1], ends[2])) and not all(map(torch.equal, ends[2], ends[3]))
     assert sizes[3] <= 60_000 < sizes[2] / 3
-    assert mean[3] > mean[0] + 0.25
+    assert mean[3] > max(mean[0] + 0.25, mean[1] - 0.1)
 
 
 class Often:

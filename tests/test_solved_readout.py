@@ -61,14 +61,14 @@ def covariance(x):
     return (x - x.mean(0)).T @ (x - x.mean(0)) / len(x)
 
 
-def drawn_from(memory):
-    drawn = pseudo_samples(memory, 3000)
+def drawn_from(memory, x, y):
+    drawn = pseudo_samples(memory, 3000, ReadoutSamples("", x, y, torch.full((6,), torch.nan), len(x)))
     return drawn.inputs, drawn.targets
 
 
 def test_pseudo_samples_have_the_class_means_and_the_covariance_within_classes():
     x, y = samples(0, (1, 2, 5))
-    drawn, classes = drawn_from(remembered(x, y))
+    drawn, classes = drawn_from(remembered(x, y), x, y)
     assert set(classes.tolist()) == {1, 2, 5}
     means = torch.stack([x[y == c].mean(0) for c in range(6) if (y == c).any()])
     ours = torch.stack([drawn[classes == c].mean(0) for c in (1, 2, 5)])
@@ -83,7 +83,7 @@ def test_pseudo_samples_of_few_directions_have_the_class_means_and_the_memory_s_
         x, y = samples(0, (1, 2, 5))
         x = x @ (vectors := torch.linalg.eigh(x.T @ x).eigenvectors[:, -rank:]) @ vectors.T + rest * x
         memory = remembered(x, y, rank)
-        drawn, classes = drawn_from(memory)
+        drawn, classes = drawn_from(memory, x, y)
         for c in (1, 2, 5):
             torch.testing.assert_close(drawn[classes == c].mean(0), x[y == c].mean(0), atol=1e-4, rtol=1e-4)
         own = drawn.T @ drawn / len(drawn)
@@ -95,24 +95,39 @@ def test_what_class_means_have_beyond_few_eigenvectors_tells_classes_apart():
     torch.manual_seed(0)
     y = torch.arange(3).repeat(200)
     x = 0.2 * torch.randn(600, 40) + torch.nn.functional.one_hot(y, 40) + 3 * torch.randn(600, 4) @ torch.randn(4, 40)
-    memory = remembered(x, y, 4)
-    means = torch.stack([x[y == c].mean(0) for c in range(3)])
-    moments, directions = extended(memory, means)
+    memory, seen = remembered(x, y, 4), ReadoutSamples("head", x, y, torch.full((6,), torch.nan), 600)
+    means, shares = torch.stack([x[y == c].mean(0) for c in range(3)]), torch.full((3,), 1 / 3)
+    moments, directions = extended(memory, means, shares, seen)
     torch.testing.assert_close(moments[:4], memory.eigenvalues)
-    torch.testing.assert_close(moments[4:], torch.minimum(memory.eigenvalues[:1], 36 * memory.rest).expand(3))
     torch.testing.assert_close(directions.T @ directions, torch.eye(7), atol=1e-5, rtol=0)
     torch.testing.assert_close(means @ directions @ directions.T, means, atol=1e-4, rtol=1e-4)
-    drawn, classes = drawn_from(memory)
-    ours = torch.stack([drawn[classes == c].mean(0) for c in range(3)])
-    torch.testing.assert_close(ours, means, atol=1e-4, rtol=1e-4)
-    within = covariance(((drawn - ours[classes]) @ directions)[:, 4:])
-    torch.testing.assert_close(within, moments[4:].diag(), atol=1e-3, rtol=1e-3)
-    head = GatedLayer(nn.Linear(39, 6))
-    head.module.bias = None  # the last input is no constant here
-    head.module.weight = nn.Parameter(torch.zeros(6, 40))
-    new = ReadoutSamples("head", x, y, torch.full((6,), torch.nan), len(x))
-    solve_readout(GatedLayer(head.module), new, None, memory, OneHotMSELoss(), SETTINGS)
-    assert (head.module(x).argmax(1) == y).float().mean() > 0.9  # along the eigenvectors alone: about 1/3
+    beyond = directions[:, 4:]
+    within = (x - means[y]) @ beyond
+    within = within.square().sum() / (597 * 3)
+    between = (shares.sqrt().unsqueeze(1) * means @ beyond).square().sum(0)
+    torch.testing.assert_close(moments[4:], within + between)
+    made = pseudo_samples(memory, 3000, seen)
+    own_means, own_shares = made.means
+    torch.testing.assert_close(own_means, means, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(own_shares, shares, atol=1e-3, rtol=0)
+    drawn = made.inputs @ beyond
+    torch.testing.assert_close((drawn.T @ drawn / len(drawn)).diag(), moments[4:], atol=1e-3, rtol=0.02)
+    head = nn.Linear(40, 6, bias=False)
+    nn.init.zeros_(head.weight)
+    solve_readout(GatedLayer(head), seen, None, memory, OneHotMSELoss(), SETTINGS)
+    assert (head(x).argmax(1) == y).float().mean() > 0.99  # along the eigenvectors alone: .35
+
+
+def test_differences_of_means_below_their_standard_error_are_no_directions():
+    torch.manual_seed(0)
+    y = torch.arange(3).repeat(200)
+    x = torch.randn(600, 4) @ torch.randn(4, 40)  # of rank 4: its means have nothing beyond
+    seen = ReadoutSamples("head", x + 0.1 * torch.randn(600, 40), y, torch.full((6,), torch.nan), 600)
+    means, apart = torch.stack([x[y == c].mean(0) for c in range(3)]), torch.linalg.svd(x).Vh[-1]
+    for size, many in ((0.0, 0), (0.002, 0), (0.02, 1)):  # the standard error is .1 / sqrt(600)
+        far = means + size * apart * torch.tensor([[1.0], [-1.0], [0.0]])
+        _, directions = extended(remembered(x, y, 4), far, torch.full((3,), 1 / 3), seen)
+        assert directions[:, 4:].any(0).sum() == many
 
 
 def test_pseudo_samples_of_many_classes_of_two_samples_have_the_memory_s_second_moment():
@@ -123,7 +138,7 @@ def test_pseudo_samples_of_many_classes_of_two_samples_have_the_memory_s_second_
     memory = replace(
         LayerMemory.empty(64, x).merged(x, 120, 1.0, 64), class_sums=sums, class_counts=torch.full((60,), 2.0)
     )
-    drawn = pseudo_samples(memory, 120).inputs
+    drawn = pseudo_samples(memory, 120, ReadoutSamples("", x, y, torch.full((60,), torch.nan), 120)).inputs
     torch.testing.assert_close(drawn.T @ drawn / len(drawn), x.T @ x / 120, atol=1e-3, rtol=1e-3)
 
 
@@ -135,7 +150,7 @@ def test_inputs_that_are_all_zero_do_not_move():
 def test_pseudo_samples_have_each_class_s_own_leading_covariance_and_share_the_rest():
     x, y = samples(0, (1, 2, 5))
     x[y == 2, :4] *= 3  # a covariance unlike the others'
-    drawn, classes = drawn_from(remembered(x, y, class_rank=4))
+    drawn, classes = drawn_from(remembered(x, y, class_rank=4), x, y)
     own, share, rest = {}, {}, torch.zeros(13, 13)
     for c in (1, 2, 5):
         torch.testing.assert_close(drawn[classes == c].mean(0), x[y == c].mean(0), atol=1e-4, rtol=1e-4)

@@ -379,7 +379,7 @@ class PlasticityGate:
             return
         if self._memory_size and classified.layer not in self.memory.layers:
             return  # batches are of several tasks: no row is gated, and nothing bounds the sharpness of a solved head
-        merged, old = self._merged(classified), self._pseudo_samples(classified.layer)
+        merged, old = self._merged(classified), self._pseudo_samples(classified)
         if not self._solve(classified, old, layers, merged, criterion):
             return
         below = {n: layers[n] for n in self._gated if n != classified.layer and n in observation.layers}
@@ -802,7 +802,7 @@ class PlasticityGate:
                 self.memory, old = follow_drift(self.memory, prepared, observation, layers, self.settings, now)
                 start = prepared.vectors
             else:
-                old = self._pseudo_samples(name)
+                old = self._pseudo_samples(classified)
             merged = {name: self._merged(classified, start)}
             solved = self._solve(classified, old, layers, merged[name], criterion)
         if self.readout_step and not solved:
@@ -867,10 +867,10 @@ class PlasticityGate:
         rank = self.rank_of(samples.layer, inputs, True)
         return old.merged(samples.inputs, int(samples.weight), 1.0, rank, start=start)
 
-    def _pseudo_samples(self, layer: str) -> PseudoSamples | None:
+    def _pseudo_samples(self, samples: ReadoutSamples) -> PseudoSamples | None:
         """Pseudo-samples of a readout's old classes; None for a new task's head."""
-        old = self.memory.layers.get(layer)
-        return None if old is None else pseudo_samples(old, min(self.settings.solve_samples, old.samples))
+        old = self.memory.layers.get(samples.layer)
+        return None if old is None else pseudo_samples(old, min(self.settings.solve_samples, old.samples), samples)
 
     def _features(
         self, observation: Observation, layers: Mapping[str, GatedLayer], rows: Tensor
@@ -890,14 +890,18 @@ class PlasticityGate:
 
         Their number is that of the new samples.
         """
-        known = self.memory.layers.get(observation.entrance or "")
-        if known is None or known.data_sums is None or observation.classified is None:
+        entrance = observation.entrance
+        if entrance is None or observation.classified is None:
+            return None
+        known = self.memory.layers.get(entrance)
+        if known is None or known.data_sums is None:
             return None
         readout = self.memory.layers.get(observation.classified.layer)
         if readout is None:
             return None
         known = replace(known, class_sums=known.data_sums, class_counts=readout.class_counts)
-        rows = pseudo_samples(known, len(observation.classified.targets)).inputs
+        seen = replace(observation.classified, inputs=observation.layers[entrance].inputs)
+        rows = pseudo_samples(known, len(seen.targets), seen).inputs
         features = self._features(observation, layers, rows)
         return None if features is None else (rows, features)
 

@@ -243,27 +243,29 @@ class PseudoSamples:
         return self.coordinates @ self.axes
 
     @property
-    def means(self) -> Tensor:
-        """Of the classes there are, shape (classes, d)."""
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Of the classes there are (classes, d), and their shares of the samples (classes,)."""
         _, places, counts = self.targets.unique(return_inverse=True, return_counts=True)
         sums = self.axes.new_zeros(len(counts), len(self.axes)).index_add_(0, places, self.coordinates)
-        return sums / counts.unsqueeze(1) @ self.axes
+        return sums / counts.unsqueeze(1) @ self.axes, counts / len(self.targets)
 
     def moved(self, drift: Callable[[Tensor], Tensor]) -> PseudoSamples:
         """The same after a linear drift, which moves input vectors (m, d)."""
         return replace(self, axes=drift(self.axes))
 
 
-def extended(memory: LayerMemory, means: Tensor) -> tuple[Tensor, Tensor]:
+def extended(memory: LayerMemory, means: Tensor, shares: Tensor, seen: ReadoutSamples) -> tuple[Tensor, Tensor]:
     r"""Directions in which classes can be told apart: a memory's eigenvectors, and what class means have beyond them.
 
-    Along a direction beyond the eigenvectors the second moment is not known. It is at most the smallest kept
-    eigenvalue, and at most the whole energy beyond. This bound is taken: of a CNN and a perceptron, on MNIST,
-    Fashion-MNIST and letters, the measured one was .5 to 1.5 times it (``docs/trials/rule.csv``).
+    The latter are the principal directions of the means' part beyond. A memory does not know the variance within
+    classes along them. It is measured on present samples, on average over these directions. (If each of them has a
+    class of its own, it is the mean eigenvalue beyond.) Directions in which the means differ by less than the standard
+    error of the mean of all samples are left out.
 
     Args:
-        memory: of a readout.
-        means: of classes, shape (classes, d).
+        memory: of a layer.
+        means, shares: of classes, shapes (classes, d) and (classes,).
+        seen: samples of the layer's inputs.
 
     Returns:
         Second moments along the directions (k,), eigenvectors first, and the directions (d, k).
@@ -271,14 +273,21 @@ def extended(memory: LayerMemory, means: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = memory.eigenvalues, memory.vectors
     if memory.is_complete:
         return values, vectors
-    others = len(vectors) - len(values)
-    beyond = torch.linalg.svd(means - (means @ vectors) @ vectors.T, full_matrices=False).Vh[:others].T
-    beyond = beyond - vectors @ (vectors.T @ beyond)  # arbitrary where nothing is beyond
-    most = torch.minimum(values[:1], others * memory.rest)
-    return torch.cat([values, most.expand(beyond.shape[1])]), torch.cat([vectors, beyond], 1)
+    rest = (means - (means @ vectors) @ vectors.T) * shares.sqrt().unsqueeze(1)
+    _, between, beyond = torch.linalg.svd(rest, full_matrices=False)
+    many = min(len(beyond), len(vectors) - len(values))
+    between, beyond = between[:many].square(), beyond[:many].T
+    beyond = beyond - vectors @ (vectors.T @ beyond)  # rounding has left some in so small a remainder
+    sums, counts = class_sums(seen)
+    known = sums / counts.clamp_min(1).unsqueeze(1)
+    n = len(seen.inputs)
+    free = n - int((counts > 0).sum())
+    within = ((seen.inputs - known[seen.targets]) @ beyond).square().sum() / (free * many) if free else memory.rest
+    beyond = beyond * (between > within / n)
+    return torch.cat([values, within + between]), torch.cat([vectors, beyond], 1)
 
 
-def pseudo_samples(memory: LayerMemory, least: int) -> PseudoSamples:
+def pseudo_samples(memory: LayerMemory, least: int, seen: ReadoutSamples) -> PseudoSamples:
     r"""Input vectors with the class means and covariances of a readout's memory.
 
     With the second moment :math:`C`, class means :math:`\mu_c`, class roots :math:`R_c` and shares :math:`p_c`, a
@@ -296,20 +305,19 @@ def pseudo_samples(memory: LayerMemory, least: int) -> PseudoSamples:
         memory: of a readout, with class sums.
         least: number of vectors, at least; two for each direction of a covariance are made in any case, and one more
             for each class and direction of its own.
+        seen: present samples of the layer's inputs.
     """
     assert memory.class_sums is not None and memory.class_counts is not None
     classes = memory.class_counts.nonzero().flatten()
     counts = memory.class_counts[classes]
     share, means = counts / counts.sum(), memory.class_sums[classes] / counts.unsqueeze(1)
-    moments, span = extended(memory, means)
+    moments, span = extended(memory, means, share, seen)
     roots = span.new_zeros(len(classes), 0, span.shape[1])
     if memory.class_roots is not None:
         roots = memory.class_roots[classes].to(span) @ span
-    kept, centers = len(memory.eigenvalues), (means @ span).double()
+    centers = (means @ span).double()
     own = (roots * share.sqrt()[:, None, None]).flatten(0, 1).double()
-    known = (centers.T * share) @ centers + own.T @ own
-    known[kept:, kept:] = 0  # the moments beyond the eigenvectors are those within classes
-    shared = moments.double().diag() - known
+    shared = moments.double().diag() - (centers.T * share) @ centers - own.T @ own
     values, vectors = torch.linalg.eigh(shared)
     root, k = vectors * values.clamp_min(0).sqrt(), roots.shape[1]
     least = max(least, 2 * (len(root) + len(own)) + len(classes) * (k + 1))  # each class loses k + 1 dimensions
@@ -414,10 +422,13 @@ def solve_readout(
         stored: stored samples of the old classes.
         trust: t, the share of the old loss that they stand for, 0 to 1; 0 without.
     """
-    sums, counts = class_sums(new)
-    means = [sums[counts > 0] / counts[counts > 0].unsqueeze(1)]
-    values, vectors = extended(merged, torch.cat(means if old is None else [*means, old.means]))
     share = 1 - int(new.weight) / merged.samples
+    sums, counts = class_sums(new)
+    counts = counts.clamp_min(torch.finfo(counts.dtype).tiny)
+    means, shares = sums / counts.unsqueeze(1), (1 - share) * counts / new.weight
+    if old is not None:
+        means, shares = torch.cat([means, old.means[0]]), torch.cat([shares, share * old.means[1]])
+    values, vectors = extended(merged, means, shares, new)
     ridge = settings.solve_ridge * merged.eigenvalues.sum() / len(vectors)
     scale = (values + ridge).clamp_min(torch.finfo(values.dtype).tiny).rsqrt()
     white = vectors * scale  # W = units white^T
