@@ -117,7 +117,12 @@ OTHERS = {"alignment_threshold": -1.0, "maximize": True, "weight_decay": 0.1, "b
 
 @pytest.mark.parametrize(
     "dtype, kwargs, consolidate_at",
-    [(torch.float32, {}, None), (torch.float32, OTHERS, 2), (torch.float64, {}, 2), (torch.float64, OTHERS, None)],
+    [
+        (torch.float32, {}, None),
+        (torch.float64, OTHERS, 2),
+        pytest.param(torch.float32, OTHERS, 2, marks=pytest.mark.slow),
+        pytest.param(torch.float64, {}, 2, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_compiled_path_equals_the_loop(dtype, kwargs, consolidate_at):
