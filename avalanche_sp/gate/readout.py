@@ -25,6 +25,7 @@ __all__ = [
     "ReadoutLoss",
     "ReadoutSamples",
     "agreement",
+    "class_means",
     "class_roots",
     "class_sums",
     "drift_map",
@@ -183,6 +184,12 @@ def class_sums(samples: ReadoutSamples) -> tuple[Tensor, Tensor]:
     return sums * scale, counts * scale
 
 
+def class_means(samples: ReadoutSamples) -> tuple[Tensor, Tensor]:
+    """Means of the input vectors by class (out, d), zero without samples, and numbers of samples as above (out,)."""
+    sums, counts = class_sums(samples)
+    return sums / counts.clamp_min(torch.finfo(counts.dtype).tiny).unsqueeze(1), counts
+
+
 def class_roots(samples: ReadoutSamples, old: LayerMemory | None, settings: Settings) -> Tensor:
     r"""Rows whose second moment is the leading part of each class's covariance, over old and new samples.
 
@@ -278,11 +285,10 @@ def extended(memory: LayerMemory, means: Tensor, shares: Tensor, seen: ReadoutSa
     many = min(len(beyond), len(vectors) - len(values))
     between, beyond = between[:many].square(), beyond[:many].T
     beyond = beyond - vectors @ (vectors.T @ beyond)  # rounding has left some in so small a remainder
-    sums, counts = class_sums(seen)
-    known = sums / counts.clamp_min(1).unsqueeze(1)
+    centers, counts = class_means(seen)
     n = len(seen.inputs)
     free = n - int((counts > 0).sum())
-    within = ((seen.inputs - known[seen.targets]) @ beyond).square().sum() / (free * many) if free else memory.rest
+    within = ((seen.inputs - centers[seen.targets]) @ beyond).square().sum() / (free * many) if free else memory.rest
     beyond = beyond * (between > within / n)
     return torch.cat([values, within + between]), torch.cat([vectors, beyond], 1)
 
@@ -423,9 +429,8 @@ def solve_readout(
         trust: t, the share of the old loss that they stand for, 0 to 1; 0 without.
     """
     share = 1 - int(new.weight) / merged.samples
-    sums, counts = class_sums(new)
-    counts = counts.clamp_min(torch.finfo(counts.dtype).tiny)
-    means, shares = sums / counts.unsqueeze(1), (1 - share) * counts / new.weight
+    means, counts = class_means(new)
+    shares = (1 - share) * counts / new.weight
     if old is not None:
         means, shares = torch.cat([means, old.means[0]]), torch.cat([shares, share * old.means[1]])
     values, vectors = extended(merged, means, shares, new)
