@@ -719,6 +719,18 @@ def test_of_a_loader_as_many_samples_are_run_as_of_a_dataset(total, classes, exp
     assert of_dataset.number == expected and of_dataset.classes == classes
 
 
+def test_a_short_dataset_is_read_once():
+    read = []
+
+    class Noted(TensorDataset):
+        def __getitem__(self, place):
+            read.append(place)
+            return super().__getitem__(place)
+
+    assert Samples.of(Noted(torch.zeros(400, 1), torch.arange(400) % 2), made()[2].observed).number == 400
+    assert read == list(range(400))
+
+
 @pytest.mark.parametrize("shape", [(256, 1, 28, 28), (1, 1, 28, 28), (256, 7, 12), (4096, 12)])
 def test_input_vectors_of_samples_are_spread_over_samples_and_places(shape):
     """Of images, of one that all samples share, of sequences, and of flattened sequences."""

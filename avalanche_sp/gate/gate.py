@@ -379,7 +379,7 @@ class PlasticityGate:
             return
         if self._memory_size and classified.layer not in self.memory.layers:
             return  # batches are of several tasks: no row is gated, and nothing bounds the sharpness of a solved head
-        merged, old = self._merged(classified), self._pseudo_samples(classified)
+        merged, old = self._merged(self.memory, classified), self._pseudo_samples(classified)
         if not self._solve(classified, old, layers, merged, criterion):
             return
         below = {n: layers[n] for n in self._gated if n != classified.layer and n in observation.layers}
@@ -794,21 +794,21 @@ class PlasticityGate:
             name for name in layers if self.boundaries != "continuous" and value_of(self.pull_back, name) > 0
         }
         classified, losses, solved = observation.classified, None, False
-        merged: dict[str, LayerMemory] = {}
+        memory, merged = self.memory, dict[str, LayerMemory]()  # self.memory stays until all has gone well
         if classified is not None and criterion is not None and self._solves(observation):
             name, start, prepared = classified.layer, None, self._prepared
             if prepared is not None and prepared.layer == name:
                 now = self._features(observation, layers, prepared.entered[0]) if prepared.entered is not None else None
-                self.memory, old = follow_drift(self.memory, prepared, observation, layers, self.settings, now)
+                memory, old = follow_drift(memory, prepared, observation, layers, self.settings, now)
                 start = prepared.vectors
             else:
                 old = self._pseudo_samples(classified)
-            merged = {name: self._merged(classified, start)}
+            merged = {name: self._merged(memory, classified, start)}
             solved = self._solve(classified, old, layers, merged[name], criterion)
         if self.readout_step and not solved:
             losses = self._stored_losses(observation, layers, criterion)
         self.memory = consolidate(
-            self.memory,
+            memory,
             observation,
             layers,
             merged,
@@ -860,10 +860,10 @@ class PlasticityGate:
         known = old.class_counts.nonzero().flatten()
         return bool((~torch.isin(samples.targets, known)).any())
 
-    def _merged(self, samples: ReadoutSamples, start: Tensor | None = None) -> LayerMemory:
+    def _merged(self, memory: Memory, samples: ReadoutSamples, start: Tensor | None = None) -> LayerMemory:
         """The readout's memory with that of an experience; ``start`` are eigenvectors that it had before training."""
         inputs = samples.inputs.shape[1]
-        old = self.memory.layers.get(samples.layer) or LayerMemory.empty(inputs, samples.inputs)
+        old = memory.layers.get(samples.layer) or LayerMemory.empty(inputs, samples.inputs)
         rank = self.rank_of(samples.layer, inputs, True)
         return old.merged(samples.inputs, int(samples.weight), 1.0, rank, start=start)
 

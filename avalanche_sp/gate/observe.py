@@ -151,8 +151,8 @@ class Samples:
         """
         if isinstance(data, Dataset) and hasattr(data, "__len__"):
             total = len(data)
-            batches = _read(data, first := limit(total, 1))
-            if (more := limit(total, _classes(batches))) > first:
+            batches = _read(data, first := min(limit(total, 1), total))
+            if (more := min(limit(total, _classes(batches)), total)) > first:
                 batches = _read(data, more)
         else:
             total, batches = _spread(data, limit)  # type: ignore[arg-type]  # an iterable dataset is one

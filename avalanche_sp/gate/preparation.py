@@ -36,7 +36,7 @@ class Preparation:
     Attributes:
         layer: the readout's name.
         inputs, targets: the readout's inputs (n, d) and their classes (n,).
-        old: of the old classes; None for a new task's head.
+        old: pseudo-samples of the old classes; None for a new task's head.
         entered: input vectors of the layer that data feed, drawn for the old classes (m, d'), and the readout's inputs
             that the network made of them (m, d); None if these are not known.
         vectors: leading eigenvectors of old and new inputs (d, k).

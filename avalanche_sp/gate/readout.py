@@ -262,12 +262,13 @@ class PseudoSamples:
 
 
 def extended(memory: LayerMemory, means: Tensor, shares: Tensor, seen: ReadoutSamples) -> tuple[Tensor, Tensor]:
-    r"""Directions in which classes can be told apart: a memory's eigenvectors, and what class means have beyond them.
+    r"""Directions in which classes can be told apart: a memory's eigenvectors, and the remainders of the class means.
 
-    The latter are the principal directions of the means' part beyond. A memory does not know the variance within
-    classes along them. It is measured on present samples, on average over these directions. (If each of them has a
-    class of its own, it is the mean eigenvalue beyond.) Directions in which the means differ by less than the standard
-    error of the mean of all samples are left out.
+    The remainder of a class mean is its part outside of the eigenvectors' span. The principal directions of all
+    remainders are taken. A memory knows no variance within classes along them. It is measured on present samples, on
+    average over these directions. If each sample has a class of its own, the mean of the eigenvalues that are not kept
+    stands for it. Directions in which the means differ by less than the standard error of the mean of all samples are
+    left out.
 
     Args:
         memory: of a layer.
@@ -280,11 +281,11 @@ def extended(memory: LayerMemory, means: Tensor, shares: Tensor, seen: ReadoutSa
     values, vectors = memory.eigenvalues, memory.vectors
     if memory.is_complete:
         return values, vectors
-    rest = (means - (means @ vectors) @ vectors.T) * shares.sqrt().unsqueeze(1)
-    _, between, beyond = torch.linalg.svd(rest, full_matrices=False)
+    remainders = (means - (means @ vectors) @ vectors.T) * shares.sqrt().unsqueeze(1)
+    _, between, beyond = torch.linalg.svd(remainders, full_matrices=False)
     many = min(len(beyond), len(vectors) - len(values))
     between, beyond = between[:many].square(), beyond[:many].T
-    beyond = beyond - vectors @ (vectors.T @ beyond)  # rounding has left some in so small a remainder
+    beyond = beyond - vectors @ (vectors.T @ beyond)  # small remainders are not orthogonal to the vectors: rounding
     centers, counts = class_means(seen)
     n = len(seen.inputs)
     free = n - int((counts > 0).sum())
@@ -301,11 +302,11 @@ def pseudo_samples(memory: LayerMemory, least: int, seen: ReadoutSamples) -> Pse
 
     .. math:: S = C - \sum_c p_c (\mu_c \mu_c^\top + R_c^\top R_c)
 
-    The vectors have these means and covariances exactly, along the memory's eigenvectors. What the means have beyond
-    these has the variance of :func:`extended`, and all else is left out. So a quadratic loss, for which the sum over
-    classes is enough, is exact if the memory keeps all eigenvectors. Without class roots it is the model of linear
-    discriminant analysis, and between that and quadratic discriminant analysis with them (compare J. H. Friedman:
-    Regularized discriminant analysis, JASA 1989).
+    The vectors have these means and covariances exactly, along the memory's eigenvectors. Along the remainders of the
+    means the variance is that of :func:`extended`. All other directions are left out. So a quadratic loss, for which
+    the sum over classes is enough, is exact if the memory keeps all eigenvectors. Without class roots it is the model
+    of linear discriminant analysis, and between that and quadratic discriminant analysis with them (compare J. H.
+    Friedman: Regularized discriminant analysis, JASA 1989).
 
     Args:
         memory: of a readout, with class sums.
@@ -411,8 +412,8 @@ def solve_readout(
         + t L(X_{stored} W^\top, y_{stored})\big)}{N_{new} + N_{old}}
         + \frac{\epsilon \kappa \bar\lambda}{2} \lVert W \rVert^2
 
-    by L-BFGS, along the leading eigenvectors of all inputs and along what the class means have beyond them
-    (:func:`extended`), in coordinates in which the second moment is the identity. The old classes' X are
+    by L-BFGS, along the leading eigenvectors of all inputs and the remainders of the class means (:func:`extended`), in
+    coordinates in which the second moment is the identity. The old classes' X are
     pseudo-samples; :math:`\kappa` is the loss's curvature at outputs of zero. It starts at the present weights, or at
     a Newton step from zero with the curvature :math:`\kappa` where the loss is lower there. For squared error and all
     eigenvectors the solution is the ridge regression on all data, if the old inputs have not moved. It does not depend
@@ -421,7 +422,7 @@ def solve_readout(
     Args:
         layer: the network's last, a linear one.
         new: samples of the experience.
-        old: of the old classes; None for a new task's head.
+        old: pseudo-samples of the old classes; None for a new task's head.
         merged: the memory with the experience.
         criterion: of (the network's outputs, class labels), a mean over samples.
         settings: the constants.
@@ -432,7 +433,8 @@ def solve_readout(
     means, counts = class_means(new)
     shares = (1 - share) * counts / new.weight
     if old is not None:
-        means, shares = torch.cat([means, old.means[0]]), torch.cat([shares, share * old.means[1]])
+        old_means, old_shares = old.means
+        means, shares = torch.cat([means, old_means]), torch.cat([shares, share * old_shares])
     values, vectors = extended(merged, means, shares, new)
     ridge = settings.solve_ridge * merged.eigenvalues.sum() / len(vectors)
     scale = (values + ridge).clamp_min(torch.finfo(values.dtype).tiny).rsqrt()
