@@ -45,11 +45,9 @@ from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.settings import Settings
 from avalanche_sp.gate.stream import StreamWatch
 from avalanche_sp.gate.trust import StoredSamples
+from avalanche_sp.gate.warn import warn_of_dead, warn_of_ungated, warn_of_unlearned, warn_of_unsolved
 
 __all__ = ["PlasticityGate"]
-
-_MOSTLY = 0.5  # of a layer's inputs are dead
-_HARDLY = 0.9  # an experience is hardly learned if this share of its loss, or more, is left
 
 
 def _model_of_inputs(model: nn.Module, inputs: Any) -> Any:
@@ -462,7 +460,8 @@ class PlasticityGate:
         if first and not self._memory_size:
             self._measure_norms(samples)
         observation = self._observed(samples, layers, criterion if self._measures_loss else None)
-        self._warn_of_unlearned(observation)
+        before, self._loss_before = self._loss_before, None
+        warn_of_unlearned(before, observation, self.memory, self.statistics, self.openness)
         self._remember(observation, layers, criterion)
         if first and self.readout_step:
             sensitivity = output_sensitivity(model, observation.inputs, layers, self._forward, observation.shared)
@@ -822,10 +821,11 @@ class PlasticityGate:
         self._prepared = None
         self._drift.forget()
         if self.memory.consolidations == 1:
-            self._warn_of_ungated(layers)
-            _warn_of_dead(observation)
+            gated = {p for name in self.memory.layers for p in layers[name].parameters}
+            warn_of_ungated(self._attached(), self._trained, gated, self._ungated_parameters(), self.ungated)
+            warn_of_dead(observation)
             if self._measures_loss and self.readout_step and not self._stream:
-                _warn_of_unsolved(observation)
+                warn_of_unsolved(observation)
 
     def _rate_of(self, layer: GatedLayer) -> float:
         """The learning rate of a layer's weights if steps are proportional to the gradient, as SGD's are, else 0."""
@@ -929,43 +929,6 @@ class PlasticityGate:
         gated = [layer for n, layer in layers.items() if n in self.memory.layers or n not in self._protected]
         return ungated_parameters(self._attached(), gated)
 
-    def _warn_of_ungated(self, layers: Mapping[str, GatedLayer]) -> None:
-        """Names the trained parameters that are not gated."""
-        model = self._attached()
-        trained = {p for name, p in model.named_parameters() if name in self._trained}
-        others = self._ungated_parameters()
-        names = [name or "the model" for name, own in others.items() if trained.intersection(own)]
-        if names:
-            count = sum(p.numel() for p in trained)
-            gated = sum(p.numel() for p in {p for n in self.memory.layers for p in layers[n].parameters})
-            kinds = {n: type(module).__name__ for n, module in model.named_modules() if n in others and n}
-            named = ", ".join(f"{name} ({kinds[name]})" if name in kinds else name for name in names)
-            then = "They are frozen from now on" if self.ungated == "freeze" else "They train ungated and may forget"
-            other = "train" if self.ungated == "freeze" else "freeze"
-            warnings.warn(
-                f"selective plasticity gates {100 * gated / count:.0f}% of the trained parameters. Not gated: {named}. "
-                f"{then} (ungated={other!r} changes this).",
-                stacklevel=2,
-            )
-
-    def _warn_of_unlearned(self, observation: Observation) -> None:
-        """Says so if an experience's loss hardly fell, and earlier experiences reached a lower one."""
-        (before, self._loss_before), now = (self._loss_before, None), observation.loss
-        if before is None or now is None or not self._gated:
-            return
-        if not now > max(_HARDLY * before, 2 * self.memory.loss):
-            return
-        passed = {name: s.openness for name, s in self.statistics.items()}
-        least = min(passed, key=lambda name: passed[name])
-        warnings.warn(
-            f"selective plasticity: experience {self.memory.consolidations + 1} was hardly learned. Its loss went from "
-            f"{float(before):.3g} to {float(now):.3g}, and earlier experiences ended at {float(self.memory.loss):.3g}. "
-            f"Of its input's energy the gate let {100 * passed[least]:.1f}% through at layer {least}, the least. A "
-            f"larger openness (now {value_of(self.openness, least):g}), a lower pull_back, a higher learning rate or "
-            "more steps let it learn more; openness=math.inf switches the gate off.",
-            stacklevel=3,
-        )
-
     def _stored_losses(self, observation, layers, criterion) -> list[ReadoutLoss] | None:
         """Losses of stored samples in the readout's weights; None if one has none."""
         readout = observation.readout
@@ -994,30 +957,6 @@ class PlasticityGate:
                 change = changes[name]
                 g.layer.set_weights(g.layer.weights_and_bias()[: len(change)] + g.gate.through(change, g.memory))
                 self._drift.rebase(name)
-
-
-def _warn_of_dead(observation: Observation) -> None:
-    """Says so if the first experience has left a layer few live inputs, for no gate can bring them back."""
-    dead = {name: seen.dead for name, seen in observation.layers.items()}
-    name, share = max(dead.items(), key=lambda layer: layer[1], default=("", 0.0))
-    if share > _MOSTLY:
-        warnings.warn(
-            f"selective plasticity: {100 * share:.0f}% of the inputs of layer {name} are zero for every sample of "
-            "the first experience (dead units). Later experiences learn from the others. A lower learning rate in the "
-            "first experience leaves more of them alive.",
-            stacklevel=2,
-        )
-
-
-def _warn_of_unsolved(observation: Observation) -> None:
-    """Says so if the readout cannot be solved, for without it new classes are learned little."""
-    if observation.layers and observation.classified is None and observation.readout is None:
-        warnings.warn(
-            "selective plasticity cannot solve the last layer for old and new classes together, and gates it as any "
-            "other. It is solved if the network returns that layer's outputs (n, classes), a multiple of them, or "
-            "their softmax, log-softmax or sigmoid, and the targets are class labels or the loss is a squared error.",
-            stacklevel=2,
-        )
 
 
 class _Hook:

@@ -1,0 +1,104 @@
+"""What a gate says at a consolidation, if something is not gated, not learned or not solved: one warning with names."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+
+from torch import Tensor, nn
+
+from avalanche_sp.gate.layer_gate import StreamStatistics
+from avalanche_sp.gate.memory import Memory
+from avalanche_sp.gate.observe import Observation
+from avalanche_sp.gate.per_layer import PerLayer, value_of
+
+__all__ = ["warn_of_dead", "warn_of_ungated", "warn_of_unlearned", "warn_of_unsolved"]
+
+_MOSTLY = 0.5  # of a layer's inputs are dead
+_HARDLY = 0.9  # an experience is hardly learned if this share of its loss, or more, is left
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"selective plasticity{message}", stacklevel=4)
+
+
+def warn_of_ungated(
+    model: nn.Module,
+    trained: Collection[str],
+    gated: Collection[nn.Parameter],
+    ungated: Mapping[str, list[nn.Parameter]],
+    then: str,
+) -> None:
+    """Names the trained parameters that are not gated.
+
+    Args:
+        trained: names of the parameters that have been trained.
+        gated: the gated parameters.
+        ungated: parameters without a memory, by the name of their module.
+        then: what happens to these, ``"freeze"`` or ``"train"``.
+    """
+    parameters = {p for name, p in model.named_parameters() if name in trained}
+    names = [name or "the model" for name, own in ungated.items() if parameters.intersection(own)]
+    if names:
+        share = sum(p.numel() for p in gated) / sum(p.numel() for p in parameters)
+        kinds = {name: type(module).__name__ for name, module in model.named_modules() if name in ungated and name}
+        named = ", ".join(f"{name} ({kinds[name]})" if name in kinds else name for name in names)
+        freezes = then == "freeze"
+        happens = "They are frozen from now on" if freezes else "They train ungated and may forget"
+        other = "train" if freezes else "freeze"
+        _warn(
+            f" gates {100 * share:.0f}% of the trained parameters. Not gated: {named}. {happens} (ungated={other!r} "
+            "changes this)."
+        )
+
+
+def warn_of_unlearned(
+    before: Tensor | None,
+    observation: Observation,
+    memory: Memory,
+    statistics: Mapping[str, StreamStatistics],
+    openness: PerLayer[float],
+) -> None:
+    """Says so if an experience's loss hardly fell, and earlier experiences reached a lower one.
+
+    Args:
+        before: the loss on its samples before it, 0-dim; None if it is not known.
+        observation: after it.
+        memory: of the earlier experiences.
+        statistics: of the gated layers' inputs, by name.
+        openness: the gate's.
+    """
+    now = observation.loss
+    if before is None or now is None or not statistics or not now > max(_HARDLY * before, 2 * memory.loss):
+        return
+    passed = {name: s.openness for name, s in statistics.items()}
+    least = min(passed, key=lambda name: passed[name])
+    _warn(
+        f": experience {memory.consolidations + 1} was hardly learned. Its loss went from {float(before):.3g} to "
+        f"{float(now):.3g}, and earlier experiences ended at {float(memory.loss):.3g}. Of its input's energy the gate "
+        f"let {100 * passed[least]:.1f}% through at layer {least}, the least. A larger openness (now "
+        f"{value_of(openness, least):g}), a lower pull_back, a higher learning rate or more steps let it learn more; "
+        "openness=math.inf switches the gate off."
+    )
+
+
+def warn_of_dead(observation: Observation) -> None:
+    """Says so if the first experience has left a layer few live inputs, for no gate can bring them back."""
+    dead = {name: seen.dead for name, seen in observation.layers.items()}
+    name, share = max(dead.items(), key=lambda layer: layer[1], default=("", 0.0))
+    if share > _MOSTLY:
+        _warn(
+            f": {100 * share:.0f}% of the inputs of layer {name} are zero for every sample of the first experience "
+            "(dead units). Later experiences learn from the others. A lower learning rate in the first experience "
+            "leaves more of them alive."
+        )
+
+
+def warn_of_unsolved(observation: Observation) -> None:
+    """Says so if the readout cannot be solved, for without it new classes are learned little."""
+    if observation.layers and observation.classified is None and observation.readout is None:
+        _warn(
+            " cannot solve the last layer for old and new classes together, and gates it as any other. It is solved if "
+            "the network returns that layer's outputs (n, classes), a multiple of them, or their softmax, log-softmax "
+            "or sigmoid, and the targets are class labels or the loss is a squared error."
+        )
