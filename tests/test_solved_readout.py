@@ -19,7 +19,15 @@ from avalanche_sp.gate.layer_gate import LayerGate
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory, Memory
 from avalanche_sp.gate.observe import Observation
-from avalanche_sp.gate.preparation import Preparation, features_of, follow_drift, output_sensitivity
+from avalanche_sp.gate.preparation import (
+    DrawnInputs,
+    Preparation,
+    _unexplained,
+    draw_inputs,
+    features_of,
+    follow_drift,
+    output_sensitivity,
+)
 from avalanche_sp.gate.readout import (
     PseudoSamples,
     ReadoutSamples,
@@ -257,23 +265,75 @@ def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
         torch.testing.assert_close(moved[1].inputs, samples_of_old, atol=0.05 * where, rtol=0)
 
 
+def in_order(x, y):
+    order = y.argsort()
+    return x[order], y[order]
+
+
+def followed(old, new, change):
+    """The memory of old inputs and their pseudo-samples, these themselves, after ``change`` of (inputs, classes)."""
+    drawn = DrawnInputs(torch.zeros(0), torch.cat([old[0], new[0]]), old[1], new[1])
+    prepared = Preparation("head", *new, PseudoSamples(old[0], torch.eye(13), old[1]), drawn, torch.eye(13), {}, {}, {})
+    now = ReadoutSamples("head", change(*new), new[1], torch.full((6,), torch.nan), len(new[1]))
+    seen = Observation({}, len(new[1]), 2, torch.zeros(()), None, now)
+    layers, settings = {"head": GatedLayer(nn.Linear(12, 6))}, replace(SETTINGS, drift_ridge=1e-4)
+    after = change(drawn.features, torch.cat([old[1], new[1]]))
+    memory, pseudo = follow_drift(Memory({"head": remembered(*old)}), prepared, seen, layers, settings, after)
+    return memory.layers["head"], pseudo
+
+
 def test_old_inputs_that_are_run_through_the_network_tell_their_drift():
-    """New inputs stand still, old ones move: the first order knows nothing of it here."""
-    old, (x, y) = samples(0, (0, 1)), samples(1, (2, 3))
+    """The first order knows nothing of it here."""
     mixing = 0.2 * torch.randn(13, 13, generator=torch.Generator().manual_seed(3))
-    memory = Memory({"head": remembered(*old)})
-    drawn = PseudoSamples(old[0], torch.eye(13), old[1])
-    prepared = Preparation("head", x, y, drawn, (old[0][:, :5], old[0]), torch.eye(13), {}, {}, {})
-    now = ReadoutSamples("head", x + x @ mixing, y, torch.full((6,), torch.nan), len(x))
-    seen = Observation({}, len(x), 2, torch.zeros(()), None, now)
-    layers = {"head": GatedLayer(nn.Linear(12, 6))}
-    settings = replace(SETTINGS, drift_ridge=1e-4)
-    followed, moved = follow_drift(memory, prepared, seen, layers, settings, old[0] + old[0] @ mixing)
-    inputs, classes = moved.inputs, moved.targets
-    torch.testing.assert_close(inputs, old[0] + old[0] @ mixing, atol=0.1, rtol=0.01)
-    torch.testing.assert_close(classes, old[1])
-    expected = remembered(inputs, classes).class_sums
-    torch.testing.assert_close(followed.layers["head"].class_sums, expected, atol=1e-2, rtol=1e-3)
+    old, new = in_order(*samples(0, (0, 1))), in_order(*samples(1, (2, 3)))
+    known, pseudo = followed(old, new, lambda x, y: x + x @ mixing)
+    torch.testing.assert_close(pseudo.targets, old[1])
+    expected = remembered(old[0] + old[0] @ mixing, old[1])
+    torch.testing.assert_close(known.class_sums, expected.class_sums, atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(known.roots.T @ known.roots, expected.roots.T @ expected.roots, atol=1e-2, rtol=1e-3)
+
+
+def test_each_class_moves_and_scatters_as_its_drawn_inputs_though_no_linear_map_does():
+    generator = torch.Generator().manual_seed(3)
+    shifts, wide = 5 * torch.randn(6, 13, generator=generator), torch.tensor([0.1, 1.0, 2.0, 0.3, 1.0, 1.0])
+    old, new = in_order(*samples(0, (0, 1, 2))), in_order(*samples(1, (3, 4)))
+
+    def change(x, y):
+        return x + shifts[y] + wide[y].unsqueeze(1) * torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
+
+    known, pseudo = followed(old, new, change)
+    expected = change(*old)
+    for label in range(3):
+        ours, real = pseudo.inputs[pseudo.targets == label], expected[old[1] == label]
+        torch.testing.assert_close(ours.mean(0), real.mean(0), atol=0.05 * float(shifts.norm(dim=1).mean()), rtol=0)
+        torch.testing.assert_close(ours.var(0).sum(), real.var(0).sum(), atol=0, rtol=0.1)
+    memory = remembered(pseudo.inputs, pseudo.targets)
+    torch.testing.assert_close(known.class_sums, memory.class_sums, atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(known.roots.T @ known.roots, memory.roots.T @ memory.roots, atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(known.mean_eigenvalue, memory.mean_eigenvalue, atol=1e-2, rtol=1e-3)
+
+
+def test_what_no_map_explains_is_given_in_turn_and_its_class_means_as_far_as_they_are_known():
+    left, sources = torch.tensor([[1.0], [3.0], [-2.0], [-2.0]]), torch.tensor([0, 0, 2, 2])
+    targets = torch.tensor([0, 0, 0, 2])
+    # Means 2 and -2, scatter 2 / 2 within classes: the standard error of a mean is 1/2.
+    for error, kept in ((0.0, 1 - 0.5 / 4), (1.5, 0.5), (9.0, 0.0)):
+        expected = torch.tensor([[-1.0], [1.0], [-1.0], [0.0]]) + kept * torch.tensor([[2.0], [2.0], [2.0], [-2.0]])
+        torch.testing.assert_close(_unexplained(left, sources, torch.tensor(error), targets), expected)
+
+
+def test_new_classes_are_drawn_with_their_means_and_the_old_covariance():
+    x, y = in_order(*samples(1, (3, 4), 3000))
+    seen = ReadoutSamples("", x, y, torch.full((6,), torch.nan), len(x))
+    rows, old, new = draw_inputs(remembered(*samples(0, (0, 1))), seen)
+    assert old.unique().tolist() == [0, 1] and new.unique().tolist() == [3, 4] and len(rows) == len(old) + len(new)
+    drawn, made = rows[: len(old)], rows[len(old) :]
+    for label in (3, 4):
+        deviation = made[new == label].mean(0) - x[y == label].mean(0)
+        assert deviation.norm() < 0.3 * drawn.std(0).norm()
+    within = [torch.cat([r[t == c] - r[t == c].mean(0) for c in t.unique()]) for r, t in ((drawn, old), (made, new))]
+    scale = float(covariance(within[0]).diagonal().max())
+    torch.testing.assert_close(covariance(within[1]), covariance(within[0]), atol=0.25 * scale, rtol=0)
 
 
 class Skip(nn.Module):

@@ -38,7 +38,15 @@ from avalanche_sp.gate.observe import (
 )
 from avalanche_sp.gate.penalty import Drift, Gated
 from avalanche_sp.gate.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
-from avalanche_sp.gate.preparation import Preparation, features_of, follow_drift, output_sensitivity, sharpness
+from avalanche_sp.gate.preparation import (
+    DrawnInputs,
+    Preparation,
+    draw_inputs,
+    features_of,
+    follow_drift,
+    output_sensitivity,
+    sharpness,
+)
 from avalanche_sp.gate.processes import mean_over_processes
 from avalanche_sp.gate.readout import PseudoSamples, ReadoutLoss, ReadoutSamples, pseudo_samples, solve_readout
 from avalanche_sp.gate.rows import StreamRows
@@ -797,7 +805,8 @@ class PlasticityGate:
         if classified is not None and criterion is not None and self._solves(observation):
             name, start, prepared = classified.layer, None, self._prepared
             if prepared is not None and prepared.layer == name:
-                now = self._features(observation, layers, prepared.entered[0]) if prepared.entered is not None else None
+                told = prepared.entered
+                now = None if told is None else self._features(observation, layers, told.rows)
                 memory, old = follow_drift(memory, prepared, observation, layers, self.settings, now)
                 start = prepared.vectors
             else:
@@ -883,27 +892,19 @@ class PlasticityGate:
         with self._not_listening():
             return features_of(model, inputs, rows, layers[entrance], layers[classified.layer], self._forward)
 
-    def _entered(
-        self, observation: Observation, layers: Mapping[str, GatedLayer]
-    ) -> tuple[Tensor, Tensor] | None:
-        """Input vectors of the layer that data feed, drawn for old classes, and the readout's inputs; None if unknown.
-
-        Their number is that of the new samples.
-        """
+    def _entered(self, observation: Observation, layers: Mapping[str, GatedLayer]) -> DrawnInputs | None:
+        """Input vectors of the layer that data feed, drawn for old and new classes; None if these are unknown."""
         entrance = observation.entrance
         if entrance is None or observation.classified is None:
             return None
-        known = self.memory.layers.get(entrance)
-        if known is None or known.data_sums is None:
-            return None
-        readout = self.memory.layers.get(observation.classified.layer)
-        if readout is None:
+        known, readout = (self.memory.layers.get(name) for name in (entrance, observation.classified.layer))
+        if known is None or known.data_sums is None or readout is None:
             return None
         known = replace(known, class_sums=known.data_sums, class_counts=readout.class_counts)
         seen = replace(observation.classified, inputs=observation.layers[entrance].inputs)
-        rows = pseudo_samples(known, len(seen.targets), seen).inputs
+        rows, old, new = draw_inputs(known, seen)
         features = self._features(observation, layers, rows)
-        return None if features is None else (rows, features)
+        return None if features is None else DrawnInputs(rows, features, old, new)
 
     def _solve(
         self,

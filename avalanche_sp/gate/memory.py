@@ -113,13 +113,32 @@ class LayerMemory:
             drift: moves input vectors (m, d).
         """
         roots = drift(self.roots)
-        values = roots.square().sum(1)
-        vectors = (roots / values.sqrt().clamp_min(torch.finfo(roots.dtype).tiny).unsqueeze(1)).T
-        mean = self.mean_eigenvalue + (values.sum() - self.eigenvalues.sum()) / len(self.vectors)
+        mean = self.mean_eigenvalue + (roots.square().sum() - self.eigenvalues.sum()) / len(self.vectors)
         sums = None if self.class_sums is None else drift(self.class_sums)
         own = self.class_roots
         if own is not None:
             own = drift(own.flatten(0, 1).to(roots)).view_as(own).to(own)
+        return self._to_be_merged(roots, mean, sums, own)
+
+    def resampled(self, before: Tensor, after: Tensor, targets: Tensor) -> LayerMemory:
+        """The memory after its inputs have changed as samples of them did, to be merged as that of :meth:`moved`.
+
+        Args:
+            before, after: samples (n, d) with the class means and the second moment of this memory, and what they are
+                now.
+            targets: their classes (n,), all that have come.
+        """
+        assert self.class_sums is not None and self.class_counts is not None
+        counts = self.class_counts
+        each = counts / torch.bincount(targets, minlength=len(counts)).clamp_min(1)  # inputs that a sample stands for
+        weight = (each / counts.sum())[targets].unsqueeze(1)
+        mean = self.mean_eigenvalue + (weight * (after.square() - before.square())).sum() / len(self.vectors)
+        sums = torch.zeros_like(self.class_sums).index_add_(0, targets, after) * each.unsqueeze(1)
+        return self._to_be_merged(after * weight.sqrt(), mean, sums, self.class_roots)
+
+    def _to_be_merged(self, roots: Tensor, mean: Tensor, sums: Tensor | None, own: Tensor | None) -> LayerMemory:
+        values = roots.square().sum(1)
+        vectors = (roots / values.sqrt().clamp_min(torch.finfo(roots.dtype).tiny).unsqueeze(1)).T
         return replace(
             self, eigenvalues=values, vectors=vectors, mean_eigenvalue=mean, class_sums=sums, class_roots=own
         )

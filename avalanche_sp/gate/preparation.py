@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layers import GatedLayer
-from avalanche_sp.gate.memory import Memory
+from avalanche_sp.gate.memory import LayerMemory, Memory
 from avalanche_sp.gate.observe import (
     BATCH,
     Forward,
@@ -23,10 +23,60 @@ from avalanche_sp.gate.observe import (
     evaluation_mode,
     some_rows,
 )
-from avalanche_sp.gate.readout import PseudoSamples, agreement, drift_map
+from avalanche_sp.gate.readout import (
+    PseudoSamples,
+    ReadoutSamples,
+    agreement,
+    class_means,
+    drift_map,
+    pseudo_samples,
+)
 from avalanche_sp.gate.settings import Settings
 
-__all__ = ["Preparation", "Sensitivity", "features_of", "follow_drift", "output_sensitivity", "sharpness"]
+__all__ = [
+    "DrawnInputs",
+    "Preparation",
+    "Sensitivity",
+    "draw_inputs",
+    "features_of",
+    "follow_drift",
+    "output_sensitivity",
+    "sharpness",
+]
+
+
+@dataclass(frozen=True)
+class DrawnInputs:
+    """Inputs that a network has run on, drawn for old and new classes (:func:`draw_inputs`), old ones first.
+
+    Attributes:
+        rows: input vectors of the layer that data feed (n, d').
+        features: the readout's inputs that the network made of them (n, d).
+        old, new: their classes.
+    """
+
+    rows: Tensor
+    features: Tensor
+    old: Tensor
+    new: Tensor
+
+
+def draw_inputs(memory: LayerMemory, seen: ReadoutSamples) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws input vectors for old classes, and for new ones with the same covariance.
+
+    Args:
+        memory: of a layer that data feed, with class sums.
+        seen: present samples of its inputs. As many are drawn for old classes, and at most 256 for new ones.
+
+    Returns:
+        Rows (n, d), and the classes of the first, old, and of the last, new.
+    """
+    drawn = pseudo_samples(memory, len(seen.targets), seen)
+    rows, (means, counts) = drawn.inputs, class_means(seen)
+    deviations = some_rows(rows - _by_class(rows, drawn.targets, len(seen.masked))[0][drawn.targets])
+    new = counts.nonzero().flatten()
+    new = new[torch.arange(len(deviations), device=new.device) % len(new)]
+    return torch.cat([rows, deviations + means[new]]), drawn.targets, new
 
 
 @dataclass(frozen=True)
@@ -37,8 +87,7 @@ class Preparation:
         layer: the readout's name.
         inputs, targets: the readout's inputs (n, d) and their classes (n,).
         old: pseudo-samples of the old classes; None for a new task's head.
-        entered: input vectors of the layer that data feed, drawn for the old classes (m, d'), and the readout's inputs
-            that the network made of them (m, d); None if these are not known.
+        entered: drawn inputs, on which the network has run; None if they are not known.
         vectors: leading eigenvectors of old and new inputs (d, k).
         weights: of the layers below, by name: (out, d).
         sensitivity: of the network's outputs to their outputs, the mean (:class:`Sensitivity`).
@@ -50,7 +99,7 @@ class Preparation:
     inputs: Tensor
     targets: Tensor
     old: PseudoSamples | None
-    entered: tuple[Tensor, Tensor] | None
+    entered: DrawnInputs | None
     vectors: Tensor
     weights: dict[str, Tensor]
     sensitivity: dict[str, Tensor]
@@ -58,11 +107,14 @@ class Preparation:
 
     def state_dict(self) -> dict:
         """Tensors and numbers by field."""
-        return {**vars(self), "old": None if self.old is None else vars(self.old)}
+        nested = {name: getattr(self, name) for name in ("old", "entered")}
+        return vars(self) | {name: None if value is None else vars(value) for name, value in nested.items()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping) -> Preparation:
-        return cls(**{**state, "old": None if state["old"] is None else PseudoSamples(**state["old"])})
+        old, entered = state["old"], state["entered"]
+        old = None if old is None else PseudoSamples(**old)
+        return cls(**{**state, "old": old, "entered": None if entered is None else DrawnInputs(**entered)})
 
 
 @dataclass(frozen=True)
@@ -191,12 +243,13 @@ def follow_drift(
 ) -> tuple[Memory, PseudoSamples | None]:
     """Moves the memory of the readout's old inputs as far as the layers below have moved them.
 
-    The map is learned on new inputs (:func:`~avalanche_sp.gate.readout.drift_map`), and on old ones if the network can
-    be run on inputs that are drawn for the old classes. Without these its share is the root of the change of the
-    outputs by the updates on old inputs over that on new ones, to first order, with each layer's sensitivity. In a deep
-    network whose layers move each other's inputs the first order tells next to nothing. If it explains less than
-    1/500 of the change of the new outputs (``drift_first_order``), and the new classes agree on the map
-    (:func:`~avalanche_sp.gate.readout.agreement`), the share is 1.
+    A linear map is learned on new inputs (:func:`~avalanche_sp.gate.readout.drift_map`). If the network can be run on
+    inputs that are drawn for the old classes, the map is learned on these also, and what it leaves of their changes
+    is added to the inputs of the same class (:func:`_unexplained`). Without them the map's share is the root of the
+    change of the outputs by the updates on old inputs over that on new ones, to first order, with each layer's
+    sensitivity. In a deep network whose layers move each other's inputs the first order tells next to nothing. If it
+    explains less than 1/500 of the change of the new outputs (``drift_first_order``), and the new classes agree on the
+    map (:func:`~avalanche_sp.gate.readout.agreement`), the share is 1.
 
     Args:
         memory: before the experience.
@@ -209,21 +262,76 @@ def follow_drift(
     Returns:
         The memory, and the pseudo-samples of the old classes.
     """
-    now, drawn = observation.classified, prepared.old
+    now, drawn, told = observation.classified, prepared.old, prepared.entered
     if now is None or drawn is None or not torch.equal(prepared.targets, now.targets):
         return memory, drawn
-    before, after, share = prepared.inputs, now.inputs, 1.0
-    if prepared.entered is not None and entered is not None:
-        before, after = torch.cat([before, prepared.entered[1]]), torch.cat([after, entered])
-    else:
+    known, before, after = memory.layers[now.layer], prepared.inputs, now.inputs
+    if told is None or entered is None:
         share = _share_of_old(memory, prepared, observation, layers, settings)
-    of_rows = drift_map(before, after, prepared.vectors, settings)
+        of_new = drift_map(before, after, prepared.vectors, settings)
 
-    def move(rows: Tensor) -> Tensor:
-        return rows + share * of_rows(rows)
+        def move(rows: Tensor) -> Tensor:
+            return rows + share * of_new(rows)
 
-    moved = memory.layers[now.layer].moved(move)
-    return replace(memory, layers={**memory.layers, now.layer: moved}), drawn.moved(move)
+        known, old = known.moved(move), drawn.moved(move)
+    else:
+        n = len(told.old)
+        first, then = told.features[:n], entered[:n]
+        of_all = drift_map(torch.cat([before, first]), torch.cat([after, then]), prepared.vectors, settings)
+        known, old = known.moved(lambda rows: rows + of_all(rows)), drawn.moved(lambda rows: rows + of_all(rows))
+        error = _error_of_drawn(entered[n:] - told.features[n:], told.new, after - before, now.targets)
+        left, inputs = then - first - of_all(first), old.inputs
+        changed = inputs + _unexplained(left, told.old, error, old.targets)
+        known = known.resampled(inputs, changed, old.targets)
+        old = PseudoSamples(changed, torch.eye(changed.shape[1], device=changed.device), old.targets)
+    return replace(memory, layers={**memory.layers, now.layer: known}), old
+
+
+def _by_class(rows: Tensor, targets: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Means of rows (n, d) by class (classes, d), zero without rows, and their numbers (classes,)."""
+    counts = torch.bincount(targets, minlength=classes)
+    sums = rows.new_zeros(classes, rows.shape[1]).index_add_(0, targets, rows)
+    return sums / counts.clamp_min(1).unsqueeze(1), counts
+
+
+def _error_of_drawn(changes: Tensor, classes: Tensor, real: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared distance of the class means of changes, of drawn inputs and of real ones of the same classes, 0-dim.
+
+    Args:
+        changes, classes: of drawn inputs, shapes (m, d) and (m,).
+        real, targets: of real ones, shapes (n, d) and (n,).
+    """
+    told, counts = _by_class(changes, classes, int(targets.max()) + 1)
+    distance = told - _by_class(real, targets, len(told))[0]
+    return distance.square().sum() / (counts > 0).sum()
+
+
+def _unexplained(left: Tensor, sources: Tensor, error: Tensor, targets: Tensor) -> Tensor:
+    r"""What a linear map leaves of changes, given to other samples of the same classes.
+
+    Each sample gets what is left of a drawn input of its class, in turn (the bootstrap of residuals, B. Efron 1979). So
+    their scatter is kept. The class means :math:`r_c` of what is left are multiplied by
+
+    .. math:: \max(0, 1 - (e^2 + s^2) / \overline{\lVert r_c \rVert^2})
+
+    with :math:`s^2` the squared standard error of a mean and :math:`e^2` the squared error with which drawn inputs tell
+    the change of a class (W. James, C. Stein: Estimation with quadratic loss, 1961).
+
+    Args:
+        left: rows (m, d), of drawn inputs.
+        sources: their classes (m,), in rising order.
+        error: e^2, 0-dim.
+        targets: classes of the samples (n,), in rising order.
+    """
+    means, counts = _by_class(left, sources, int(sources.max()) + 1)
+    known = counts > 0
+    scatter = (left - means[sources]).square().sum() / (len(left) - known.sum()).clamp_min(1)
+    noise = error + scatter * (1 / counts[known]).mean()
+    kept = (1 - noise / means[known].square().sum(1).mean().clamp_min(torch.finfo(left.dtype).tiny)).clamp(0, 1)
+    left = left - (1 - kept) * means[sources]
+    numbers = torch.bincount(targets)
+    turn = torch.arange(len(targets), device=targets.device) - (numbers.cumsum(0) - numbers)[targets]
+    return left[(counts.cumsum(0) - counts)[targets] + turn % counts[targets]]
 
 
 def _share_of_old(
