@@ -303,7 +303,7 @@ def _error_of_drawn(changes: Tensor, classes: Tensor, real: Tensor, targets: Ten
     """
     told, counts = _by_class(changes, classes, int(targets.max()) + 1)
     distance = told - _by_class(real, targets, len(told))[0]
-    return distance.square().sum() / (counts > 0).sum()
+    return distance[counts > 0].square().sum(1).mean()
 
 
 def _unexplained(left: Tensor, sources: Tensor, error: Tensor, targets: Tensor) -> Tensor:
