@@ -22,6 +22,7 @@ from avalanche_sp.gate.observe import Observation
 from avalanche_sp.gate.preparation import (
     DrawnInputs,
     Preparation,
+    _error_of_drawn,
     _unexplained,
     draw_inputs,
     features_of,
@@ -322,6 +323,18 @@ def test_what_no_map_explains_is_given_in_turn_and_its_class_means_as_far_as_the
         torch.testing.assert_close(_unexplained(left, sources, torch.tensor(error), targets), expected)
 
 
+def test_the_error_of_drawn_inputs_is_that_of_their_class_means_without_noise():
+    generator = torch.Generator().manual_seed(0)
+    classes, targets = torch.arange(4000) % 4, torch.arange(9000) % 5  # one class without a drawn input
+    drawn, real = (torch.randn(n, 8, generator=generator) for n in (4000, 9000))
+    assert _error_of_drawn(drawn, classes, real, targets) < 3e-3
+    far = torch.tensor([0.0, 1.0, 0.0, 2.0])[classes].unsqueeze(1)
+    error = _error_of_drawn(0.1 * drawn + far, classes, 0.1 * real, targets)
+    torch.testing.assert_close(error, torch.tensor(10.0), atol=0.1, rtol=0)
+    few = [_error_of_drawn(drawn[i : i + 40], classes[:40], real, targets) for i in range(0, 4000, 40)]
+    assert torch.stack(few).mean() < 0.3  # the squared standard error of a mean is 0.8
+
+
 def test_new_classes_are_drawn_with_their_means_and_the_old_covariance():
     x, y = in_order(*samples(1, (3, 4), 3000))
     seen = ReadoutSamples("", x, y, torch.full((6,), torch.nan), len(x))
@@ -362,6 +375,44 @@ def test_the_network_runs_on_input_vectors_of_its_first_layer_if_nothing_else_de
     assert run(skip, skip.first, skip.head, other.flatten(1)) is None
     convolution = nn.Sequential(nn.Conv2d(1, 2, (3, 4)), nn.Flatten(), nn.Linear(2, 6))
     assert run(convolution, convolution[0], convolution[2], other.unsqueeze(1)) is None
+
+
+class Heads(nn.Module):
+    def __init__(self, *sizes):
+        super().__init__()
+        self.first, self.task = nn.Linear(784, 64), 0
+        self.heads = nn.ModuleList(nn.Linear(64, size) for size in sizes)
+
+    def forward(self, x):
+        return self.heads[self.task](self.first(x.flatten(1)).relu())
+
+
+def test_heads_of_different_sizes_share_no_sums_of_the_data(split5):
+    torch.manual_seed(0)
+    model = Heads(5, 3)
+    gate = PlasticityGate(model, torch.optim.Adam(model.parameters()))
+    for model.task, experience in enumerate(split5.train_stream[:2]):
+        x, y = experience.dataset.read_batch(list(range(200)))[:2]
+        gate.prepare(task := TensorDataset(x, y % 2), nn.CrossEntropyLoss())
+        gate.consolidate(task, nn.CrossEntropyLoss())
+        assert (gate.memory.layers["first"].data_sums is None) == (model.task == 1)
+
+
+def test_old_features_are_followed_in_double_precision(split5):
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = mlp(32)
+        adam = torch.optim.Adam(model.parameters())
+        gate = PlasticityGate(model, adam)
+        for experience in split5.train_stream[:2]:
+            x, y = experience.dataset.read_batch(list(range(200)))[:2]
+            gate.prepare(task := TensorDataset(x.double(), y), nn.CrossEntropyLoss())
+            nn.functional.cross_entropy(model(x.double()), y).backward()
+            adam.step()
+            gate.consolidate(task, nn.CrossEntropyLoss())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert gate.memory.consolidations == 2
 
 
 def readouts_after(benchmark, criterion, told=True, hidden=256):

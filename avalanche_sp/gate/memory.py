@@ -38,7 +38,7 @@ class LayerMemory:
         class_roots: (out, k, d), in half precision (bfloat16): rows of each class whose second moment is the leading
             part of its covariance. None if the loss is quadratic, which needs no more than the shared second moment.
         data_sums: (out, d), of the input vectors by class, for the one layer that data feed; None for other layers, if
-            the loss is quadratic, and if there are more classes than the layer has units.
+            the loss is quadratic, for several heads, and if there are more classes than the layer has units.
         sharpness: leading eigenvalue of the Gauss-Newton matrix in the layer's weights at the end of the first
             experience, without the loss's curvature, 0-dim; None if it was not measured.
         fed_by_data: True if no trained layer makes this layer's input.
@@ -121,12 +121,14 @@ class LayerMemory:
         return self._to_be_merged(roots, mean, sums, own)
 
     def resampled(self, before: Tensor, after: Tensor, targets: Tensor) -> LayerMemory:
-        """The memory after its inputs have changed as samples of them did, to be merged as that of :meth:`moved`.
+        """The memory of the same inputs after a change that samples of them tell, to be merged.
+
+        Its class means and second moment are those of the samples; the class roots stay.
 
         Args:
-            before, after: samples (n, d) with the class means and the second moment of this memory, and what they are
-                now.
-            targets: their classes (n,), all that have come.
+            before, after: samples (n, d) with the class means and the second moment of this memory, before the change
+                and after it.
+            targets: their classes (n,). Each class that has come has a sample.
         """
         assert self.class_sums is not None and self.class_counts is not None
         counts = self.class_counts

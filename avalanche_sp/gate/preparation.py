@@ -47,12 +47,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class DrawnInputs:
-    """Inputs that a network has run on, drawn for old and new classes (:func:`draw_inputs`), old ones first.
+    """Inputs on which a network has run: drawn for old classes, and after these for the experience's (`draw_inputs`).
 
     Attributes:
         rows: input vectors of the layer that data feed (n, d').
         features: the readout's inputs that the network made of them (n, d).
-        old, new: their classes.
+        old, new: the classes of the first rows, and of the last.
     """
 
     rows: Tensor
@@ -62,14 +62,15 @@ class DrawnInputs:
 
 
 def draw_inputs(memory: LayerMemory, seen: ReadoutSamples) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws input vectors for old classes, and for new ones with the same covariance.
+    """Draws input vectors for old classes, and for those of an experience with the same covariance.
 
     Args:
         memory: of a layer that data feed, with class sums.
-        seen: present samples of its inputs. As many are drawn for old classes, and at most 256 for new ones.
+        seen: the experience's samples of its inputs. At least their number is drawn for the old classes, and at most
+            256 for the experience's.
 
     Returns:
-        Rows (n, d), and the classes of the first, old, and of the last, new.
+        Rows (n, d), the old classes of the first rows, and the classes of the others.
     """
     drawn = pseudo_samples(memory, len(seen.targets), seen)
     rows, (means, counts) = drawn.inputs, class_means(seen)
@@ -206,7 +207,8 @@ def features_of(
         rows: input vectors of ``entrance``.
 
     Returns:
-        None if ``entrance`` is no ``nn.Linear``, or if the readout's inputs depend on the network's in another way.
+        None if ``entrance`` is no ``nn.Linear``, if the readout's inputs depend on the network's in another way, and if
+        one is not finite.
     """
     if type(entrance.module) is not nn.Linear:
         return None
@@ -230,7 +232,8 @@ def features_of(
             return None
         for part in others:
             run(part, inputs)
-    return torch.cat([readout.presynaptic(x.float()) for x in seen])
+    features = torch.cat([readout.presynaptic(x.float()) for x in seen])
+    return features if features.isfinite().all() else None
 
 
 def follow_drift(
@@ -245,7 +248,7 @@ def follow_drift(
 
     A linear map is learned on new inputs (:func:`~avalanche_sp.gate.readout.drift_map`). If the network can be run on
     inputs that are drawn for the old classes, the map is learned on these also, and what it leaves of their changes
-    is added to the inputs of the same class (:func:`_unexplained`). Without them the map's share is the root of the
+    is added to pseudo-samples of the same class (:func:`_unexplained`). Without them the map's share is the root of the
     change of the outputs by the updates on old inputs over that on new ones, to first order, with each layer's
     sensitivity. In a deep network whose layers move each other's inputs the first order tells next to nothing. If it
     explains less than 1/500 of the change of the new outputs (``drift_first_order``), and the new classes agree on the
@@ -283,38 +286,44 @@ def follow_drift(
         left, inputs = then - first - of_all(first), old.inputs
         changed = inputs + _unexplained(left, told.old, error, old.targets)
         known = known.resampled(inputs, changed, old.targets)
-        old = PseudoSamples(changed, torch.eye(changed.shape[1], device=changed.device), old.targets)
+        old = PseudoSamples(changed, torch.eye(changed.shape[1]).to(changed), old.targets)
     return replace(memory, layers={**memory.layers, now.layer: known}), old
 
 
-def _by_class(rows: Tensor, targets: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Means of rows (n, d) by class (classes, d), zero without rows, and their numbers (classes,)."""
+def _by_class(rows: Tensor, targets: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of rows (n, d) by class (classes, d), zero without rows, their numbers (classes,), and the scatter.
+
+    The scatter is the mean squared distance of a row from its class's mean, 0-dim.
+    """
     counts = torch.bincount(targets, minlength=classes)
     sums = rows.new_zeros(classes, rows.shape[1]).index_add_(0, targets, rows)
-    return sums / counts.clamp_min(1).unsqueeze(1), counts
+    means = sums / counts.clamp_min(1).unsqueeze(1)
+    return means, counts, (rows - means[targets]).square().sum() / (len(rows) - (counts > 0).sum()).clamp_min(1)
 
 
 def _error_of_drawn(changes: Tensor, classes: Tensor, real: Tensor, targets: Tensor) -> Tensor:
-    """Mean squared distance of the class means of changes, of drawn inputs and of real ones of the same classes, 0-dim.
+    """Mean squared distance between the class means of drawn and of real inputs' changes, without noise, 0-dim.
 
     Args:
         changes, classes: of drawn inputs, shapes (m, d) and (m,).
-        real, targets: of real ones, shapes (n, d) and (n,).
+        real, targets: of real ones of the same classes, shapes (n, d) and (n,).
     """
-    told, counts = _by_class(changes, classes, int(targets.max()) + 1)
-    distance = told - _by_class(real, targets, len(told))[0]
-    return distance[counts > 0].square().sum(1).mean()
+    number = int(targets.max()) + 1
+    told, known = _by_class(changes, classes, number), _by_class(real, targets, number)
+    both = told[1] > 0
+    noise = sum(scatter * (1 / counts[both]).mean() for _, counts, scatter in (told, known))
+    return ((told[0] - known[0])[both].square().sum(1).mean() - noise).clamp_min(0)
 
 
 def _unexplained(left: Tensor, sources: Tensor, error: Tensor, targets: Tensor) -> Tensor:
-    r"""What a linear map leaves of changes, given to other samples of the same classes.
+    r"""Changes of samples that no linear map tells: those of drawn inputs of the same classes.
 
-    Each sample gets what is left of a drawn input of its class, in turn (the bootstrap of residuals, B. Efron 1979). So
-    their scatter is kept. The class means :math:`r_c` of what is left are multiplied by
+    Each sample gets what a map leaves of the change of a drawn input of its class, in turn (the bootstrap of residuals,
+    B. Efron 1979). So the scatter is kept. The class means :math:`r_c` of what is left are multiplied by
 
-    .. math:: \max(0, 1 - (e^2 + s^2) / \overline{\lVert r_c \rVert^2})
+    .. math:: \max(0, 1 - (e^2 + s_r^2) / \overline{\lVert r_c \rVert^2})
 
-    with :math:`s^2` the squared standard error of a mean and :math:`e^2` the squared error with which drawn inputs tell
+    with :math:`s_r` the standard error of such a mean and :math:`e^2` the squared error with which drawn inputs tell
     the change of a class (W. James, C. Stein: Estimation with quadratic loss, 1961).
 
     Args:
@@ -323,9 +332,8 @@ def _unexplained(left: Tensor, sources: Tensor, error: Tensor, targets: Tensor) 
         error: e^2, 0-dim.
         targets: classes of the samples (n,), in rising order.
     """
-    means, counts = _by_class(left, sources, int(sources.max()) + 1)
+    means, counts, scatter = _by_class(left, sources, int(sources.max()) + 1)
     known = counts > 0
-    scatter = (left - means[sources]).square().sum() / (len(left) - known.sum()).clamp_min(1)
     noise = error + scatter * (1 / counts[known]).mean()
     kept = (1 - noise / means[known].square().sum(1).mean().clamp_min(torch.finfo(left.dtype).tiny)).clamp(0, 1)
     left = left - (1 - kept) * means[sources]

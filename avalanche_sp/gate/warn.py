@@ -1,4 +1,4 @@
-"""What a gate says at a consolidation, if something is not gated, not learned or not solved: one warning with names."""
+"""Warnings of a consolidation: which weights are not gated, what was not learned or solved, and what to do."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ _MOSTLY = 0.5  # of a layer's inputs are dead
 _HARDLY = 0.9  # an experience is hardly learned if this share of its loss, or more, is left
 
 
-def _warn(message: str) -> None:
-    warnings.warn(f"selective plasticity{message}", stacklevel=4)
+def _warn(message: str, callers: int = 5) -> None:
+    warnings.warn(f"selective plasticity{message}", stacklevel=callers)  # at the call of PlasticityGate.consolidate
 
 
 def warn_of_ungated(
     model: nn.Module,
     trained: Collection[str],
     gated: Collection[nn.Parameter],
-    ungated: Mapping[str, list[nn.Parameter]],
-    then: str,
+    others: Mapping[str, list[nn.Parameter]],
+    ungated: str,
 ) -> None:
     """Names the trained parameters that are not gated.
 
     Args:
         trained: names of the parameters that have been trained.
         gated: the gated parameters.
-        ungated: parameters without a memory, by the name of their module.
-        then: what happens to these, ``"freeze"`` or ``"train"``.
+        others: parameters without a memory, by the name of their module.
+        ungated: what happens to these, as of the gate: ``"freeze"`` or ``"train"``.
     """
     parameters = {p for name, p in model.named_parameters() if name in trained}
-    names = [name or "the model" for name, own in ungated.items() if parameters.intersection(own)]
+    names = [name or "the model" for name, own in others.items() if parameters.intersection(own)]
     if names:
         share = sum(p.numel() for p in gated) / sum(p.numel() for p in parameters)
-        kinds = {name: type(module).__name__ for name, module in model.named_modules() if name in ungated and name}
+        kinds = {name: type(module).__name__ for name, module in model.named_modules() if name in others and name}
         named = ", ".join(f"{name} ({kinds[name]})" if name in kinds else name for name in names)
-        freezes = then == "freeze"
+        freezes = ungated == "freeze"
         happens = "They are frozen from now on" if freezes else "They train ungated and may forget"
         other = "train" if freezes else "freeze"
         _warn(
@@ -78,7 +78,8 @@ def warn_of_unlearned(
         f"{float(now):.3g}, and earlier experiences ended at {float(memory.loss):.3g}. Of its input's energy the gate "
         f"let {100 * passed[least]:.1f}% through at layer {least}, the least. A larger openness (now "
         f"{value_of(openness, least):g}), a lower pull_back, a higher learning rate or more steps let it learn more; "
-        "openness=math.inf switches the gate off."
+        "openness=math.inf switches the gate off.",
+        callers=4,
     )
 
 
