@@ -247,12 +247,12 @@ def follow_drift(
     """Moves the memory of the readout's old inputs as far as the layers below have moved them.
 
     A linear map is learned on new inputs (:func:`~avalanche_sp.gate.readout.drift_map`). If the network can be run on
-    inputs that are drawn for the old classes, the map is learned on these also, and what it leaves of their changes
-    is added to pseudo-samples of the same class (:func:`_unexplained`). Without them the map's share is the root of the
-    change of the outputs by the updates on old inputs over that on new ones, to first order, with each layer's
-    sensitivity. In a deep network whose layers move each other's inputs the first order tells next to nothing. If it
-    explains less than 1/500 of the change of the new outputs (``drift_first_order``), and the new classes agree on the
-    map (:func:`~avalanche_sp.gate.readout.agreement`), the share is 1.
+    inputs that are drawn for the old classes, the map is learned on new and drawn inputs. The residuals of the drawn
+    inputs are then added to the pseudo-samples of their classes (:func:`_unexplained`). Without drawn inputs the map's
+    share is the root of the change of the outputs by the updates on old inputs over that on new ones, to first order,
+    with each layer's sensitivity. In a deep network whose layers move each other's inputs the first order tells next to
+    nothing. If it explains less than 1/500 of the change of the new outputs (``drift_first_order``), and the new
+    classes agree on the map (:func:`~avalanche_sp.gate.readout.agreement`), the share is 1.
 
     Args:
         memory: before the experience.
@@ -283,8 +283,8 @@ def follow_drift(
         of_all = drift_map(torch.cat([before, first]), torch.cat([after, then]), prepared.vectors, settings)
         known, old = known.moved(lambda rows: rows + of_all(rows)), drawn.moved(lambda rows: rows + of_all(rows))
         error = _error_of_drawn(entered[n:] - told.features[n:], told.new, after - before, now.targets)
-        left, inputs = then - first - of_all(first), old.inputs
-        changed = inputs + _unexplained(left, told.old, error, old.targets)
+        residuals, inputs = then - first - of_all(first), old.inputs
+        changed = inputs + _unexplained(residuals, told.old, error, old.targets)
         known = known.resampled(inputs, changed, old.targets)
         old = PseudoSamples(changed, torch.eye(changed.shape[1]).to(changed), old.targets)
     return replace(memory, layers={**memory.layers, now.layer: known}), old
@@ -315,11 +315,12 @@ def _error_of_drawn(changes: Tensor, classes: Tensor, real: Tensor, targets: Ten
     return ((told[0] - known[0])[both].square().sum(1).mean() - noise).clamp_min(0)
 
 
-def _unexplained(left: Tensor, sources: Tensor, error: Tensor, targets: Tensor) -> Tensor:
-    r"""Changes of samples that no linear map tells: those of drawn inputs of the same classes.
+def _unexplained(residuals: Tensor, sources: Tensor, error: Tensor, targets: Tensor) -> Tensor:
+    r"""The part of samples' changes that the drift's map does not explain, from residuals of drawn inputs.
 
-    Each sample gets what a map leaves of the change of a drawn input of its class, in turn (the bootstrap of residuals,
-    B. Efron 1979). So the scatter is kept. The class means :math:`r_c` of what is left are multiplied by
+    A residual is a drawn input's change without the map's part. Each sample gets a residual of its class; a class's
+    residuals are given in turn (bootstrap of residuals, B. Efron 1979). So samples scatter as drawn inputs do. The
+    class means :math:`r_c` of the residuals are multiplied by
 
     .. math:: \max(0, 1 - (e^2 + s_r^2) / \overline{\lVert r_c \rVert^2})
 
@@ -327,19 +328,19 @@ def _unexplained(left: Tensor, sources: Tensor, error: Tensor, targets: Tensor) 
     the change of a class (W. James, C. Stein: Estimation with quadratic loss, 1961).
 
     Args:
-        left: rows (m, d), of drawn inputs.
+        residuals: rows (m, d), of drawn inputs.
         sources: their classes (m,), in rising order.
         error: e^2, 0-dim.
         targets: classes of the samples (n,), in rising order.
     """
-    means, counts, scatter = _by_class(left, sources, int(sources.max()) + 1)
+    means, counts, scatter = _by_class(residuals, sources, int(sources.max()) + 1)
     known = counts > 0
     noise = error + scatter * (1 / counts[known]).mean()
-    kept = (1 - noise / means[known].square().sum(1).mean().clamp_min(torch.finfo(left.dtype).tiny)).clamp(0, 1)
-    left = left - (1 - kept) * means[sources]
+    kept = (1 - noise / means[known].square().sum(1).mean().clamp_min(torch.finfo(residuals.dtype).tiny)).clamp(0, 1)
+    residuals = residuals - (1 - kept) * means[sources]
     numbers = torch.bincount(targets)
     turn = torch.arange(len(targets), device=targets.device) - (numbers.cumsum(0) - numbers)[targets]
-    return left[(counts.cumsum(0) - counts)[targets] + turn % counts[targets]]
+    return residuals[(counts.cumsum(0) - counts)[targets] + turn % counts[targets]]
 
 
 def _share_of_old(

@@ -1,4 +1,4 @@
-"""Warnings of a consolidation: which weights are not gated, what was not learned or solved, and what to do."""
+"""Warnings of a consolidation: ungated weights, an unlearned experience, dead units, an unsolved last layer."""
 
 from __future__ import annotations
 
