@@ -105,7 +105,7 @@ def test_a_plain_loop_ends_where_avalanches_naive_does_bit_for_bit(name, optimiz
         tasks = [(x, (2 * i + y % 2).clamp_max(4)) for i, (x, y) in enumerate(TASKS)]
     for xy in tasks:
         for e in range(2):
-            gate.begin(SIZE, epoch=e)
+            gate.begin(SIZE)
             if not e:
                 gate.prepare(TensorDataset(*xy), criterion)
             epoch(model, step, xy, criterion)
@@ -453,7 +453,7 @@ def test_a_saved_state_goes_on_bit_for_bit_in_the_midst_of_an_experience(name, o
         return weights(run[0])
 
     run = learned(name, optimizer, openness=0.3)
-    run[2].begin(SIZE, stored=0 if mask is None else 30, epoch=1)
+    run[2].begin(SIZE, stored=0 if mask is None else 30)
     train(run, zip(x[:stop], y[:stop]))
     file = io.BytesIO()
     torch.save([part.state_dict() for part in run], file)
@@ -791,7 +791,6 @@ def bad(call, error, words):
         ),
         bad(lambda g: g[2].begin(samples=0), ValueError, "Invalid samples value: 0 (allowed: 1 or more)"),
         bad(lambda g: g[2].begin(stored=-1), ValueError, "Invalid stored value: -1 (allowed: 0 or more)"),
-        bad(lambda g: g[2].begin(epoch=-1), ValueError, "Invalid epoch value: -1 (allowed: 0 or more)"),
         bad(lambda g: g[2].replayed(torch.ones(4)), ValueError, "Invalid stored value: shape (4,), torch.float32"),
         bad(lambda g: g[2].replayed(torch.ones(2, 2).bool()), ValueError, "Invalid stored value: shape (2, 2)"),
         bad(lambda g: g[2].consolidate([], OneHotMSELoss()), ValueError, "Invalid data: no sample (allowed: one or"),

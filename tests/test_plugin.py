@@ -465,8 +465,7 @@ def test_a_memory_of_next_to_nothing_changes_next_to_nothing():
         return StoredSamples(count, Settings())
 
     assert of(0).trust == 0 and of(0).opening == 1 and of(0).penalty(7) == 1
-    assert [of(0).closing(epoch) for epoch in range(3)] == [1, 2**5, 3**5]
-    assert of(1e9).trust == pytest.approx(1) and of(1e9).closing(9) == pytest.approx(1)
+    assert of(1e9).trust == pytest.approx(1)
     counts = [of(count) for count in (0, 1, 10, 100, 1000)]
     trust, opening = [c.trust for c in counts], [c.opening for c in counts]
     assert trust == sorted(trust) and opening == sorted(opening)

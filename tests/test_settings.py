@@ -65,14 +65,14 @@ def new_classes(settings, adam=None, times=1, kind="mlp"):
     return weights(model)
 
 
-def two_tasks(settings, kind="mlp", epochs=8, stored=0, samples=192, epoch=0):
+def two_tasks(settings, kind="mlp", epochs=8, stored=0, samples=192):
     """The weights after two tasks, of which the second is remembered also."""
     model = network(kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     gate = PlasticityGate(model, optimizer, settings=settings)
     is_stored = torch.arange(64) >= 64 - min(stored, 20)
     for old, (x, y) in ((True, OLD), (False, NEW)):
-        gate.begin(samples, stored=0 if old else stored, epoch=epoch)
+        gate.begin(samples, stored=0 if old else stored)
         for rows in list(torch.arange(192).split(64)) * epochs:
             gate.replayed(None if old else is_stored)
             optimizer.zero_grad()
@@ -193,7 +193,6 @@ CASES = {
     "beyond": case(0.15, 0.2, two_tasks, {"rank": 4, "look": 2}),
     "beyond_power": case(1.5, 1.0, two_tasks, {"rank": 4, "look": 2}),
     "beyond_every": case(2, 3, two_tasks, {"rank": 4, "look": 2}),
-    "epoch_power": case(5, 4, two_tasks, epoch=1),
     "readout_old": case(2, 1, two_tasks),
     "readout_whole": case(0.05, 0.06, two_tasks, epochs=40),
     "readout_damping": case(0.05, 0.06, two_tasks),
@@ -211,7 +210,6 @@ CASES = {
     "gaussian_ridge": case(0.02, 0.021, gaussians),
     "half_trust": case(50, 60, two_tasks, stored=40),
     "double_openness": case(12, 13, two_tasks, stored=40),
-    "few_epochs": case(800, 900, two_tasks, stored=40, epoch=1),
     "stream_look": case(4, 5, stream, {"stream_chunk": 640}),
     "stream_samples": case(16, 17, stream, {"stream_chunk": 640}),
     "stream_vectors": case(8, 7, stream, {"stream_chunk": 640}, kind="cnn"),

@@ -248,7 +248,8 @@ def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
     mixing = 0.2 * torch.randn(12, 12, generator=torch.Generator().manual_seed(3))
     settings = replace(SETTINGS, drift_ridge=1e-4)
     memory, head = Memory({"head": remembered(*old)}), nn.Linear(12, 6)
-    prepared = Preparation("head", x, y, PseudoSamples(old[0], torch.eye(13), old[1]), None, torch.eye(13), {}, {}, {})
+    pseudo = PseudoSamples(old[0], torch.eye(13), old[1])
+    prepared = Preparation("head", True, x, y, pseudo, None, torch.eye(13), {}, {}, {})
 
     def drift(inputs, places):
         return torch.cat([inputs[:, :-1] + inputs[:, :-1] @ mixing + 1 + places, inputs[:, -1:]], 1)
@@ -274,7 +275,8 @@ def in_order(x, y):
 def followed(old, new, change):
     """The memory of old inputs and their pseudo-samples, these themselves, after ``change`` of (inputs, classes)."""
     drawn = DrawnInputs(torch.zeros(0), torch.cat([old[0], new[0]]), old[1], new[1])
-    prepared = Preparation("head", *new, PseudoSamples(old[0], torch.eye(13), old[1]), drawn, torch.eye(13), {}, {}, {})
+    pseudo = PseudoSamples(old[0], torch.eye(13), old[1])
+    prepared = Preparation("head", True, *new, pseudo, drawn, torch.eye(13), {}, {}, {})
     now = ReadoutSamples("head", change(*new), new[1], torch.full((6,), torch.nan), len(new[1]))
     seen = Observation({}, len(new[1]), 2, torch.zeros(()), None, now)
     layers, settings = {"head": GatedLayer(nn.Linear(12, 6))}, replace(SETTINGS, drift_ridge=1e-4)
@@ -504,6 +506,26 @@ def test_each_short_experience_is_learned_and_the_old_ones_are_kept(split5, loss
         learned.append(accuracy(model.eval(), small, task))
     assert min(learned) > 0.6
     assert sum(accuracy(model, small, task) for task in range(5)) / 5 > 0.65
+
+
+@pytest.mark.parametrize("network, optimizer, epochs", [("mlp", "sgd", 5), ("cnn", "adam", 1)])
+def test_short_tasks_of_the_same_classes_are_learned_as_well_as_without_the_plugin(
+    permuted3, network, optimizer, epochs
+):
+    small, ends = sliced(permuted3, train=416, test=200), []
+    for plugins in ([], [SelectivePlasticityPlugin()]):
+        torch.manual_seed(0)
+        convolutions = [nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10)]
+        model = mlp(64) if network == "mlp" else nn.Sequential(*convolutions)
+        step = torch.optim.SGD(model.parameters(), lr=0.02) if optimizer == "sgd" else torch.optim.Adam(model.parameters())
+        strategy = strategy_of(model, plugins, optimizer=step, criterion=nn.CrossEntropyLoss(), epochs=epochs)
+        learned = []
+        for task, experience in enumerate(small.train_stream):
+            strategy.train(experience)
+            learned.append(accuracy(model.eval(), small, task))
+        ends.append((min(learned[1:]), sum(accuracy(model, small, task) for task in range(3))))
+    assert ends[1][0] > ends[0][0] - 0.02
+    assert ends[1][1] > ends[0][1]
 
 
 class Halved(nn.Module):

@@ -103,9 +103,10 @@ class PlasticityGate:
     (:func:`~avalanche_sp.gate.functional.likeness`), at the layers that data feed.
 
     **Readout.** If an experience brings new classes, the last linear layer is solved before and after it
-    (:func:`avalanche_sp.gate.readout.solve_readout`). Otherwise, and for a quadratic loss if stored samples stand for
-    most of the old one, a loss that is quadratic in the outputs takes one damped Newton step at a consolidation
-    (:func:`avalanche_sp.gate.readout.newton_readout`).
+    (:func:`avalanche_sp.gate.readout.solve_readout`). Otherwise it trains under the gate, and is solved after the
+    experience. A loss that is quadratic in the outputs takes one damped Newton step at a consolidation instead
+    (:func:`avalanche_sp.gate.readout.newton_readout`), without new classes or if stored samples stand for most of the
+    old loss.
 
     No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs, and four bits a weight. For
     each class it is also the mean of the last layer's inputs, and unless the loss is quadratic eight directions of
@@ -119,7 +120,7 @@ class PlasticityGate:
 
     **What hooks carry.** Gradient accumulation, ``torch.amp.GradScaler``, gradient clipping, closures, and loops of
     other libraries, as long as the optimizer is a ``torch.optim.Optimizer`` and its ``step`` is called. What they do
-    not carry: the size of the coming experience, the epoch and the number of stored samples (:meth:`begin`), the rows
+    not carry: the size of the coming experience and the number of stored samples (:meth:`begin`), the rows
     of stored samples (:meth:`replayed`), and the loss of a stream without told boundaries (:meth:`observe`).
 
     Args:
@@ -237,7 +238,6 @@ class PlasticityGate:
         self._samples: int | None = None  # of the present experience
         self._replays: Sequence[Samples] = ()  # stored samples
         self._memory_size = 0  # and their number
-        self._epoch = 0
         self._stored = StoredSamples(0, settings)
         self._protected: dict[str, GatedLayer] = {}  # the layers whose gate is not switched off
         self._gated: dict[str, Gated] = {}  # those of them that have a memory
@@ -293,16 +293,15 @@ class PlasticityGate:
         elif goes_on:
             self._hook()
         else:
-            self.begin(self._samples, self._memory_size, self._epoch)
+            self.begin(self._samples, self._memory_size)
 
-    def begin(self, samples: int | None = None, stored: int | Sequence[Dataset | Samples] = 0, epoch: int = 0) -> None:
+    def begin(self, samples: int | None = None, stored: int | Sequence[Dataset | Samples] = 0) -> None:
         """Tells what a hook cannot know of the coming epoch. Optional; a loop without stored samples does without.
 
         Args:
             samples: size of the coming experience. Default: that of the experiences so far, on average.
             stored: stored samples of earlier experiences, of which each batch has some (:meth:`replayed`): datasets of
                 pairs (x, y), on which the readout's step is taken also, or their number.
-            epoch: 0, 1, ... of the experience. Later epochs close the gate further.
 
         Raises:
             ValueError: a value is out of range, a pattern of openness, pull_back or rank matches no layer, or
@@ -312,12 +311,12 @@ class PlasticityGate:
         if not isinstance(stored, int):
             replays = [self._samples_of(data, of_experience=False) for data in stored]
             stored = sum(s.total for s in replays)
-        for name, value, least in (("samples", samples, 1), ("stored", stored, 0), ("epoch", epoch, 0)):
+        for name, value, least in (("samples", samples, 1), ("stored", stored, 0)):
             if value is not None and value < least:
                 raise ValueError(f"Invalid {name} value: {value} (allowed: {least} or more)")
         model = self._attached()
         check_patterns({"openness": self.openness, "pull_back": self.pull_back, "rank": self.rank}, model)
-        self._samples, self._replays, self._memory_size, self._epoch = samples, replays, stored, epoch
+        self._samples, self._replays, self._memory_size = samples, replays, stored
         memory, s = self.memory, self.settings
         self._stored = StoredSamples(stored / max(memory.classes, 1), s)
         if self._stream is None:
@@ -328,7 +327,6 @@ class PlasticityGate:
         self._protected = protected_layers(model, self.openness)
         if self.memory_budget is not None and self.active:
             check_budget(self.memory_budget, least_bytes(memory, self._protected))
-        times = self._stored.opening / self._stored.closing(epoch)
         before, self._gated = self._gated, {}
         for name, layer in self._protected.items():
             if name in memory.layers and (layer.per_row or not stored):
@@ -338,7 +336,7 @@ class PlasticityGate:
                     statistics = StreamStatistics.empty(remembered)
                 statistics.start_epoch()
                 scale = self._prepared.scale.get(name, 1.0) if self._prepared is not None else 1.0
-                factor = times * (s.attention_openness if layer.projects_attention else 1.0)
+                factor = self._stored.opening * (s.attention_openness if layer.projects_attention else 1.0)
                 gate = LayerGate.of(remembered, value_of(self.openness, name) * factor, s.gated_vectors, scale)
                 self._gated[name] = Gated(name, layer, remembered, gate, statistics, self._rate_of(layer))
         freezes = memory.layers and not stored
@@ -347,7 +345,7 @@ class PlasticityGate:
         if freezes and self.ungated == "freeze":
             trained = {p for name, p in model.named_parameters() if name in self._trained}
             self._frozen += [p for own in self._ungated_parameters().values() for p in own if p in trained]
-        if self._prepared is not None:
+        if self._prepared is not None and self._prepared.solved:
             self._frozen += self._protected[self._prepared.layer].trained_parameters
         self._drift.begin(
             self._gated.values(), memory.curvature, ratio, self._stored.penalty(ratio), 1 - self._stored.trust
@@ -356,16 +354,17 @@ class PlasticityGate:
 
     def _begin_again(self) -> None:
         """Begins the present epoch with the present memory."""
-        self.begin(self._samples, self._replays or self._memory_size, self._epoch)
+        self.begin(self._samples, self._replays or self._memory_size)
 
     def prepare(self, data: Dataset | Iterable[tuple[Any, Tensor]] | Samples, criterion: Criterion) -> None:
-        """Solves the readout for a coming experience with new classes, before it is trained. Optional, and worth it.
+        """Prepares the readout for a coming experience, before it is trained. Optional, and worth it.
 
-        The readout is then frozen until :meth:`consolidate`. So the layers below learn only the part of the loss that
-        the readout cannot remove, and the drift of old inputs is measured. Without a new class or a new task's head,
-        and for a quadratic loss if stored samples stand for most of the old one, it does nothing. The first experience
-        needs a loss that is not quadratic and an adaptive optimizer, such as Adam: for another optimizer the solved
-        readout can make the loss too sharp, and there is no earlier experience to compare it with.
+        For new classes, or a new task's head, the readout is solved, and frozen until :meth:`consolidate`. So the
+        layers below learn only the part of the loss that the readout cannot remove. The drift of old inputs is measured
+        then, and also without a new class if the loss is not quadratic. It does nothing for a quadratic loss without a
+        new class, or if stored samples stand for most of the old loss. The first experience needs a loss that is not
+        quadratic and an adaptive optimizer, such as Adam: for another optimizer the solved readout can make the loss
+        too sharp, and there is no earlier experience to compare it with.
 
         Args:
             data, criterion: as for :meth:`consolidate`, with the samples in the same order.
@@ -386,7 +385,8 @@ class PlasticityGate:
         if self._memory_size and classified.layer not in self.memory.layers:
             return  # batches are of several tasks: no row is gated, and nothing bounds the sharpness of a solved head
         merged, old = self._merged(self.memory, classified), self._pseudo_samples(classified)
-        if not self._solve(classified, old, layers, merged, criterion):
+        solved = self._brings_classes(classified)
+        if solved and not self._solve(classified, old, layers, merged, criterion):
             return
         below = {n: layers[n] for n in self._gated if n != classified.layer and n in observation.layers}
         weights = {name: layer.weights_and_bias() for name, layer in below.items()}
@@ -400,8 +400,11 @@ class PlasticityGate:
                 scale[name] = float(reference / sharp) if sharp > reference else 1.0
         inputs, targets, vectors = classified.inputs, classified.targets, merged.vectors
         means = {name: s.mean for name, s in sensitivity.items()}
-        entered = self._entered(observation, layers)
-        self._prepared = Preparation(classified.layer, inputs, targets, old, entered, vectors, weights, means, scale)
+        # Of a class that has many kinds of input, drawn inputs tell too little.
+        entered = self._entered(observation, layers) if solved else None
+        self._prepared = Preparation(
+            classified.layer, solved, inputs, targets, old, entered, vectors, weights, means, scale
+        )
         self._begin_again()
 
     def check_outputs(self, outputs: Any) -> None:
@@ -574,7 +577,7 @@ class PlasticityGate:
         """
         return {
             "memory": self.memory.state_dict(),
-            "epoch": [self._samples, self._memory_size, self._epoch],
+            "epoch": [self._samples, self._memory_size],
             "drift": self._drift.state_dict(),
             "trained": sorted(self._trained),
             "batches_seen": self._batches_seen,
@@ -851,10 +854,11 @@ class PlasticityGate:
         return isinstance(eps, float) and eps <= self.settings.adaptive_eps
 
     def _solves(self, observation: Observation) -> bool:
-        """Whether the readout is solved for an experience: it brings a new class, or a new task's head.
+        """Whether the readout is solved for an experience.
 
-        A loss that is quadratic in the outputs takes the Newton step instead if stored samples stand for most of the
-        old loss. In the first experience the readout is solved only for another loss and an adaptive optimizer.
+        A loss that is quadratic in the outputs takes the Newton step instead if the experience brings no new class, or
+        if stored samples stand for most of the old loss. In the first experience the readout is solved only for another
+        loss and an adaptive optimizer.
         """
         samples = observation.classified
         if samples is None or not self.readout_step:
@@ -864,10 +868,14 @@ class PlasticityGate:
             return bool(self.memory.layers) or (self._is_adaptive and observation.readout is None)
         if old.class_counts is None:
             return False
-        if self.trust > 0.5 and observation.readout is not None:
-            return False
-        known = old.class_counts.nonzero().flatten()
-        return bool((~torch.isin(samples.targets, known)).any())
+        return observation.readout is None or (self.trust <= 0.5 and self._brings_classes(samples))
+
+    def _brings_classes(self, samples: ReadoutSamples) -> bool:
+        """Whether an experience has a class that the readout's memory does not know, or a new task's head."""
+        old = self.memory.layers.get(samples.layer)
+        if old is None or old.class_counts is None:
+            return True
+        return bool((~torch.isin(samples.targets, old.class_counts.nonzero().flatten())).any())
 
     def _merged(self, memory: Memory, samples: ReadoutSamples, start: Tensor | None = None) -> LayerMemory:
         """The readout's memory with that of an experience; ``start`` are eigenvectors that it had before training."""

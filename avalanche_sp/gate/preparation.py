@@ -1,4 +1,4 @@
-"""The readout solved before an experience: how sharp that makes the loss below it, and how far old inputs move."""
+"""A network before an experience: how sharp a solved readout makes the loss below, and how far old inputs move."""
 
 from __future__ import annotations
 
@@ -82,10 +82,11 @@ def draw_inputs(memory: LayerMemory, seen: ReadoutSamples) -> tuple[Tensor, Tens
 
 @dataclass(frozen=True)
 class Preparation:
-    """A network before it trains on an experience for which its readout has been solved.
+    """A network before it trains on an experience after which its readout is solved.
 
     Attributes:
         layer: the readout's name.
+        solved: whether the readout has been solved for the experience, and is frozen until its end.
         inputs, targets: the readout's inputs (n, d) and their classes (n,).
         old: pseudo-samples of the old classes; None for a new task's head.
         entered: drawn inputs, on which the network has run; None if they are not known.
@@ -97,6 +98,7 @@ class Preparation:
     """
 
     layer: str
+    solved: bool
     inputs: Tensor
     targets: Tensor
     old: PseudoSamples | None

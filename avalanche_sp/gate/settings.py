@@ -52,7 +52,6 @@ class Settings:
     beyond: float = _setting(0.15, "not negative", "weight of the penalty beyond the kept eigenvectors")
     beyond_power: float = _setting(1.5, "not negative", "power of the likeness of stream and memory in that weight")
     beyond_every: int = _setting(2, "count", "looks between two penalties beyond the kept eigenvectors")
-    epoch_power: float = _setting(5, "not negative", "epoch e of an experience divides the openness by e to this power")
     # Newton step of the readout.
     readout_old: float = _setting(2, "positive", "weight of the old quadratic in the readout's Newton step")
     readout_whole: float = _setting(0.05, "positive", "gain, as a share of the loss of zero outputs, of a whole step")
@@ -79,7 +78,6 @@ class Settings:
     # Stored samples, c for each class of each experience.
     half_trust: float = _setting(50, "positive", "c at which stored samples stand for half of the old loss")
     double_openness: float = _setting(12, "positive", "c at which the openness is twice that without stored samples")
-    few_epochs: float = _setting(800, "positive", "c at which the power of the epoch is half that without memory")
     # Streams without told boundaries.
     stream_look: int = _setting(4, "count", "steps between two looks at the stream")
     stream_samples: int = _setting(16, "count", "samples that a look adds to the second moments")

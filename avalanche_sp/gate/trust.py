@@ -31,11 +31,6 @@ class StoredSamples:
         """o = 1 + (c / double_openness)^2, a factor of the openness."""
         return 1 + (self.each / self.settings.double_openness) ** 2
 
-    def closing(self, epoch: int) -> float:
-        """A divisor of the openness in epoch 0, 1, ... of an experience: (1 + epoch)^(p / (1 + (c / few_epochs)^2))."""
-        power = self.settings.epoch_power / (1 + (self.each / self.settings.few_epochs) ** 2)
-        return (1 + epoch) ** power
-
     def penalty(self, ratio: float) -> float:
         """A factor of the penalty, with N_old / N_new: 1 / (o^2 (1 + t N_old / N_new))."""
         return 1 / (self.opening**2 * (1 + ratio * self.trust))

@@ -45,7 +45,7 @@ class SelectivePlasticityCallback(TrainerCallback):
         self.gate.attach(model, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps the optimizer
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        self.gate.begin(len(train_dataloader.dataset), epoch=int(state.epoch or 0))
+        self.gate.begin(len(train_dataloader.dataset))
         if self._samples is None or not state.epoch:  # a resumed run has none
             with torch.random.fork_rng([]):  # the loader's order stays what it is without the callback
                 self._samples = Samples.of(_pairs(train_dataloader), self.gate.observed)

@@ -45,7 +45,7 @@ class SelectivePlasticityCallback(lightning.Callback):
         self.gate.attach(pl_module, trainer.optimizers[0])
 
     def on_train_epoch_start(self, trainer, pl_module):
-        self.gate.begin(len(trainer.train_dataloader.dataset), epoch=trainer.current_epoch)
+        self.gate.begin(len(trainer.train_dataloader.dataset))
         if self._samples is None or not trainer.current_epoch:  # a resumed run has none
             with torch.random.fork_rng([]):  # the loader's order stays what it is without the callback
                 self._samples = Samples.of(trainer.train_dataloader, self.gate.observed)

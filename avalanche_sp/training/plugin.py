@@ -153,9 +153,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
                 stacklevel=2,
             )
         stored = [samples_of(memory, self.gate.consolidation_samples) for memory in memories_of(strategy)]
-        epoch = strategy.clock.train_exp_epochs
-        self.gate.begin(len(strategy.experience.dataset), stored, epoch)
-        if not epoch:
+        self.gate.begin(len(strategy.experience.dataset), stored)
+        if not strategy.clock.train_exp_epochs:
             self._samples = self._samples_of(strategy.experience.dataset)
             self.gate.prepare(self._samples, strategy._criterion)
 
