@@ -4,6 +4,7 @@ import itertools
 import warnings
 from collections import OrderedDict
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -36,8 +37,10 @@ from avalanche_sp.gate.readout import (
     class_sums,
     drift_map,
     extended,
+    old_quadratic,
     pseudo_samples,
     solve_readout,
+    told_by_classes,
 )
 
 from conftest import MNIST, accuracy, mlp, sliced, strategy_of
@@ -125,6 +128,64 @@ def test_remainders_of_class_means_beyond_few_eigenvectors_tell_classes_apart():
     nn.init.zeros_(head.weight)
     solve_readout(GatedLayer(head), seen, None, memory, OneHotMSELoss(), SETTINGS)
     assert (head(x).argmax(1) == y).float().mean() > 0.99  # along the eigenvectors alone: .35
+
+
+def seen(x, y):
+    return ReadoutSamples("head", x, y, torch.full((6,), torch.nan), len(x))
+
+
+def test_classes_tell_the_old_loss_as_far_as_they_are_as_separable_as_in_one_experience():
+    (x, y), (a, b) = samples(0, (0, 1, 2)), samples(1, (0, 1, 2))
+    assert told_by_classes(remembered(x, y), seen(x, y)) == pytest.approx(1, abs=1e-3)
+
+    def separability(inputs, classes):
+        means = torch.stack([inputs[classes == c].mean(0) for c in range(3)])[classes]
+        return (means - inputs.mean(0)).square().sum() / (inputs - means).square().sum()
+
+    expected = separability(torch.cat([a, x * 2]), torch.cat([b, y])) / separability(x, y)
+    memory = remembered(x * 2, y, old=remembered(a, b))
+    assert told_by_classes(memory, seen(x, y)) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_classes_with_other_inputs_in_each_experience_tell_little_of_the_old_loss():
+    (x, y), memory = samples(0, (0, 1, 2)), None
+    for k in range(12):
+        places = torch.randperm(12, generator=torch.Generator().manual_seed(k))
+        memory = remembered(torch.cat([x[:, places], x[:, 12:]], 1), y, old=memory)
+    assert 0 < told_by_classes(memory, seen(x, y)) < 0.5
+
+
+@pytest.mark.parametrize("rank", [13, 4])
+def test_the_old_quadratic_is_the_mean_squared_change_of_the_outputs(rank):
+    x, y = samples(0, (0, 1, 2))
+    anchor, change = (torch.randn(6, 13, generator=torch.Generator().manual_seed(s)) for s in (5, 6))
+    memory = remembered(x, y, rank)
+    memory = replace(memory, anchor=anchor @ memory.vectors)
+    if rank < 13:  # along other directions the present weights count as those at consolidation
+        change = change @ memory.vectors @ memory.vectors.T
+    loss = old_quadratic(memory, anchor, torch.tensor(0.7))
+    assert float(loss(anchor)) == pytest.approx(0, abs=1e-6)
+    expected = 0.35 * (x @ change.T).square().sum() / len(x)
+    torch.testing.assert_close(loss(anchor + change), expected, rtol=1e-3, atol=1e-5)
+    grown = old_quadratic(replace(memory, anchor=memory.anchor[:4]), anchor, torch.tensor(0.7))
+    torch.testing.assert_close(grown(anchor + change), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_with_the_quadratic_alone_a_squared_error_ends_at_the_minimum_of_all_data():
+    """Which is recursive least squares."""
+    (x, y), (a, b) = samples(0, (0, 1, 2)), samples(1, (0, 1, 2))
+    loss, head = OneHotMSELoss(), nn.Linear(13, 6, bias=False)
+    layer, memory = GatedLayer(head), remembered(x, y)
+    solved = torch.linalg.lstsq(x, torch.nn.functional.one_hot(y, 6).float()).solution.T
+    layer.set_weights(solved)
+    memory = replace(memory, anchor=layer.along(memory.vectors))
+    old = PseudoSamples(torch.zeros(6, 13), torch.eye(13), torch.arange(6))  # tell nothing
+    exact = replace(SETTINGS, solve_tolerance=1e-9, solve_steps=200)
+    merged = memory.merged(a, len(a), 1.0, 13)
+    solve_readout(layer, seen(a, b), old, merged, loss, exact, (), 0.0, old_quadratic(memory, solved, torch.tensor(2.0)), 0.0)
+    both, classes = torch.cat([x, a]), torch.cat([y, b])
+    expected = torch.linalg.lstsq(both, torch.nn.functional.one_hot(classes, 6).float()).solution.T
+    torch.testing.assert_close(layer.weights_and_bias(), expected, atol=2e-3, rtol=0)
 
 
 def test_differences_of_means_below_their_standard_error_are_no_directions():
@@ -517,8 +578,9 @@ def test_short_tasks_of_the_same_classes_are_learned_as_well_as_without_the_plug
         torch.manual_seed(0)
         convolutions = [nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10)]
         model = mlp(64) if network == "mlp" else nn.Sequential(*convolutions)
-        step = torch.optim.SGD(model.parameters(), lr=0.02) if optimizer == "sgd" else torch.optim.Adam(model.parameters())
-        strategy = strategy_of(model, plugins, optimizer=step, criterion=nn.CrossEntropyLoss(), epochs=epochs)
+        step = partial(torch.optim.SGD, lr=0.02) if optimizer == "sgd" else torch.optim.Adam
+        loss = nn.CrossEntropyLoss()
+        strategy = strategy_of(model, plugins, optimizer=step(model.parameters()), criterion=loss, epochs=epochs)
         learned = []
         for task, experience in enumerate(small.train_stream):
             strategy.train(experience)

@@ -48,7 +48,15 @@ from avalanche_sp.gate.preparation import (
     sharpness,
 )
 from avalanche_sp.gate.processes import mean_over_processes
-from avalanche_sp.gate.readout import PseudoSamples, ReadoutLoss, ReadoutSamples, pseudo_samples, solve_readout
+from avalanche_sp.gate.readout import (
+    PseudoSamples,
+    ReadoutLoss,
+    ReadoutSamples,
+    old_quadratic,
+    pseudo_samples,
+    solve_readout,
+    told_by_classes,
+)
 from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.settings import Settings
 from avalanche_sp.gate.stream import StreamWatch
@@ -929,7 +937,12 @@ class PlasticityGate:
             if seen is None:  # several heads, for instance
                 return False
             stored.append(seen)
-        solve_readout(layer, samples, old, merged, criterion, self.settings, stored, self.trust if stored else 0)
+        trust, quadratic, told, s = self.trust if stored else 0.0, None, 1.0, self.settings
+        if not self._brings_classes(samples):
+            known, curvature = self.memory.layers[samples.layer], self.memory.curvature
+            quadratic = old_quadratic(known, layer.weights_and_bias(), s.readout_old * curvature)
+            told = told_by_classes(known, samples)
+        solve_readout(layer, samples, old, merged, criterion, s, stored, trust, quadratic, told)
         return True
 
     def _ungated_parameters(self) -> dict[str, list[nn.Parameter]]:

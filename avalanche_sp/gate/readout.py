@@ -1,8 +1,9 @@
 """The readout: the last layer, moved to the minimum of the old and the new loss at the end of an experience.
 
-The old loss is known in two ways. If the experience brings new classes, the old ones' inputs are pseudo-samples with
-their class means and covariance, and the user's loss is minimised (:func:`solve_readout`). Else the old loss is its
-quadratic at consolidation, and a loss that is quadratic itself takes a Newton step (:func:`newton_readout`).
+The old loss is known in two ways: on pseudo-samples with the old classes' means and covariances, and as its quadratic
+at consolidation. If the experience brings new classes, the user's loss is minimised on pseudo-samples
+(:func:`solve_readout`); if it does not, on both. A loss that is quadratic itself takes a Newton step then
+(:func:`newton_readout`).
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ __all__ = [
     "extended",
     "linked",
     "newton_readout",
+    "old_quadratic",
     "pseudo_samples",
     "solve_readout",
+    "told_by_classes",
     "unlinked",
 ]
 
@@ -389,6 +392,54 @@ def agreement(targets: Tensor, changes: Callable[[Tensor], Tensor]) -> float:
     return float((one * other).sum() / (one.norm() * other.norm()).clamp_min(torch.finfo(one.dtype).tiny))
 
 
+def told_by_classes(memory: LayerMemory, seen: ReadoutSamples) -> float:
+    r"""The share of the old loss that pseudo-samples tell, if classes have come in several experiences: 0 to 1.
+
+    A class with a different kind of input in each experience has a wide covariance and a mean that says little. The
+    share is the classes' separability in the memory over that in one experience, at most 1. Separability is the trace
+    of the covariance between class means over that within classes (R. A. Fisher: The use of multiple measurements in
+    taxonomic problems, 1936).
+
+    Args:
+        memory: of a readout, with class sums.
+        seen: samples of the experience.
+    """
+
+    def separability(sums: Tensor, counts: Tensor, energy: Tensor) -> Tensor:
+        known = counts > 0
+        shares, means = counts[known] / counts.sum(), sums[known] / counts[known].unsqueeze(1)
+        of_means = (shares * means.square().sum(1)).sum()
+        between = of_means - (shares @ means).square().sum()
+        return between / (energy - of_means).clamp_min(torch.finfo(energy.dtype).tiny)
+
+    assert memory.class_sums is not None and memory.class_counts is not None
+    old = separability(memory.class_sums, memory.class_counts, memory.mean_eigenvalue * len(memory.vectors))
+    new = separability(*class_sums(seen), seen.inputs.square().sum() / len(seen.inputs))
+    return float((old / new.clamp_min(torch.finfo(new.dtype).tiny)).clamp(0, 1))
+
+
+def old_quadratic(memory: LayerMemory, present: Tensor, curvature: Tensor) -> Callable[[Tensor], Tensor]:
+    r"""The old loss of a readout's weights W (out, d), without its constant, as a quadratic about those remembered.
+
+    .. math:: \tfrac{\kappa}{2} \operatorname{tr}\big((W - W^*) C (W - W^*)^\top\big)
+
+    Args:
+        memory: of the readout.
+        present: weights (out, d), which stand for :math:`W^*` along directions that are not kept.
+        curvature: :math:`\kappa`, 0-dim.
+    """
+    n, anchor = len(memory.anchor), present.clone()  # fewer output units than now where a head has grown
+    anchor[:n] += (memory.anchor - memory.along(present[:n])) @ memory.vectors.T
+
+    def loss(weights: Tensor) -> Tensor:
+        change = weights - anchor
+        along = memory.along(change)
+        beyond = change.square().sum() - along.square().sum()
+        return 0.5 * curvature * ((along.square() * memory.eigenvalues).sum() + memory.rest * beyond)
+
+    return loss
+
+
 def _outputs(inputs: Tensor, weights: Tensor, masked: Tensor) -> Tensor:
     """The network's outputs (n, out) from the readout's inputs (n, d) and weights (out, d)."""
     return torch.where(masked.isnan(), inputs @ weights.T, masked)
@@ -404,13 +455,15 @@ def solve_readout(
     settings: Settings,
     stored: Sequence[ReadoutSamples] = (),
     trust: float = 0.0,
+    quadratic: Callable[[Tensor], Tensor] | None = None,
+    told: float = 1.0,
 ) -> None:
     r"""Puts the weights into the readout that minimise the loss on new samples and on the memory's classes.
 
     .. math::
-        \min_W \; \frac{N_{new} L(X W^\top, y) + N_{old} \big((1 - t) L(X_{old} W^\top, y_{old})
+        \min_W \; \frac{N_{new} L(X W^\top, y) + N_{old} \big((1 - t) (r L(X_{old} W^\top, y_{old}) + (1 - r) Q(W))
         + t L(X_{stored} W^\top, y_{stored})\big)}{N_{new} + N_{old}}
-        + \frac{\epsilon \kappa \bar\lambda}{2} \lVert W \rVert^2
+        + r \frac{\epsilon \kappa \bar\lambda}{2} \lVert W \rVert^2
 
     by L-BFGS, along the leading eigenvectors of all inputs and the remainders of the class means (:func:`extended`), in
     coordinates in which the second moment is the identity. The old classes' X are
@@ -428,6 +481,8 @@ def solve_readout(
         settings: the constants.
         stored: stored samples of the old classes.
         trust: t, the share of the old loss that they stand for, 0 to 1; 0 without.
+        quadratic: Q, the old loss as a function of W (:func:`old_quadratic`); None if ``told`` is 1.
+        told: r, the share of the rest that pseudo-samples tell (:func:`told_by_classes`).
     """
     share = 1 - int(new.weight) / merged.samples
     means, counts = class_means(new)
@@ -441,7 +496,7 @@ def solve_readout(
     white = vectors * scale  # W = units white^T
     parts = [(new.inputs @ white, new.targets, 1 - share)]
     if old is not None:
-        parts.append((old.coordinates @ (old.axes @ white), old.targets, share * (1 - trust)))
+        parts.append((old.coordinates @ (old.axes @ white), old.targets, share * (1 - trust) * told))
     total = sum(samples.weight for samples in stored)
     parts += [(s.inputs @ white, s.targets, share * trust * s.weight / total) for s in stored]
     criterion = linked(criterion, new.link)
@@ -454,7 +509,9 @@ def solve_readout(
         return
 
     def loss(units: Tensor) -> Tensor:
-        value = 0.5 * curvature * ridge * (units * scale).square().sum()
+        value = 0.5 * told * curvature * ridge * (units * scale).square().sum()
+        if quadratic is not None:
+            value = value + share * (1 - trust) * (1 - told) * quadratic(units @ white.T)
         return value + sum(weight * criterion(_outputs(x, units, new.masked), y) for x, y, weight in parts)
 
     present = start @ vectors / scale

@@ -53,11 +53,11 @@ class Settings:
     beyond_power: float = _setting(1.5, "not negative", "power of the likeness of stream and memory in that weight")
     beyond_every: int = _setting(2, "count", "looks between two penalties beyond the kept eigenvectors")
     # Newton step of the readout.
-    readout_old: float = _setting(2, "positive", "weight of the old quadratic in the readout's Newton step")
+    readout_old: float = _setting(2, "positive", "weight of the old quadratic in the readout's step and solution")
     readout_whole: float = _setting(0.05, "positive", "gain, as a share of the loss of zero outputs, of a whole step")
     readout_damping: float = _setting(0.05, "positive", "damping of the step, in units of the mean eigenvalue")
     readout_stream_damping: float = _setting(0.3, "positive", "the same if the boundary was found")
-    # Readout, solved for an experience with new classes.
+    # Readout, solved.
     solve_ridge: float = _setting(0.02, "positive", "ridge of the weights, in units of the inputs' mean eigenvalue")
     solve_samples: int = _setting(2000, "count", "pseudo-samples of old classes; fewer if there were fewer old samples")
     solve_steps: int = _setting(20, "count", "iterations of L-BFGS, at most")
