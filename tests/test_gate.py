@@ -469,25 +469,23 @@ def test_a_saved_state_goes_on_bit_for_bit_in_the_midst_of_an_experience(name, o
     assert all(torch.equal(m.vectors, run[2].memory.layers[n].vectors) for n, m in other[2].memory.layers.items())
 
 
-def test_a_state_of_a_prepared_experience_goes_on_bit_for_bit():
-    def new_class(run):
-        x, y = TASKS[1]
-        run[2].prepare(TensorDataset(x, y), OneHotMSELoss())
-        epoch(*run[:2], (x, y))
-        return x, y
-
+@pytest.mark.parametrize("known, criterion", [(3, OneHotMSELoss()), (5, nn.CrossEntropyLoss())])
+def test_a_state_of_a_prepared_experience_goes_on_bit_for_bit(known, criterion):
+    """With new classes, and with none."""
     run = made()
-    old = TASKS[0][1] < 3
-    run[2].consolidate(TensorDataset(TASKS[0][0][old], TASKS[0][1][old]), OneHotMSELoss())
-    xy, file, other = new_class(run), io.BytesIO(), made()
-    assert run[2].state_dict()["prepared"] is not None
+    old = TASKS[0][1] < known
+    run[2].consolidate(TensorDataset(TASKS[0][0][old], TASKS[0][1][old]), criterion)
+    xy, file, other = TASKS[1], io.BytesIO(), made()
+    run[2].prepare(TensorDataset(*xy), criterion)
+    epoch(*run[:2], xy, criterion)
+    assert run[2].state_dict()["prepared"]["solved"] == (known < 5)
     torch.save([part.state_dict() for part in run], file)
     file.seek(0)
     for part, state in zip(other, torch.load(file, weights_only=True)):
         part.load_state_dict(state)
     for some in (run, other):
-        epoch(*some[:2], xy)
-        some[2].consolidate(TensorDataset(*xy), OneHotMSELoss())
+        epoch(*some[:2], xy, criterion)
+        some[2].consolidate(TensorDataset(*xy), criterion)
     assert torch.equal(weights(run[0]), weights(other[0]))
 
 

@@ -145,6 +145,8 @@ def test_classes_tell_the_old_loss_as_far_as_they_are_as_separable_as_in_one_exp
     expected = separability(torch.cat([a, x * 2]), torch.cat([b, y])) / separability(x, y)
     memory = remembered(x * 2, y, old=remembered(a, b))
     assert told_by_classes(memory, seen(x, y)) == pytest.approx(float(expected), rel=1e-3)
+    single = x[:6], torch.arange(6)  # one sample a class
+    assert 0 <= told_by_classes(remembered(*single), seen(*single)) <= 1
 
 
 def test_classes_with_other_inputs_in_each_experience_tell_little_of_the_old_loss():
@@ -180,9 +182,9 @@ def test_with_the_quadratic_alone_a_squared_error_ends_at_the_minimum_of_all_dat
     layer.set_weights(solved)
     memory = replace(memory, anchor=layer.along(memory.vectors))
     old = PseudoSamples(torch.zeros(6, 13), torch.eye(13), torch.arange(6))  # tell nothing
-    exact = replace(SETTINGS, solve_tolerance=1e-9, solve_steps=200)
-    merged = memory.merged(a, len(a), 1.0, 13)
-    solve_readout(layer, seen(a, b), old, merged, loss, exact, (), 0.0, old_quadratic(memory, solved, torch.tensor(2.0)), 0.0)
+    exact, merged = replace(SETTINGS, solve_tolerance=1e-9, solve_steps=200), memory.merged(a, len(a), 1.0, 13)
+    quadratic = old_quadratic(memory, solved, torch.tensor(2.0))
+    solve_readout(layer, seen(a, b), old, merged, loss, exact, quadratic=quadratic, told=0.0)
     both, classes = torch.cat([x, a]), torch.cat([y, b])
     expected = torch.linalg.lstsq(both, torch.nn.functional.one_hot(classes, 6).float()).solution.T
     torch.testing.assert_close(layer.weights_and_bias(), expected, atol=2e-3, rtol=0)

@@ -405,17 +405,18 @@ def told_by_classes(memory: LayerMemory, seen: ReadoutSamples) -> float:
         seen: samples of the experience.
     """
 
-    def separability(sums: Tensor, counts: Tensor, energy: Tensor) -> Tensor:
+    def between_and_within(sums: Tensor, counts: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
         known = counts > 0
         shares, means = counts[known] / counts.sum(), sums[known] / counts[known].unsqueeze(1)
         of_means = (shares * means.square().sum(1)).sum()
-        between = of_means - (shares @ means).square().sum()
-        return between / (energy - of_means).clamp_min(torch.finfo(energy.dtype).tiny)
+        return of_means - (shares @ means).square().sum(), (energy - of_means).clamp_min(0)
 
     assert memory.class_sums is not None and memory.class_counts is not None
-    old = separability(memory.class_sums, memory.class_counts, memory.mean_eigenvalue * len(memory.vectors))
-    new = separability(*class_sums(seen), seen.inputs.square().sum() / len(seen.inputs))
-    return float((old / new.clamp_min(torch.finfo(new.dtype).tiny)).clamp(0, 1))
+    energy = memory.mean_eigenvalue * len(memory.vectors)
+    old_between, old_within = between_and_within(memory.class_sums, memory.class_counts, energy)
+    between, within = between_and_within(*class_sums(seen), seen.inputs.square().sum() / len(seen.inputs))
+    least = torch.finfo(energy.dtype).tiny
+    return float((old_between * within / (old_within * between).clamp_min(least)).clamp(0, 1))
 
 
 def old_quadratic(memory: LayerMemory, present: Tensor, curvature: Tensor) -> Callable[[Tensor], Tensor]:
