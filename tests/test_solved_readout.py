@@ -571,12 +571,15 @@ def test_each_short_experience_is_learned_and_the_old_ones_are_kept(split5, loss
     assert sum(accuracy(model, small, task) for task in range(5)) / 5 > 0.65
 
 
-@pytest.mark.parametrize("network, optimizer, epochs", [("mlp", "sgd", 5), ("cnn", "adam", 1)])
+@pytest.mark.parametrize(
+    "network, optimizer, epochs, stored", [("mlp", "sgd", 5, 0), ("cnn", "adam", 1, 0), ("cnn", "adam", 1, 100)]
+)
 def test_short_tasks_of_the_same_classes_are_learned_as_well_as_without_the_plugin(
-    permuted3, network, optimizer, epochs
+    permuted3, network, optimizer, epochs, stored
 ):
     small, ends = sliced(permuted3, train=416, test=200), []
     for plugins in ([], [SelectivePlasticityPlugin()]):
+        plugins += [ReplayPlugin(stored)] if stored else []
         torch.manual_seed(0)
         convolutions = [nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10)]
         model = mlp(64) if network == "mlp" else nn.Sequential(*convolutions)
