@@ -65,7 +65,8 @@ def caption(title: str, runs: pd.DataFrame) -> str:
     parts += ["pixels between 0 and 1"] if run.pixels == "0-1" else []
     number = " to ".join(str(n) for n in sorted({seeds.min(), seeds.max()}))
     parts.append(f"{number} seed{'s' if seeds.max() > 1 else ''}")
-    return f"**{title}**: {', '.join(parts)}{f'; {old} runs of an older version' if old else ''}.\n\n"
+    note = f"; {old} run{'s' if old > 1 else ''} of an older version" if old else ""
+    return f"**{title}**: {', '.join(parts)}{note}.\n\n"
 
 
 def title(runs: pd.DataFrame) -> str:
@@ -169,13 +170,12 @@ def trained_with(cell: pd.DataFrame) -> str:
 
 # The columns of a listing: the text of a cell by the column's name.
 _ACC = {"ACC %": lambda cell: with_bootstrap(cell["acc"])}
-_SECONDS = {"seconds": lambda cell: f"{cell['seconds'].mean():.1f}"}
 _MEMORY = {"extra kB": lambda cell: f"{cell['extra_memory_bytes'].max() / 1000:.0f}"}
 _WITH_STUDENT = {f"{name.upper()} %": lambda cell, name=name: with_student(cell[name]) for name in ("acc", "bwt")}
 LISTINGS: dict[str, dict[str, Callable[[pd.DataFrame], str]]] = {
-    "full": {**_WITH_STUDENT, "each task %": each_task, **_SECONDS, **_MEMORY, "trained with": trained_with},
+    "full": {**_WITH_STUDENT, "each task %": each_task, **_MEMORY, "trained with": trained_with},
     "worst": {"worst case %": lambda cell: with_bootstrap(cell["min_acc"]), **_ACC},
-    "costs": {**_SECONDS, "times replay-joint": lambda cell: f"{cell['times'].mean():.2f}", **_MEMORY},
+    "memory": _MEMORY,
     "task-labels": {
         **_ACC,
         "BWT %": lambda cell: with_bootstrap(cell["bwt"]),
@@ -209,9 +209,8 @@ def listing(runs: pd.DataFrame, study: Study | None, columns: str = "full") -> s
     if columns == "full":
         order = runs.assign(bound=runs["strategy"].isin(BOUNDS))
         runs = order.sort_values(["bound", "replay_buffer"], kind="stable")
-    if columns in ("worst", "costs"):
+    if columns in ("worst", "memory"):
         runs = runs[runs["replay_buffer"].isin(study.curves)]
-        runs = runs.assign(times=runs["seconds"] / runs.loc[runs["label"] == "replay-joint", "seconds"].mean())
     if columns == "published":
         protocol = PROTOCOLS[study.settings["benchmark"]][study.protocol]
         figures = [protocol.published.get(cell, np.nan) for cell in zip(runs["strategy"], runs["replay_buffer"])]
@@ -408,7 +407,6 @@ def boundaries(frame: pd.DataFrame) -> str:
             row = {"stream": stream, "strategy": name_of(label), "buffer": buffer or "-", "runs": len(cell)}
             row["ACC %"] = with_student(cell["acc"])
             row["minus task-aware"] = "-" if told == label else with_student(gains)
-            row["seconds"] = f"{cell['seconds'].median():.1f}"
             if stream == "drifting":  # it has no boundary that could be found
                 row["consolidated"] = f"{cell['consolidated_at'].map(len).median():g}"
             elif label.endswith("-surprise"):
