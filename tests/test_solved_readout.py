@@ -58,9 +58,13 @@ def samples(seed, classes, size=400, inputs=12):
     return torch.cat([x, torch.ones(size, 1)], 1), y
 
 
+def readout_samples(x, y):
+    return ReadoutSamples("head", x, y, torch.full((6,), torch.nan), len(x))
+
+
 def remembered(x, y, rank=13, class_rank=0, old=None):
     """The memory of samples, merged with an older memory; with ``class_rank`` eigenvectors of each class."""
-    seen = ReadoutSamples("", x, y, torch.full((6,), torch.nan), len(x))
+    seen = readout_samples(x, y)
     sums, counts = class_sums(seen)
     roots = class_roots(seen, old, replace(SETTINGS, class_rank=class_rank)) if class_rank else None
     merged = (old or LayerMemory.empty(x.shape[1], x)).merged(x, len(x), 1.0, rank)
@@ -74,7 +78,7 @@ def covariance(x):
 
 
 def drawn_from(memory, x, y):
-    drawn = pseudo_samples(memory, 3000, ReadoutSamples("", x, y, torch.full((6,), torch.nan), len(x)))
+    drawn = pseudo_samples(memory, 3000, readout_samples(x, y))
     return drawn.inputs, drawn.targets
 
 
@@ -107,7 +111,7 @@ def test_remainders_of_class_means_beyond_few_eigenvectors_tell_classes_apart():
     torch.manual_seed(0)
     y = torch.arange(3).repeat(200)
     x = 0.2 * torch.randn(600, 40) + torch.nn.functional.one_hot(y, 40) + 3 * torch.randn(600, 4) @ torch.randn(4, 40)
-    memory, seen = remembered(x, y, 4), ReadoutSamples("head", x, y, torch.full((6,), torch.nan), 600)
+    memory, seen = remembered(x, y, 4), readout_samples(x, y)
     means, shares = torch.stack([x[y == c].mean(0) for c in range(3)]), torch.full((3,), 1 / 3)
     moments, directions = extended(memory, means, shares, seen)
     torch.testing.assert_close(moments[:4], memory.eigenvalues)
@@ -130,13 +134,9 @@ def test_remainders_of_class_means_beyond_few_eigenvectors_tell_classes_apart():
     assert (head(x).argmax(1) == y).float().mean() > 0.99  # along the eigenvectors alone: .35
 
 
-def seen(x, y):
-    return ReadoutSamples("head", x, y, torch.full((6,), torch.nan), len(x))
-
-
 def test_classes_tell_the_old_loss_as_far_as_they_are_as_separable_as_in_one_experience():
     (x, y), (a, b) = samples(0, (0, 1, 2)), samples(1, (0, 1, 2))
-    assert told_by_classes(remembered(x, y), seen(x, y)) == pytest.approx(1, abs=1e-3)
+    assert told_by_classes(remembered(x, y), readout_samples(x, y)) == pytest.approx(1, abs=1e-3)
 
     def separability(inputs, classes):
         means = torch.stack([inputs[classes == c].mean(0) for c in range(3)])[classes]
@@ -144,9 +144,9 @@ def test_classes_tell_the_old_loss_as_far_as_they_are_as_separable_as_in_one_exp
 
     expected = separability(torch.cat([a, x * 2]), torch.cat([b, y])) / separability(x, y)
     memory = remembered(x * 2, y, old=remembered(a, b))
-    assert told_by_classes(memory, seen(x, y)) == pytest.approx(float(expected), rel=1e-3)
+    assert told_by_classes(memory, readout_samples(x, y)) == pytest.approx(float(expected), rel=1e-3)
     single = x[:6], torch.arange(6)  # one sample a class
-    assert 0 <= told_by_classes(remembered(*single), seen(*single)) <= 1
+    assert 0 <= told_by_classes(remembered(*single), readout_samples(*single)) <= 1
 
 
 def test_classes_with_other_inputs_in_each_experience_tell_little_of_the_old_loss():
@@ -154,7 +154,7 @@ def test_classes_with_other_inputs_in_each_experience_tell_little_of_the_old_los
     for k in range(12):
         places = torch.randperm(12, generator=torch.Generator().manual_seed(k))
         memory = remembered(torch.cat([x[:, places], x[:, 12:]], 1), y, old=memory)
-    assert 0 < told_by_classes(memory, seen(x, y)) < 0.5
+    assert 0 < told_by_classes(memory, readout_samples(x, y)) < 0.5
 
 
 @pytest.mark.parametrize("rank", [13, 4])
@@ -184,7 +184,7 @@ def test_with_the_quadratic_alone_a_squared_error_ends_at_the_minimum_of_all_dat
     old = PseudoSamples(torch.zeros(6, 13), torch.eye(13), torch.arange(6))  # tell nothing
     exact, merged = replace(SETTINGS, solve_tolerance=1e-9, solve_steps=200), memory.merged(a, len(a), 1.0, 13)
     quadratic = old_quadratic(memory, solved, torch.tensor(2.0))
-    solve_readout(layer, seen(a, b), old, merged, loss, exact, quadratic=quadratic, told=0.0)
+    solve_readout(layer, readout_samples(a, b), old, merged, loss, exact, quadratic=quadratic, told=0.0)
     both, classes = torch.cat([x, a]), torch.cat([y, b])
     expected = torch.linalg.lstsq(both, torch.nn.functional.one_hot(classes, 6).float()).solution.T
     torch.testing.assert_close(layer.weights_and_bias(), expected, atol=2e-3, rtol=0)
@@ -194,7 +194,7 @@ def test_differences_of_means_below_their_standard_error_are_no_directions():
     torch.manual_seed(0)
     y = torch.arange(3).repeat(200)
     x = torch.randn(600, 4) @ torch.randn(4, 40)  # of rank 4: its means have nothing beyond
-    seen = ReadoutSamples("head", x + 0.1 * torch.randn(600, 40), y, torch.full((6,), torch.nan), 600)
+    seen = readout_samples(x + 0.1 * torch.randn(600, 40), y)
     means, apart = torch.stack([x[y == c].mean(0) for c in range(3)]), torch.linalg.svd(x).Vh[-1]
     for size, many in ((0.0, 0), (0.002, 0), (0.02, 1)):  # the standard error is .1 / sqrt(600)
         far = means + size * apart * torch.tensor([[1.0], [-1.0], [0.0]])
@@ -318,7 +318,7 @@ def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
         return torch.cat([inputs[:, :-1] + inputs[:, :-1] @ mixing + 1 + places, inputs[:, -1:]], 1)
 
     def followed(places):
-        now = ReadoutSamples("head", drift(x, places[y]), y, torch.full((6,), torch.nan), len(x))
+        now = readout_samples(drift(x, places[y]), y)
         seen = Observation({}, len(x), 4, torch.zeros(()), None, now)
         return follow_drift(memory, prepared, seen, {"head": GatedLayer(head)}, settings)
 
@@ -340,7 +340,7 @@ def followed(old, new, change):
     drawn = DrawnInputs(torch.zeros(0), torch.cat([old[0], new[0]]), old[1], new[1])
     pseudo = PseudoSamples(old[0], torch.eye(13), old[1])
     prepared = Preparation("head", True, *new, pseudo, drawn, torch.eye(13), {}, {}, {})
-    now = ReadoutSamples("head", change(*new), new[1], torch.full((6,), torch.nan), len(new[1]))
+    now = readout_samples(change(*new), new[1])
     seen = Observation({}, len(new[1]), 2, torch.zeros(()), None, now)
     layers, settings = {"head": GatedLayer(nn.Linear(12, 6))}, replace(SETTINGS, drift_ridge=1e-4)
     after = change(drawn.features, torch.cat([old[1], new[1]]))
@@ -402,7 +402,7 @@ def test_the_error_of_drawn_inputs_is_that_of_their_class_means_without_noise():
 
 def test_new_classes_are_drawn_with_their_means_and_the_old_covariance():
     x, y = in_order(*samples(1, (3, 4), 3000))
-    seen = ReadoutSamples("", x, y, torch.full((6,), torch.nan), len(x))
+    seen = readout_samples(x, y)
     rows, old, new = draw_inputs(remembered(*samples(0, (0, 1))), seen)
     assert old.unique().tolist() == [0, 1] and new.unique().tolist() == [3, 4] and len(rows) == len(old) + len(new)
     drawn, made = rows[: len(old)], rows[len(old) :]

@@ -128,8 +128,8 @@ class PlasticityGate:
 
     **What hooks carry.** Gradient accumulation, ``torch.amp.GradScaler``, gradient clipping, closures, and loops of
     other libraries, as long as the optimizer is a ``torch.optim.Optimizer`` and its ``step`` is called. What they do
-    not carry: the size of the coming experience and the number of stored samples (:meth:`begin`), the rows
-    of stored samples (:meth:`replayed`), and the loss of a stream without told boundaries (:meth:`observe`).
+    not carry: the size of the coming experience and the number of stored samples (:meth:`begin`), the rows of stored
+    samples (:meth:`replayed`), and the loss of a stream without told boundaries (:meth:`observe`).
 
     Args:
         model, optimizer: the network and its optimizer; or None for both, until :meth:`attach`.

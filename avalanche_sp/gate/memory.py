@@ -176,6 +176,12 @@ class LayerMemory:
             return torch.zeros_like(self.mean_eigenvalue)
         return remainder(self.eigenvalues, self.mean_eigenvalue, len(self.vectors))
 
+    def mean_square(self, weights: Tensor) -> Tensor:
+        """Mean squared norm of the outputs that weights (out, d) make of the inputs, tr(W C W^T), 0-dim."""
+        along = self.along(weights)
+        of_rest = (weights.square().sum() - along.square().sum()).clamp_min(0) * self.rest
+        return (along.square() * self.eigenvalues).sum() + of_rest
+
     def likeness(self, power: Tensor, energy: Tensor) -> Tensor:
         """How alike the memory and other inputs are, of a power along each vector (r,) and an energy in all, 0-dim."""
         inputs = self.eigenvalues.sum() / self.mean_eigenvalue if self.of_rows else len(self.vectors)

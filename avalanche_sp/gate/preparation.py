@@ -359,10 +359,8 @@ def _share_of_old(
     for name, weights in prepared.weights.items():
         known, seen = memory.layers[name], observation.layers[name]
         change = layers[name].weights_and_bias()[: len(weights)] - weights
-        along = known.along(change)
-        of_rest = (change.square().sum() - along.square().sum()).clamp_min(0) * known.rest
         scale = prepared.sensitivity[name] * seen.rows
-        old = old + scale * ((along.square() * known.eigenvalues).sum() + of_rest)
+        old = old + scale * known.mean_square(change)
         new = new + scale * seen.mean_square(change)
     before, after, basis = prepared.inputs, now.inputs, prepared.vectors
     readout, weights = memory.layers[now.layer], layers[now.layer].weights_and_bias()

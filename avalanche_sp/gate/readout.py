@@ -431,14 +431,7 @@ def old_quadratic(memory: LayerMemory, present: Tensor, curvature: Tensor) -> Ca
     """
     n, anchor = len(memory.anchor), present.clone()  # fewer output units than now where a head has grown
     anchor[:n] += (memory.anchor - memory.along(present[:n])) @ memory.vectors.T
-
-    def loss(weights: Tensor) -> Tensor:
-        change = weights - anchor
-        along = memory.along(change)
-        beyond = change.square().sum() - along.square().sum()
-        return 0.5 * curvature * ((along.square() * memory.eigenvalues).sum() + memory.rest * beyond)
-
-    return loss
+    return lambda weights: 0.5 * curvature * memory.mean_square(weights - anchor)
 
 
 def _outputs(inputs: Tensor, weights: Tensor, masked: Tensor) -> Tensor:
