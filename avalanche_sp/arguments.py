@@ -1,12 +1,8 @@
 """Validation of arguments that are numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, TypeAlias
-
-__all__ = ["AT_LEAST_0", "Condition", "check_integer", "check_number"]
 
 Condition: TypeAlias = tuple[Callable[[Any], bool], str]
 """What holds for all values that are allowed, and the same in words."""

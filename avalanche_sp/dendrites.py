@@ -1,7 +1,5 @@
 """Artificial dendrites of the package perforatedai (PerforatedAI, Apache 2.0) in Avalanche strategies."""
 
-from __future__ import annotations
-
 import os
 import pdb
 import tempfile
@@ -19,8 +17,6 @@ from torch import Tensor, nn
 from avalanche_sp.gate import PlasticityGate
 from avalanche_sp.training.plugin import SelectivePlasticityPlugin
 from avalanche_sp.training.replay import SpreadBatches, forward_of
-
-__all__ = ["DendritesPlugin"]
 
 _NAME = "dendrites"  # of the package's files
 

@@ -3,26 +3,11 @@
 They take whole matrices in double precision. Inputs x are rows (n, d); a bias is the weight of a last input of 1.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import product
 
 import torch
 from torch import Tensor
-
-__all__ = [
-    "merged_eigenpairs",
-    "modelled_moment",
-    "gate_matrix",
-    "gated_gradient",
-    "penalty_gradient",
-    "likeness",
-    "four_bits",
-    "least_squares",
-    "readout_step",
-    "optimizer_step",
-]
 
 
 def merged_eigenpairs(experiences: list[Tensor], rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,8 +7,6 @@ All are measured in turn, round after round, so that a machine whose speed drift
 Reported are medians over the rounds. Writes overhead.json.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import sys

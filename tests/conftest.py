@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from avalanche.training import Naive
 from torch import nn
 
-from avalanche_sp import OneHotMSELoss, permuted_mnist, split_mnist
-from avalanche_sp.data import benchmark_of
+import avalanche_sp
 
 ROOT = Path(__file__).resolve().parents[1]
 MNIST = ROOT / "benchmarks" / "data" / "mnist"
@@ -26,6 +24,8 @@ def quiet_avalanche():
 
 def sliced(benchmark, train=600, test=200, experiences=None):
     """The first samples of every experience, or of the first few."""
+    from avalanche_sp.data import benchmark_of  # here: Avalanche takes seconds, also where no test runs
+
     streams = benchmark.train_stream[:experiences], benchmark.test_stream[:experiences]
     return benchmark_of(*([e.dataset[:n] for e in stream] for stream, n in zip(streams, (train, test))))
 
@@ -54,17 +54,17 @@ def tiny(monkeypatch, slices):
 
 @pytest.fixture(scope="session")
 def split2():
-    return sliced(split_mnist(2, dataset_root=MNIST))
+    return sliced(avalanche_sp.split_mnist(2, dataset_root=MNIST))
 
 
 @pytest.fixture(scope="session")
 def split5():
-    return sliced(split_mnist(5, dataset_root=MNIST))
+    return sliced(avalanche_sp.split_mnist(5, dataset_root=MNIST))
 
 
 @pytest.fixture(scope="session")
 def permuted3():
-    return sliced(permuted_mnist(3, dataset_root=MNIST))
+    return sliced(avalanche_sp.permuted_mnist(3, dataset_root=MNIST))
 
 
 def mlp(hidden=32, bias=True, seed=0):
@@ -92,10 +92,12 @@ def accuracy(model, benchmark, task):
 
 
 def strategy_of(model, plugins, *, optimizer=None, criterion=None, batch=32, epochs=1):
+    from avalanche.training import Naive
+
     return Naive(
         model=model,
         optimizer=optimizer or torch.optim.SGD(model.parameters(), lr=0.02),
-        criterion=criterion or OneHotMSELoss(),
+        criterion=criterion or avalanche_sp.OneHotMSELoss(),
         train_mb_size=batch,
         train_epochs=epochs,
         eval_mb_size=500,

@@ -22,8 +22,6 @@ from avalanche_sp.data import TensorClassificationDataset, TensorSource
 from avalanche_sp.gate.packed import PackedRows
 from avalanche_sp.training.replay import SpreadBatches
 
-__all__ = ["Gaussian", "GaussianBuffer"]
-
 # Samples of an experience that are looked at, evenly spread over it.
 _LOOKED_AT = 5000
 # Least number of components of a Gaussian. With fewer of them, fewer Gaussians describe a class better.

@@ -1,7 +1,5 @@
 """Split and Permuted MNIST as tensor-backed Avalanche benchmarks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,8 +12,6 @@ from torch import Tensor
 from torchvision.datasets import MNIST
 
 from avalanche_sp.data.streams import permute_pixels, split_classes
-
-__all__ = ["split_mnist", "permuted_mnist"]
 
 # Avalanche's and torchvision's usual normalisation: mean and deviation of the training pixels.
 _MEAN, _STD = torch.full((1, 1, 1), 0.1307), torch.full((1, 1, 1), 0.3081)

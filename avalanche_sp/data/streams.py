@@ -1,7 +1,5 @@
 """Streams of experiences from a data set's images: groups of classes, or permutations of the pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,8 +11,6 @@ from avalanche.benchmarks.utils import AvalancheDataset
 from torch import Tensor
 
 from avalanche_sp.data.tensor_dataset import TensorClassificationDataset, TensorSource
-
-__all__ = ["Images", "benchmark_of", "permute_pixels", "split_classes"]
 
 
 class Images(Protocol):

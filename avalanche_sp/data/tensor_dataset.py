@@ -20,8 +20,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-__all__ = ["TensorSource", "TensorClassificationDataset"]
-
 
 class TensorSource(Dataset):
     """Images and labels in memory, seen in a fixed order and, optionally, with permuted pixels.

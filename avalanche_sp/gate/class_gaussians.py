@@ -1,7 +1,5 @@
 """Gaussians of classes at a readout's inputs: they follow the drift of the network, and give a linear discriminant."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -9,8 +7,6 @@ from avalanche_sp.arguments import check_integer
 from avalanche_sp.gate.functional import leading_eigenpairs, remainder
 from avalanche_sp.gate.readout import agreement, drift_map
 from avalanche_sp.gate.settings import Settings
-
-__all__ = ["ClassGaussians"]
 
 _DIRECTIONS = 512  # of a covariance or of a drift's map, at most
 

@@ -1,7 +1,5 @@
 """Consolidation: what a gate remembers after one more experience. Nowhere else is a layer's memory merged."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -14,8 +12,6 @@ from avalanche_sp.gate.observe import Observation
 from avalanche_sp.gate.packed import PackedRows
 from avalanche_sp.gate.readout import ReadoutLoss, class_roots, class_sums, newton_readout
 from avalanche_sp.gate.settings import Settings
-
-__all__ = ["consolidate", "inherited", "least_bytes"]
 
 
 @torch.no_grad()

@@ -1,7 +1,5 @@
 """Change detection on the stream's loss and inputs: finds the beginning of a new task."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterable, Sequence
@@ -12,8 +10,6 @@ from torch import Tensor
 
 from avalanche_sp.gate.functional import loss_surprise
 from avalanche_sp.gate.settings import Settings
-
-__all__ = ["ChangeDetector", "page_hinkley", "ChangeWatch", "InputWatch", "RunningSurprise"]
 
 
 class ChangeDetector(Protocol):

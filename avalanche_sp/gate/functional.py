@@ -5,32 +5,15 @@ gate closes the presynaptic side along the input directions of earlier experienc
 input and error coincide outside these directions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "loss_surprise",
-    "claim",
-    "remainder",
-    "likeness",
-    "merge_eigenspace",
-    "leading_eigenpairs",
-    "held_back",
-    "unanswered",
-    "penalty_gradient",
-    "newton_step",
-    "loss_derivatives",
-    "leading_eigenvalue",
-]
-
 _FEW = 4  # subspace iteration, if all eigenpairs are more than this multiple of the wanted ones
 _FEW_STARTED = 2  # the same from known vectors
 _OVERSAMPLED = 10  # random vectors beyond the wanted ones
-_ROUNDS = 1  # of the subspace iteration
+_ROUNDS = 2  # of the subspace iteration, without known vectors
 
 
 def loss_surprise(loss: Tensor, mean: Tensor, variance: Tensor, full: float) -> Tensor:
@@ -154,7 +137,7 @@ def leading_eigenpairs(factor: Tensor, rank: float, start: Tensor | None = None)
         if start is None:
             generator = torch.Generator().manual_seed(0)
             mixed = torch.randn(rows, int(rank) + _OVERSAMPLED, generator=generator, dtype=factor.dtype)
-            mixed, rounds = mixed.to(factor.device), _ROUNDS + 1
+            mixed, rounds = mixed.to(factor.device), _ROUNDS
         else:
             mixed, rounds = factor @ start, 1
         for _ in range(rounds):

@@ -63,8 +63,6 @@ from avalanche_sp.gate.stream import StreamWatch
 from avalanche_sp.gate.trust import StoredSamples
 from avalanche_sp.gate.warn import warn_of_dead, warn_of_ungated, warn_of_unlearned, warn_of_unsolved
 
-__all__ = ["PlasticityGate"]
-
 
 def _model_of_inputs(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
@@ -591,7 +589,7 @@ class PlasticityGate:
             "batches_seen": self._batches_seen,
             "prepared": self._prepared.state_dict() if self._prepared is not None else None,
             "loss_before": self._loss_before,
-            "statistics": {name: s.state_dict() for name, s in self.statistics.items()},
+            "statistics": {name: vars(s).copy() for name, s in self.statistics.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -694,7 +692,8 @@ class PlasticityGate:
             return None
         if self._drift.is_looking:
             self._note(g, parameter, grad, held)
-        return g.gate.gated(g.layer, grad, held * g.statistics.holding)
+        held = held * g.statistics.holding
+        return g.layer.gated_gradient(grad, held, g.gate.leading, 1 - g.gate.closed_rest)
 
     def _note(self, g: Gated, parameter: nn.Parameter, grad: Tensor, held: Tensor) -> None:
         """Adds a backward pass to the step's gradient along the gated vectors."""

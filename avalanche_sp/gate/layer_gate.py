@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,6 @@ from avalanche_sp.gate.functional import held_back
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.processes import mean_over_processes
-
-__all__ = ["LayerGate", "StreamStatistics"]
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,6 @@ class LayerGate:
             held = F.pad(held, (vectors.shape[-1] - held.shape[1], 0))
             held[: len(added)] -= added
         layer.gate_gradient(held, vectors, 1 - self.closed_rest)
-
-    def gated(self, layer: GatedLayer, grad: Tensor, held: Tensor) -> Tensor:
-        """A gradient of the layer's weight or bias without the part ``held`` (out, k) along the leading vectors."""
-        return layer.gated_gradient(grad, held, self.leading, 1 - self.closed_rest)
 
     def through(self, change: Tensor, memory: LayerMemory) -> Tensor:
         """The part of a change (out, d) of the layer's weights and bias that the gate lets through."""
@@ -125,6 +119,3 @@ class StreamStatistics:
         """How alike the stream and the memory are: 0-dim, 0 to 1, 0 before any input."""
         power, energy = mean_over_processes(self.power), mean_over_processes(self.power_energy)
         return memory.likeness(power, energy)
-
-    def state_dict(self) -> dict:
-        return {f.name: getattr(self, f.name) for f in fields(self)}

@@ -7,8 +7,6 @@ input, which is always 1.
 The groups of a grouped convolution share one input space.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from types import SimpleNamespace
@@ -17,8 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-__all__ = ["GatedLayer", "NORMALISATION", "gated_layers", "ungated_parameters"]
 
 NORMALISATION = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -472,8 +468,7 @@ class _TransposedConvolution(_Convolution):
     def presynaptic(self, x: Tensor) -> Tensor:
         return self._by_group(x).flatten(2).mT.reshape(-1, self.inputs)
 
-    def presynaptic_at(self, x: Tensor, places: Tensor) -> Tensor:
-        return self.presynaptic(x)[places]
+    presynaptic_at = GatedLayer.presynaptic_at
 
     def project(self, x: Tensor, vectors: Tensor) -> Tensor:
         return self._rows(x) @ vectors
@@ -607,23 +602,11 @@ def _twin(module: nn.Module, **changes: Any) -> Any:
     return twin
 
 
-_LINEAR, _CONVOLUTION = (nn.Linear,), (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTION = nn.Conv1d, nn.Conv2d, nn.Conv3d
+_TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 _RECURRENT, _CELL = (nn.RNN, nn.LSTM, nn.GRU), (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
-_FORWARDS = {
-    kind.forward
-    for kind in (
-        *_LINEAR,
-        *_CONVOLUTION,
-        *_TRANSPOSED,
-        nn.Bilinear,
-        nn.Embedding,
-        nn.EmbeddingBag,
-        *_RECURRENT,
-        *_CELL,
-        nn.MultiheadAttention,
-    )
-}
+_OTHERS = nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention
+_FORWARDS = {kind.forward for kind in (*_CONVOLUTION, *_TRANSPOSED, *_RECURRENT, *_CELL, *_OTHERS)}
 _EXPLAINED = 0.05  # of a gradient may differ by rounding
 
 
@@ -634,7 +617,7 @@ def _is_overridden(module: nn.Module) -> bool:
 
 def _maps(module: nn.Module) -> Iterable[GatedLayer]:
     """A module's own weights that can be gated."""
-    if isinstance(module, _LINEAR):
+    if isinstance(module, nn.Linear):
         return [GatedLayer(module)]
     if isinstance(module, _CONVOLUTION):
         return [_Convolution(module)]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from avalanche_sp.gate.functional import claim, likeness, merge_eigenspace, remainder
 from avalanche_sp.gate.packed import PackedRows
-
-__all__ = ["LayerMemory", "Memory", "check_budget"]
 
 
 def check_budget(budget: int, least: int) -> None:
@@ -214,17 +212,13 @@ class LayerMemory:
 
     def state_dict(self) -> dict:
         """Tensors and numbers by field."""
-        state = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.rough_anchor is not None:
-            state["rough_anchor"] = vars(self.rough_anchor).copy()
-        return state
+        rough = self.rough_anchor
+        return vars(self) | {"rough_anchor": None if rough is None else vars(rough).copy()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping) -> LayerMemory:
-        state = dict(state)
-        if state["rough_anchor"] is not None:
-            state["rough_anchor"] = PackedRows(**state["rough_anchor"])
-        return cls(**state)
+        rough = state["rough_anchor"]
+        return cls(**{**state, "rough_anchor": None if rough is None else PackedRows(**rough)})
 
 
 @dataclass(frozen=True)
@@ -284,15 +278,9 @@ class Memory:
 
     def state_dict(self) -> dict:
         """Tensors and numbers, for ``torch.save``; ``torch.load(..., weights_only=True)`` takes them."""
-        return {
-            "layers": {name: layer.state_dict() for name, layer in self.layers.items()},
-            "curvature": self.curvature,
-            "classes": self.classes,
-            "consolidations": self.consolidations,
-            "loss": self.loss,
-        }
+        return vars(self) | {"layers": {name: layer.state_dict() for name, layer in self.layers.items()}}
 
     @classmethod
     def from_state_dict(cls, state: Mapping) -> Memory:
         layers = {name: LayerMemory.from_state_dict(layer) for name, layer in state["layers"].items()}
-        return cls(layers, state["curvature"], state["classes"], state["consolidations"], state["loss"])
+        return cls(**{**state, "layers": layers})

@@ -1,7 +1,5 @@
 """The running statistics of normalisation layers, measured before they are frozen."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from copy import deepcopy
 from operator import itemgetter
@@ -13,8 +11,6 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from avalanche_sp.gate.observe import BATCH, Forward, Samples, each_tensor, evaluation_mode, on_device
 from avalanche_sp.gate.processes import mean_over_processes
-
-__all__ = ["batches_seen", "measure_statistics"]
 
 _STATISTICS = ("running_mean", "running_var")
 

@@ -13,24 +13,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from avalanche_sp.gate.functional import leading_eigenvalue, loss_derivatives
 from avalanche_sp.gate.layers import GatedLayer
-from avalanche_sp.gate.readout import Criterion, ReadoutLoss, ReadoutSamples, linked, unlinked
+from avalanche_sp.gate.readout import Criterion, ReadoutLoss, ReadoutSamples, linked, unlinked, with_gradient
 from avalanche_sp.gate.settings import Settings
-
-__all__ = [
-    "LayerObservation",
-    "Observation",
-    "Samples",
-    "after_each",
-    "check_outputs",
-    "each_tensor",
-    "evaluation_mode",
-    "evenly_spread",
-    "observe",
-    "on_device",
-    "output_derivatives",
-    "some_inputs",
-    "some_rows",
-]
 
 BATCH = 256  # samples a forward pass
 _SENSITIVITY = 100  # samples of a sensitivity, which is a mean over samples
@@ -394,17 +378,11 @@ def output_derivatives(
         return loss, curvature, None, outputs
     kept = (outputs == made).all(0)  # the others are masked: Avalanche's incremental heads do it
     if quadratic is None:
-        nothing, twice = (_gradient(criterion, scale * outputs, targets) for scale in (0.0, 2.0))
+        nothing, twice = (with_gradient(lambda z: criterion(z, targets), scale * outputs)[1] for scale in (0.0, 2.0))
         curved = (nothing + twice - 2 * error).abs().max()
         quadratic = bool(curved <= _QUADRATIC * error.abs().max() and (nothing != twice).any())
     is_readout = kept.any() and quadratic and curvature > 0
     return loss, curvature, name if is_readout else None, error * kept * len(outputs)
-
-
-@torch.enable_grad()
-def _gradient(criterion: Criterion, outputs: Tensor, targets: Tensor) -> Tensor:
-    outputs = outputs.detach().requires_grad_()
-    return torch.autograd.grad(criterion(outputs, targets), outputs)[0]
 
 
 def _fed_by_data(

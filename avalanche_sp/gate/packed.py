@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["PackedRows"]
-
 _LARGEST = 7  # four bits hold -7 to 7
 
 

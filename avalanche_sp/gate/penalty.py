@@ -1,7 +1,5 @@
 """The drift of the weights since consolidation: the gated part is taken back, and a penalty adds its gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,8 +12,6 @@ from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.per_layer import PerLayer, value_of
 from avalanche_sp.gate.settings import Settings
-
-__all__ = ["Gated", "Drift"]
 
 
 @dataclass
@@ -31,11 +27,6 @@ class Gated:
     gate: LayerGate
     statistics: StreamStatistics
     rate: float
-
-    @property
-    def largest_weight(self) -> Tensor:
-        r"""The penalty's weight at its limit of stability, 0-dim: :math:`2 / (\eta \max_i \lambda_i (1 - f_i))`."""
-        return 2 / (self.rate * self.memory.eigenvalues * (1 - self.gate.closed)).max()
 
 
 class Drift:
@@ -59,11 +50,10 @@ class Drift:
         self._interval = longest
         self._old_samples = 0.0  # in the penalty, for each new one
         self._takes_back = 0.0
-        self._curvature = torch.zeros(())
         self._before: dict[str, Tensor] = {}  # the weights along the vectors after the last look
         self._due: set[str] = set()
         self._due_beyond: set[str] = set()
-        self._largest: dict[str, Tensor] = {}  # weights of the penalty
+        self._weight: dict[str, Tensor] = {}  # of the penalty
         self._likeness: Tensor | None = None  # of stream and memory at the last look that needed it
 
     def begin(
@@ -79,14 +69,17 @@ class Drift:
             takes_back: how much of the gated part of the updates is taken back, 0 to 1.
         """
         self._gated = {g.name: g for g in gated}
-        self._curvature = curvature
         largest = self.settings.largest_ratio
         self._old_samples = min(ratio, largest) * strength
         self._takes_back = takes_back
-        self._largest = {name: g.largest_weight for name, g in self._gated.items()}
-        stable = [self._largest[name] / self._weight_a_step(g) for name, g in self._gated.items()]
+        a_step, limit = {}, {}  # the penalty's weight for one step, and at its limit of stability
+        for name, g in self._gated.items():
+            a_step[name] = self._old_samples * value_of(self.weights, name) * curvature * g.memory.rows
+            limit[name] = 2 / (g.rate * g.memory.eigenvalues * (1 - g.gate.closed)).max()
+        stable = [limit[name] / a_step[name] for name in a_step]
         nearest = torch.stack(stable).min().item() if stable else self.longest
         self._interval = max(int(min(nearest, largest / max(ratio, 1), self.longest)), 1)
+        self._weight = {name: torch.minimum(self._interval * a_step[name], limit[name]) for name in a_step}
         for name, g in self._gated.items():
             known = self._before.get(name)  # steps of an experience before may wait for the next look
             if known is None or len(known) < g.layer.units:  # of a head that has grown
@@ -134,7 +127,7 @@ class Drift:
         g = self._gated[name]
         anchor = g.memory.anchor
         drift = self._before[name][: len(anchor)] - anchor
-        gradient = penalty_gradient(drift, g.memory.eigenvalues, g.gate.closed, self._weight(g))
+        gradient = penalty_gradient(drift, g.memory.eigenvalues, g.gate.closed, self._weight[name])
         if name in self._due_beyond:  # which acts along the vectors, too
             gradient -= self._weight_beyond(g) * drift
         return gradient if scale is None else gradient * scale
@@ -148,15 +141,9 @@ class Drift:
             weight = self._weight_beyond(g) if scale is None else self._weight_beyond(g) * scale
             g.layer.add_to_gradient(g.layer.drift_from(g.memory.rough_anchor.unpacked()), weight)
 
-    def _weight_a_step(self, g: Gated) -> Tensor:
-        return self._old_samples * value_of(self.weights, g.name) * self._curvature * g.memory.rows
-
-    def _weight(self, g: Gated) -> Tensor:
-        return torch.minimum(self._interval * self._weight_a_step(g), self._largest[g.name])
-
     def _weight_beyond(self, g: Gated) -> Tensor:
         assert self._likeness is not None
-        weight = self.settings.beyond_every * self.settings.beyond * self._weight(g)
+        weight = self.settings.beyond_every * self.settings.beyond * self._weight[g.name]
         return weight * g.memory.rest * self._likeness * (1 - g.gate.closed_rest)
 
     @torch.no_grad()

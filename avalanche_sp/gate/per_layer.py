@@ -1,7 +1,5 @@
 """Settings that may differ from layer to layer: one value for all, or values by patterns of the layers' names."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from numbers import Integral
@@ -11,8 +9,6 @@ from torch import nn
 
 from avalanche_sp.arguments import AT_LEAST_0, Condition, check_number
 from avalanche_sp.gate.layers import GatedLayer, gated_layers
-
-__all__ = ["PerLayer", "per_layer", "value_of", "values_of", "check_patterns", "protected_layers"]
 
 T = TypeVar("T", int, float)
 PerLayer: TypeAlias = T | Mapping[str, T]

@@ -33,17 +33,6 @@ from avalanche_sp.gate.readout import (
 )
 from avalanche_sp.gate.settings import Settings
 
-__all__ = [
-    "DrawnInputs",
-    "Preparation",
-    "Sensitivity",
-    "draw_inputs",
-    "features_of",
-    "follow_drift",
-    "output_sensitivity",
-    "sharpness",
-]
-
 
 @dataclass(frozen=True)
 class DrawnInputs:

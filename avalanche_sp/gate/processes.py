@@ -1,11 +1,7 @@
 """What the processes of ``torch.distributed`` have to agree on, so that they keep equal weights."""
 
-from __future__ import annotations
-
 import torch.distributed as dist
 from torch import Tensor
-
-__all__ = ["mean_over_processes"]
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

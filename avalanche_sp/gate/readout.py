@@ -21,26 +21,6 @@ from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.settings import Settings
 
-__all__ = [
-    "PseudoSamples",
-    "ReadoutLoss",
-    "ReadoutSamples",
-    "agreement",
-    "class_means",
-    "class_roots",
-    "class_sums",
-    "drift_map",
-    "extended",
-    "linked",
-    "newton_readout",
-    "old_quadratic",
-    "pseudo_samples",
-    "solve_readout",
-    "told_by_classes",
-    "unlinked",
-]
-
-
 Criterion = Callable[[Tensor, Tensor], Tensor]
 LINKS = (partial(F.log_softmax, dim=1), partial(F.softmax, dim=1), torch.sigmoid, F.logsigmoid)
 
@@ -510,7 +490,7 @@ def solve_readout(
 
     present = start @ vectors / scale
     nothing = torch.zeros_like(present)
-    at_nothing, gradient = _with_gradient(loss, nothing)
+    at_nothing, gradient = with_gradient(loss, nothing)
     units = min(present, -gradient / curvature, key=lambda weights: float(loss(weights))).requires_grad_()
     search = torch.optim.LBFGS(
         [units],
@@ -520,7 +500,7 @@ def solve_readout(
     )
 
     def closure() -> Tensor:
-        value, units.grad = _with_gradient(loss, units)
+        value, units.grad = with_gradient(loss, units)
         return value
 
     search.step(closure)
@@ -530,7 +510,8 @@ def solve_readout(
 
 
 @torch.enable_grad()
-def _with_gradient(loss: Callable[[Tensor], Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
+def with_gradient(loss: Callable[[Tensor], Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
+    """A loss and its gradient at these weights."""
     weights = weights.detach().requires_grad_()
     value = loss(weights)
     return value.detach(), torch.autograd.grad(value, weights)[0]

@@ -1,11 +1,7 @@
 """Every constant that decides a result of the gate, in one frozen object."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields
 from typing import Any
-
-__all__ = ["Settings"]
 
 # Allowed ranges by name: a test, and its words.
 _RANGES = {

@@ -1,7 +1,5 @@
 """A stream without told boundaries: when to consolidate, and the observation since the last boundary."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import torch
@@ -13,8 +11,6 @@ from avalanche_sp.gate.observe import Criterion, LayerObservation, Observation, 
 from avalanche_sp.gate.readout import ReadoutLoss, linked, unlinked
 from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.settings import Settings
-
-__all__ = ["Moment", "StreamWatch"]
 
 
 class Moment:
@@ -36,7 +32,7 @@ class Moment:
 
     def __init__(self, inputs: int, rank: int, memory: int, like: Tensor):
         generator = torch.Generator(like.device).manual_seed(0)
-        self.rank, self.memory = rank, memory
+        self.memory = memory
         size = inputs, min(2 * rank, inputs)
         self.test = torch.randn(size, generator=generator, device=like.device, dtype=like.dtype)
         self.sketch, self.mean_eigenvalue, self.weight = like.new_zeros(size), like.new_zeros(()), 0

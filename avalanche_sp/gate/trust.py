@@ -1,12 +1,8 @@
 """Stored samples with the gate: how far they replace it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from avalanche_sp.gate.settings import Settings
-
-__all__ = ["StoredSamples"]
 
 
 @dataclass(frozen=True)

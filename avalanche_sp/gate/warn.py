@@ -1,7 +1,5 @@
 """Warnings of a consolidation: ungated weights, an unlearned experience, dead units, an unsolved last layer."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Collection, Mapping
 
@@ -11,8 +9,6 @@ from avalanche_sp.gate.layer_gate import StreamStatistics
 from avalanche_sp.gate.memory import Memory
 from avalanche_sp.gate.observe import Observation
 from avalanche_sp.gate.per_layer import PerLayer, value_of
-
-__all__ = ["warn_of_dead", "warn_of_ungated", "warn_of_unlearned", "warn_of_unsolved"]
 
 _MOSTLY = 0.5  # of a layer's inputs are dead
 _HARDLY = 0.9  # an experience is hardly learned if this share of its loss, or more, is left

@@ -1,7 +1,5 @@
 """The gate for Hugging Face's Trainer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,8 +9,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from avalanche_sp.gate import PlasticityGate, Samples
-
-__all__ = ["SelectivePlasticityCallback"]
 
 
 class SelectivePlasticityCallback(TrainerCallback):

@@ -1,7 +1,5 @@
 """The gate for Lightning's Trainer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning
@@ -9,8 +7,6 @@ import torch
 
 from avalanche_sp.gate import PlasticityGate, Samples
 from avalanche_sp.gate.observe import Criterion
-
-__all__ = ["SelectivePlasticityCallback"]
 
 
 class SelectivePlasticityCallback(lightning.Callback):

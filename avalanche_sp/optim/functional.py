@@ -1,24 +1,11 @@
 """The elementwise gate: its equations, and the step on lists of tensors, as in torch.optim's functional forms."""
 
-from __future__ import annotations
-
 import math
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
-
-__all__ = [
-    "eligibility",
-    "trace_floor",
-    "coincidence",
-    "resistance",
-    "selective_plasticity",
-    "compiled_selective_plasticity",
-    "is_plain",
-    "warmup",
-]
 
 _BLOCK = 262144  # elements: with 4 bytes each, what an operation writes is still in the cache for the next
 

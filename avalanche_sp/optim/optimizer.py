@@ -20,8 +20,6 @@ from avalanche_sp.optim.functional import (
     warmup,
 )
 
-__all__ = ["SelectivePlasticityOptimizer"]
-
 
 class SelectivePlasticityOptimizer(Optimizer):
     r"""Adam whose update passes a gate: synapses that mattered to what was learned before resist change.

@@ -9,8 +9,6 @@ import dill
 import torch
 from torch.optim import Optimizer
 
-__all__: list[str] = []
-
 
 def _new(name: str) -> Optimizer:
     cls = getattr(torch.optim, name)

@@ -1,14 +1,10 @@
 """ConsolidationPlugin: tells the optimizer when an experience has been learned."""
 
-from __future__ import annotations
-
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
 from avalanche_sp.optim import SelectivePlasticityOptimizer
-
-__all__ = ["ConsolidationPlugin", "ConsolidatedEligibility"]
 
 
 class ConsolidatedEligibility:

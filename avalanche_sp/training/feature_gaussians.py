@@ -1,7 +1,5 @@
 """FeatureGaussians: Gaussians of classes at the readout's inputs, for any Avalanche strategy."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 
@@ -17,8 +15,6 @@ from avalanche_sp.gate.observe import after_each, evaluation_mode, observe
 from avalanche_sp.gate.readout import ReadoutSamples
 from avalanche_sp.training.plugin import SelectivePlasticityPlugin
 from avalanche_sp.training.replay import forward_of, samples_of
-
-__all__ = ["FeatureGaussians"]
 
 
 class FeatureGaussians(SupervisedPlugin):

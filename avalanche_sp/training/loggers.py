@@ -1,13 +1,9 @@
 """MetricsCSVLogger: every scalar metric, custom ones too, in one CSV file."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 
 from avalanche.logging import BaseLogger
-
-__all__ = ["MetricsCSVLogger"]
 
 _COLUMNS = ["step", "phase", "name", "value"]
 

@@ -1,7 +1,5 @@
 """Losses for learning classes one after another, for use as a strategy's ``criterion``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch.nn.functional as F
@@ -9,10 +7,8 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
 from avalanche_sp.arguments import check_number
-from avalanche_sp.training.plugin import SelectivePlasticityPlugin
+from avalanche_sp.training.plugin import plugin_of
 from avalanche_sp.training.replay import memory_size, stream_rows
-
-__all__ = ["OneHotMSELoss", "JointReplayLoss"]
 
 
 class OneHotMSELoss(nn.Module):
@@ -73,11 +69,11 @@ class JointReplayLoss(SupervisedPlugin):
         self._memory_weight = 0.0
 
     def before_training_iteration(self, strategy, **kwargs):
-        gate = next((p.gate for p in strategy.plugins if isinstance(p, SelectivePlasticityPlugin)), None)
+        plugin = plugin_of(strategy)
         ratio = self.samples_seen / len(strategy.experience.dataset)
         trust = self.trust
-        if gate is not None and gate.active:
-            ratio, trust = gate.ratio, gate.trust if trust is None else trust
+        if plugin is not None and plugin.gate.active:
+            ratio, trust = plugin.gate.ratio, plugin.gate.trust if trust is None else trust
         if ratio and memory_size(strategy):
             self._stream_rows = stream_rows(strategy)
             self._memory_weight = ratio * (1.0 if trust is None else trust)

@@ -17,22 +17,7 @@ from torch import Tensor
 
 from avalanche_sp.gate import PlasticityGate
 from avalanche_sp.optim import SelectivePlasticityOptimizer
-from avalanche_sp.training.plugin import SelectivePlasticityPlugin
-
-__all__ = [
-    "AccuracyMatrix",
-    "ClaimedRank",
-    "Eligibility",
-    "FoundBoundaries",
-    "GateOpenness",
-    "LossSurprise",
-    "PresynapticSurprise",
-    "average_accuracy",
-    "average_forgetting",
-    "backward_transfer",
-    "learning_accuracy",
-    "selective_plasticity_metrics",
-]
+from avalanche_sp.training.plugin import plugin_of
 
 
 def average_accuracy(matrix: ArrayLike) -> float:
@@ -79,7 +64,14 @@ def _square(matrix: ArrayLike) -> np.ndarray:
     return r
 
 
-class AccuracyMatrix(PluginMetric):
+class _Metric(PluginMetric):
+    """A metric that is shown by its class's name."""
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+
+class AccuracyMatrix(_Metric):
     """Accuracy matrix R of one stream in percent, and ACC, BWT, forgetting and learning accuracy.
 
     Row i of R is evaluated after training on experience i and before any later training. An evaluation before any
@@ -98,9 +90,6 @@ class AccuracyMatrix(PluginMetric):
         self._rows: list[dict[int, float]] = []
         self._evaluated = False  # the present evaluation has added to R
         self._reported: set[str] = set()
-
-    def __str__(self) -> str:
-        return "AccuracyMatrix"
 
     def result(self) -> np.ndarray:
         """R, shape (experiences trained on, experiences evaluated on), NaN where not evaluated."""
@@ -172,19 +161,12 @@ class AccuracyMatrix(PluginMetric):
         ]
 
 
-def _plugin_of(strategy) -> SelectivePlasticityPlugin | None:
-    return next((p for p in strategy.plugins if isinstance(p, SelectivePlasticityPlugin)), None)
-
-
-class _LayerMetric(PluginMetric):
+class _LayerMetric(_Metric):
     """A value for every layer, read at one moment."""
 
     def __init__(self):
         super().__init__()
         self._values: dict[str, float] = {}
-
-    def __str__(self) -> str:
-        return type(self).__name__
 
     def result(self) -> dict[str, float]:
         """The last values by layer name."""
@@ -212,12 +194,10 @@ class _LayerMetric(PluginMetric):
 class _GateMetric(_LayerMetric):
     """A value of each gated layer, read from the strategy's SelectivePlasticityPlugin."""
 
-    def __init__(self, of: Callable[[PlasticityGate], Mapping[str, float]]):
-        super().__init__()
-        self._of = of
+    _of: Callable[[PlasticityGate], Mapping[str, float]]
 
     def _read(self, strategy) -> dict[str, float]:
-        plugin = _plugin_of(strategy)
+        plugin = plugin_of(strategy)
         return {} if plugin is None else dict(self._of(plugin.gate))
 
 
@@ -227,11 +207,8 @@ class GateOpenness(_GateMetric):
     ``sum |x_gated|^2 / sum |x|^2``
     """
 
-    def __init__(self):
-        super().__init__(lambda gate: {name: s.openness for name, s in gate.statistics.items()})
-
-    def after_training_epoch(self, strategy) -> list[MetricValue]:
-        return self._emit(strategy)
+    _of = staticmethod(lambda gate: {name: s.openness for name, s in gate.statistics.items()})
+    after_training_epoch = _LayerMetric._emit
 
 
 class PresynapticSurprise(_GateMetric):
@@ -240,21 +217,15 @@ class PresynapticSurprise(_GateMetric):
     ``1 - sum |V^T x|^2 / sum |x|^2``
     """
 
-    def __init__(self):
-        super().__init__(lambda gate: {name: s.surprise for name, s in gate.statistics.items()})
-
-    def after_training_epoch(self, strategy) -> list[MetricValue]:
-        return self._emit(strategy)
+    _of = staticmethod(lambda gate: {name: s.surprise for name, s in gate.statistics.items()})
+    after_training_epoch = _LayerMetric._emit
 
 
 class ClaimedRank(_GateMetric):
     """Number of input directions that consolidation has at least half closed, per layer, after each experience."""
 
-    def __init__(self):
-        super().__init__(lambda gate: dict(gate.claimed_rank))
-
-    def after_training_exp(self, strategy) -> list[MetricValue]:
-        return self._emit(strategy)
+    _of = staticmethod(lambda gate: gate.claimed_rank)
+    after_training_exp = _LayerMetric._emit
 
 
 class Eligibility(_LayerMetric):
@@ -275,19 +246,15 @@ class Eligibility(_LayerMetric):
                 layers.setdefault(name.rpartition(".")[0] or name, []).append(optimizer.get_param_eligibility(p))
         return {name: float(torch.cat([e.flatten() for e in all_]).mean()) for name, all_ in layers.items()}
 
-    def after_training_exp(self, strategy) -> list[MetricValue]:
-        return self._emit(strategy)
+    after_training_exp = _LayerMetric._emit
 
 
-class LossSurprise(PluginMetric):
+class LossSurprise(_Metric):
     """Mean over an epoch of the surprise of the training loss, in [0, 1], which the plugin tells the optimizer."""
 
     def __init__(self):
         super().__init__()
         self.reset()
-
-    def __str__(self) -> str:
-        return "LossSurprise"
 
     def result(self) -> float | None:
         """The mean over the present epoch so far, or the last one; None before any."""
@@ -301,7 +268,7 @@ class LossSurprise(PluginMetric):
         self.reset()
 
     def after_training_iteration(self, strategy) -> None:
-        plugin = _plugin_of(strategy)
+        plugin = plugin_of(strategy)
         if plugin is not None and plugin.gate.active:
             self._sum, self._iterations = self._sum + plugin.surprise, self._iterations + 1
 
@@ -312,15 +279,12 @@ class LossSurprise(PluginMetric):
         return [MetricValue(self, name, self.result(), strategy.clock.train_iterations)]
 
 
-class FoundBoundaries(PluginMetric):
+class FoundBoundaries(_Metric):
     """How many boundaries the plugin has found in the stream, at each one found (``consolidate="surprise"``)."""
 
     def __init__(self):
         super().__init__()
         self.reset()
-
-    def __str__(self) -> str:
-        return "FoundBoundaries"
 
     def result(self) -> int:
         """Their number so far."""
@@ -330,7 +294,7 @@ class FoundBoundaries(PluginMetric):
         self._found = 0
 
     def after_training_iteration(self, strategy) -> list[MetricValue]:
-        plugin = _plugin_of(strategy)
+        plugin = plugin_of(strategy)
         if plugin is None or plugin.gate.boundaries != "surprise" or len(plugin.consolidated_at) == self._found:
             return []
         self._found = len(plugin.consolidated_at)

@@ -10,8 +10,6 @@ from numpy.typing import ArrayLike
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_accuracy_matrix"]
-
 
 def plot_accuracy_matrix(matrix: ArrayLike, ax: Axes | None = None) -> Axes:
     """Heat map of an accuracy matrix: a row for each experience trained on, a column for each one tested.

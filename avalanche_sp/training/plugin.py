@@ -1,7 +1,5 @@
 """SelectivePlasticityPlugin: the coincidence gate for any Avalanche strategy."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from typing import Literal
@@ -23,8 +21,6 @@ from avalanche_sp.training.replay import (
     stored_rows,
     trains_apart,
 )
-
-__all__ = ["SelectivePlasticityPlugin"]
 
 
 class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -236,3 +232,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
         self.consolidated_at.append(iteration)
         if isinstance(strategy.optimizer, SelectivePlasticityOptimizer):
             self._eligibility.consolidate(strategy)
+
+
+def plugin_of(strategy) -> SelectivePlasticityPlugin | None:
+    """A strategy's plugin; None without one."""
+    return next((p for p in strategy.plugins if isinstance(p, SelectivePlasticityPlugin)), None)

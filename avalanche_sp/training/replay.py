@@ -1,7 +1,5 @@
 """Avalanche's replay: which samples are stored ones, and what the gate is told of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,19 +12,6 @@ from torch.utils.data import DataLoader
 
 from avalanche_sp.gate import Samples
 from avalanche_sp.gate.observe import BATCH, evenly_spread
-
-__all__ = [
-    "SpreadBatches",
-    "classes_of",
-    "forward_of",
-    "is_mixture",
-    "memories_of",
-    "memory_size",
-    "samples_of",
-    "stored_rows",
-    "stream_rows",
-    "trains_apart",
-]
 
 _KEPT = 2**26  # bytes of inputs
 

@@ -1,7 +1,5 @@
 """SelectivePlasticity: the recommended optimizer, loss and plugins as one Avalanche strategy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,8 +14,6 @@ from avalanche_sp.arguments import check_integer
 from avalanche_sp.optim import SelectivePlasticityOptimizer
 from avalanche_sp.training.losses import JointReplayLoss, OneHotMSELoss
 from avalanche_sp.training.plugin import SelectivePlasticityPlugin
-
-__all__ = ["SelectivePlasticity"]
 
 
 class SelectivePlasticity(SupervisedTemplate):

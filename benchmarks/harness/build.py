@@ -1,7 +1,5 @@
 """From a run's recipe to the Avalanche strategy that trains it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

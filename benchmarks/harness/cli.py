@@ -1,7 +1,5 @@
 """Command lines: each is a settings dataclass, which tyro parses and which checks itself before anything starts."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterable

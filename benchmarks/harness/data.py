@@ -1,7 +1,5 @@
 """The data sets: facts about each, and how its images are read. Only reading them imports torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

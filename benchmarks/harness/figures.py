@@ -1,7 +1,5 @@
 """Figures of runs: one colour for each strategy, everywhere, from a colour-blind safe set."""
 
-from __future__ import annotations
-
 import textwrap
 from itertools import accumulate
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs jobs in parallel, in processes of this machine or on a Dask cluster. Each result is stored as it comes."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import sys

@@ -1,7 +1,5 @@
 """Bytes that a method keeps from one experience to the next, beyond the network and SGD's or Adam's own state."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import torch

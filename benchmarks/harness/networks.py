@@ -1,7 +1,5 @@
 """The networks of the comparison."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -1,7 +1,5 @@
 """Published protocols by name: their settings, and the accuracies published with them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 

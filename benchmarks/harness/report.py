@@ -1,7 +1,5 @@
 """The report of one comparison: a table and figures of runs that are no study."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

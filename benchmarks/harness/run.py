@@ -1,7 +1,5 @@
 """Trains and measures one run: from its settings to the row of the store."""
 
-from __future__ import annotations
-
 import functools
 import importlib.metadata
 import platform

@@ -1,7 +1,5 @@
 """A search over a strategy's settings with Optuna: the space, a worker's trials, and the report."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import shlex

@@ -1,7 +1,5 @@
 """A run: its settings, all of them, and nothing else."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path

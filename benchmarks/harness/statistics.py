@@ -1,7 +1,5 @@
 """Means with intervals, and comparisons paired by seed. scipy's own functions of these are slow, or slow to load."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

@@ -11,8 +11,6 @@ The settings include the values of the strategy (learning rate, loss, arguments 
 learning rate is another run. Settings in USUAL may be left out: so a new setting makes no stored run stale.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Streams of tasks that are not in order, mixed, or drifting."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The studies that the documents show: each is a set of runs that one table compares."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Tables: queries on the runs of a study, as Markdown."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 

@@ -1,7 +1,5 @@
 """Optimizers that the elementwise gate is compared with: its controls, and UPGD's gate."""
 
-from __future__ import annotations
-
 import torch
 from torch.optim import Optimizer
 

@@ -1,7 +1,5 @@
 """The originally published rule and buffer, to reproduce their results (docs/original.md). No part of the library."""
 
-from __future__ import annotations
-
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor

@@ -4,8 +4,6 @@ The bias counts as the weight of one more input, which is always 1: the joint gr
 projected from the right. The papers' networks have no biases.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

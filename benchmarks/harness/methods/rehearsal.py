@@ -1,7 +1,5 @@
 """Methods that store samples, with equal numbers of stored samples and equal batches of them."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -1,7 +1,5 @@
 """Random features with ridge regression: a readout that one pass over a stream fits exactly, whatever its order."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from avalanche.training.plugins import SupervisedPlugin

@@ -1,7 +1,5 @@
 """The strategies: a line on each, and what it trains with on each benchmark."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from harness.recipes import permuted_mnist, split_mnist

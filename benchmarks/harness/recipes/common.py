@@ -1,7 +1,5 @@
 """Parts of the recipes of both benchmarks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 
