@@ -11,9 +11,9 @@ AT_LEAST_0: Condition = (lambda v: 0 <= v < float("inf"), "0 or more")
 
 
 def check_number(name: str, value: Any, allowed: Condition) -> None:
-    """Raises ValueError if a value is not a number, Python's or numpy's, or is not allowed."""
+    """Raises ValueError if a value is not a number, Python's or numpy's, or is not allowed; a truth value is none."""
     holds, words = allowed
-    if not (isinstance(value, Real) and holds(value)):
+    if not (isinstance(value, Real) and not isinstance(value, bool) and holds(value)):
         raise ValueError(f"Invalid {name}: {value!r} (allowed: {words})")
 
 

@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+import warnings
 from functools import partial
 
 import pytest
@@ -446,3 +447,36 @@ def test_bad_arguments_are_named(kwargs, words):
     with pytest.raises(ValueError) as error:
         SelectivePlasticityPlugin(**kwargs)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("consolidate, why", [("surprise", "none in 40 iterations"), ("continuous", "every 4096")])
+@pytest.mark.parametrize("is_online", [False, True])
+def test_new_classes_of_which_nothing_was_noticed_are_told_once(split5, consolidate, why, is_online):
+    """Tasks of 40 iterations of ten samples are too short for it."""
+    stream = sliced(split5, 400, 20).train_stream
+    plugin, model = SelectivePlasticityPlugin(consolidate=consolidate), mlp()
+    strategy = strategy_of(model, [plugin], criterion=nn.CrossEntropyLoss(), batch=10)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        for experience in split_online_stream(stream, 10, seed=0) if is_online else stream:
+            strategy.train(experience)
+    said = [str(w.message) for w in record if "new classes came" in str(w.message)]
+    assert not plugin.consolidated_at and len(said) == 1
+    assert "at iteration 40," in said[0] and (is_online or why in said[0])
+
+
+def test_the_boundaries_of_another_model_are_not_its_own(split2):
+    plugin = SelectivePlasticityPlugin()
+    for _ in range(2):
+        strategy = strategy_of(mlp(), [plugin])
+        for experience in sliced(split2, 64, 20).train_stream:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                strategy.train(experience)
+        assert len(plugin.consolidated_at) == 2
+
+
+@pytest.mark.parametrize("detector", [1, type("Detector", (), {"update": None})])
+def test_a_detector_is_an_object_with_update(detector):
+    with pytest.raises(TypeError, match="Invalid detector: "):
+        SelectivePlasticityPlugin(consolidate="surprise", detector=detector)

@@ -548,12 +548,13 @@ def test_a_penalty_alone_is_stable_at_any_learning_rate(momentum):
     assert drifts[-1] < 0.9 * drifts[0] and max(drifts) < 3 * drifts[0]
 
 
-def test_a_network_that_calls_no_layer_that_can_be_gated_is_consolidated():
+def test_a_network_that_calls_no_layer_that_can_be_gated_is_refused():
     model = MODELS["mlp"]()
     model.forward = lambda x: x.flatten(1) @ model[1].weight[:5].T
     gate = PlasticityGate(model, OPTIMIZERS["sgd"](model))
-    gate.consolidate(TensorDataset(*TASKS[0]), OneHotMSELoss())
-    assert gate.memory.consolidations == 1 and not gate.memory.layers
+    with pytest.raises(ValueError, match="Invalid model: its forward pass calls none of 1, 3 "):
+        gate.consolidate(TensorDataset(*TASKS[0]), OneHotMSELoss())
+    assert not gate.memory.consolidations and not gate.memory.layers
 
 
 def test_a_state_without_a_model_waits_for_one():
@@ -787,8 +788,8 @@ def bad(call, error, words):
             ValueError,
             "Invalid model: ReLU has no trainable layer that can be gated",
         ),
-        bad(lambda g: g[2].begin(samples=0), ValueError, "Invalid samples value: 0 (allowed: 1 or more)"),
-        bad(lambda g: g[2].begin(stored=-1), ValueError, "Invalid stored value: -1 (allowed: 0 or more)"),
+        bad(lambda g: g[2].begin(samples=0), ValueError, "Invalid samples value: 0 (allowed: an integer, 1 "),
+        bad(lambda g: g[2].begin(stored=-1), ValueError, "Invalid stored value: -1 (allowed: an integer, 0 "),
         bad(lambda g: g[2].replayed(torch.ones(4)), ValueError, "Invalid stored value: shape (4,), torch.float32"),
         bad(lambda g: g[2].replayed(torch.ones(2, 2).bool()), ValueError, "Invalid stored value: shape (2, 2)"),
         bad(lambda g: g[2].consolidate([], OneHotMSELoss()), ValueError, "Invalid data: no sample (allowed: one or"),

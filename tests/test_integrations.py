@@ -42,14 +42,16 @@ def test_a_plain_loop_keeps_the_first_digits_and_learns_the_new_ones():
 
 @pytest.mark.slow
 def test_a_run_that_lightning_resumes_after_its_first_epoch_is_consolidated():
-    pytest.importorskip("lightning")
+    plugins = pytest.importorskip("lightning.pytorch.plugins")
     from avalanche_sp.integrations.lightning import SelectivePlasticityCallback
 
     model = mlp()
     x, y, _ = split_mnist(5, dataset_root=MNIST).train_stream[0].dataset.read_batch(list(range(96)))
     loader = DataLoader(TensorDataset(x, y), 32)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.01)]
-    trainer = SimpleNamespace(optimizers=optimizers, train_dataloader=loader, current_epoch=1)
+    trainer = SimpleNamespace(
+        optimizers=optimizers, train_dataloader=loader, current_epoch=1, precision_plugin=plugins.Precision()
+    )
     callback = SelectivePlasticityCallback(torch.nn.functional.cross_entropy)
     callback.on_train_start(trainer, model)
     callback.on_train_epoch_start(trainer, model)

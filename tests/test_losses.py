@@ -4,13 +4,13 @@ import pytest
 import torch
 from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.training import Naive
-from avalanche.training.plugins import ReplayPlugin
+from avalanche.training.plugins import MIRPlugin, ReplayPlugin
 from torch import nn
 
 from avalanche_sp import JointReplayLoss, OneHotMSELoss, SelectivePlasticityPlugin, Settings
 from avalanche_sp.training.replay import memory_size, stream_rows
 
-from conftest import mlp, sliced, strategy_of
+from conftest import mlp, sliced, strategy_of, weights
 
 
 def test_one_hot_squared_error_by_hand():
@@ -28,6 +28,63 @@ def test_one_hot_squared_error_takes_any_integer_labels(dtype):
 def test_one_hot_squared_error_refuses_labels_that_are_no_integers():
     with pytest.raises(TypeError, match=r"Invalid targets: torch.float32 \(allowed: class labels, integers\)"):
         OneHotMSELoss()(torch.randn(4, 10), torch.ones(4))
+
+
+def test_one_hot_squared_error_names_labels_that_are_no_class():
+    with pytest.raises(ValueError, match=r"Invalid targets: class labels 3 to 10 \(allowed: 0 to 9\)"):
+        OneHotMSELoss()(torch.randn(2, 10), torch.tensor([10, 3]))
+
+
+def test_a_value_a_sample():
+    loss, outputs, labels = OneHotMSELoss(), torch.randn(6, 10), torch.arange(6)
+    mean = loss(outputs, labels)
+    JointReplayLoss(loss).reduction = "none"
+    assert loss(outputs, labels).shape == (6,)
+    torch.testing.assert_close(loss(outputs, labels).mean(), mean)
+
+
+@pytest.mark.parametrize("criterion", [OneHotMSELoss, lambda: JointReplayLoss(OneHotMSELoss())])
+def test_they_train_beside_mir(criterion, split2):
+    plugins = [MIRPlugin(batch_size_mem=10, mem_size=40, subsample=20), SelectivePlasticityPlugin()]
+    model, criterion = mlp(), criterion()
+    strategy = strategy_of(model, plugins, criterion=criterion)
+    for experience in sliced(split2, 96, 20).train_stream:
+        strategy.train(experience)
+    assert criterion.reduction == "mean" and plugins[1].gate.memory.consolidations == 2
+
+
+def test_another_strategy_starts_without_the_samples_of_the_first(split2):
+    criterion, ends = JointReplayLoss(OneHotMSELoss()), []
+    for _ in range(2):
+        model = mlp()
+        strategy = strategy_of(model, [ReplayPlugin(40)], criterion=criterion)
+        torch.manual_seed(0)
+        for experience in sliced(split2, 96, 20).train_stream:
+            strategy.train(experience)
+        ends.append(weights(model))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("wrong, error", [(None, TypeError), (nn.CrossEntropyLoss(reduction="sum"), ValueError)])
+def test_a_criterion_that_is_no_mean_is_refused(wrong, error, split2):
+    with pytest.raises(error, match="Invalid criterion: "):
+        JointReplayLoss(wrong)
+    if wrong is not None:
+        model = mlp()
+        before = weights(model)
+        with pytest.raises(error, match="Invalid criterion: its reduction is 'sum'"):
+            strategy_of(model, [SelectivePlasticityPlugin()], criterion=wrong).train(split2.train_stream[0])
+        assert torch.equal(weights(model), before)
+
+
+def test_a_loss_without_a_second_derivative_trains(split2):
+    model, plugin = mlp(), SelectivePlasticityPlugin()
+    strategy = strategy_of(model, [plugin], criterion=nn.MultiMarginLoss())
+    with pytest.warns(UserWarning, match="layer 5 cannot be solved for this loss"):
+        for experience in sliced(split2, 96, 20).train_stream:
+            before = model[5].weight.detach().clone()
+            strategy.train(experience)
+    assert plugin.gate.memory.consolidations == 2 and not torch.equal(model[5].weight, before)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from avalanche.benchmarks import nc_benchmark, split_online_stream
 from avalanche.benchmarks.utils import _make_taskaware_tensor_classification_dataset as tensor_dataset
-from avalanche.models import MTSimpleMLP, avalanche_forward
+from avalanche.models import BaseModel, MTSimpleMLP, SCRModel, avalanche_forward
 from avalanche.models.packnet import packnet_simple_mlp
 from avalanche.training import (
     AGEM,
@@ -14,10 +14,14 @@ from avalanche.training import (
     ER_ACE,
     EWC,
     GEM,
+    LFL,
     MAS,
+    MER,
     MIR,
+    SCR,
     Cumulative,
     CWRStar,
+    FeatureReplay,
     GDumb,
     GenerativeReplay,
     GSS_greedy,
@@ -250,3 +254,65 @@ def test_online_streams(split2):
         models.append(weights(strategy.model))
     assert not torch.equal(*models)
     assert plugins[0].layers["1"].samples == 120
+
+
+class Features(nn.Module, BaseModel):
+    """A network as Avalanche asks for where a strategy reads its features."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.classifier = mlp()[:-1], nn.Linear(32, 10)
+
+    def forward(self, x):
+        return self.classifier(self.get_features(x))
+
+    def get_features(self, x):
+        return self.features(x)
+
+
+def test_stored_features_are_not_taken_for_stored_inputs(split2):
+    plugin = SelectivePlasticityPlugin()
+    strategy = build(FeatureReplay, {"mem_size": 40, "batch_size_mem": 20}, Features(), [plugin])
+    for experience in sliced(split2, 200, 100).train_stream:
+        strategy.train(experience)
+    assert plugin.gate.memory.consolidations == 2 and len(plugin.layers) >= 3
+
+
+def test_a_strategy_that_tells_no_plugin_of_its_steps_is_named(split2):
+    plugin = SelectivePlasticityPlugin()
+    strategy = build(MER, {"mem_size": 40, "batch_size_mem": 10, "n_inner_steps": 2}, mlp(), [plugin])
+    with pytest.warns(UserWarning, match="MER does not tell its plugins of its steps: nothing is consolidated"):
+        strategy.train(sliced(split2, 60, 20).train_stream[0])
+    assert not plugin.layers
+
+
+def test_a_loss_of_two_views_is_refused_before_training(split2):
+    def strategy_with(plugin):
+        torch.manual_seed(0)
+        model = SCRModel(mlp()[:-1], nn.Linear(32, 16))
+        return SCR(
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
+            augmentations=nn.Identity(),
+            mem_size=40,
+            train_mb_size=20,
+            batch_size_mem=20,
+            evaluator=None,
+            plugins=[plugin],
+        )
+
+    small = sliced(split2, 60, 20)
+    with pytest.raises(ValueError, match="Invalid strategy: SCR, .* pull_back=0 and readout_step=False"):
+        strategy_with(SelectivePlasticityPlugin()).train(small.train_stream[0])
+    plugin = SelectivePlasticityPlugin(pull_back=0, readout_step=False)
+    strategy_with(plugin).train(small.train_stream[0])
+    assert plugin.gate.memory.consolidations == 1
+
+
+def test_a_readout_that_a_strategy_freezes_is_named(split2):
+    plugin = SelectivePlasticityPlugin()
+    strategy = build(LFL, {"lambda_e": 0.1}, Features(), [plugin])
+    small = sliced(split2, 200, 20)
+    strategy.train(small.train_stream[0])
+    with pytest.warns(UserWarning, match="cannot solve the last layer .* if the whole layer trains"):
+        strategy.train(small.train_stream[1])

@@ -9,6 +9,7 @@ from avalanche.training.plugins import ReplayPlugin
 from torch import nn
 
 from avalanche_sp import (
+    FeatureGaussians,
     GaussianBuffer,
     JointReplayLoss,
     OneHotMSELoss,
@@ -74,3 +75,9 @@ def test_two_memories_are_refused():
 def test_a_memory_of_no_size_is_refused(mem_size):
     with pytest.raises(ValueError, match=rf"Invalid mem_size value: {mem_size} \(allowed: an integer, 0 or more\)"):
         SelectivePlasticity(model=mlp(), mem_size=mem_size)
+
+
+def test_gaussians_of_features_come_after_its_plugin(short):
+    strategy = trained(SelectivePlasticity, short, plugins=[FeatureGaussians()])
+    kinds = [type(plugin) for plugin in strategy.plugins]
+    assert kinds.index(SelectivePlasticityPlugin) < kinds.index(FeatureGaussians)

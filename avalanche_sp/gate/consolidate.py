@@ -112,6 +112,17 @@ def least_bytes(memory: Memory, layers: Mapping[str, GatedLayer]) -> int:
     return total
 
 
+def check_fits(name: str, layer: GatedLayer, memory: LayerMemory) -> None:
+    """Raises ValueError if a layer has fewer units, or other inputs, than its memory knows."""
+    units, inputs = layer.units, layer.inputs + (layer.bias is not None)
+    known = len(memory.anchor), inputs if layer.of_rows else len(memory.vectors)
+    if units < known[0] or inputs != known[1]:
+        raise ValueError(
+            f"Invalid model: layer {name} has {units} units and {inputs} inputs with the bias's, and its memory is of "
+            f"{known[0]} and {known[1]} (allowed: the same inputs, and no fewer units; a new head needs a new name)"
+        )
+
+
 @torch.no_grad()
 def inherited(memory: LayerMemory, layer: GatedLayer) -> LayerMemory:
     """The memory of a layer's inputs for another layer with the same inputs, its present weights the anchor."""

@@ -262,8 +262,13 @@ def loss_derivatives(outputs: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
         return gradient, outputs.new_zeros(())
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, outputs.shape, generator=generator).to(outputs) * 2 - 1
-    (product,) = torch.autograd.grad((gradient * signs).sum(), outputs)
-    return gradient.detach(), (product * signs).sum() / outputs.shape[-1]
+    try:
+        (product,) = torch.autograd.grad((gradient * signs).sum(), outputs)
+    except RuntimeError as error:  # some of torch's losses have no second derivative, such as MultiMarginLoss
+        if "is not implemented" not in str(error):
+            raise
+        return gradient.detach(), outputs.new_zeros(())
+    return gradient.detach(), ((product * signs).sum() / outputs.shape[-1]).clamp_min(0)
 
 
 def leading_eigenvalue(activity: Tensor, through: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from avalanche_sp.arguments import check_integer
-from avalanche_sp.gate.consolidate import consolidate, inherited, least_bytes
+from avalanche_sp.gate.consolidate import check_fits, consolidate, inherited, least_bytes
 from avalanche_sp.gate.detection import ChangeDetector, RunningSurprise, page_hinkley
 from avalanche_sp.gate.functional import unanswered
 from avalanche_sp.gate.layer_gate import LayerGate, StreamStatistics
@@ -32,6 +32,7 @@ from avalanche_sp.gate.observe import (
     Forward,
     Observation,
     Samples,
+    check_mean,
     check_outputs,
     observe,
     on_device,
@@ -61,11 +62,23 @@ from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.settings import Settings
 from avalanche_sp.gate.stream import StreamWatch
 from avalanche_sp.gate.trust import StoredSamples
-from avalanche_sp.gate.warn import warn_of_dead, warn_of_ungated, warn_of_unlearned, warn_of_unsolved
+from avalanche_sp.gate.warn import (
+    warn_of_dead,
+    warn_of_left,
+    warn_of_thawed,
+    warn_of_ungated,
+    warn_of_unlearned,
+    warn_of_unseen,
+    warn_of_unsolved,
+)
 
 
 def _model_of_inputs(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:
+    return {p for group in optimizer.param_groups for p in group["params"]}
 
 
 class PlasticityGate:
@@ -190,9 +203,7 @@ class PlasticityGate:
         settings: Settings = Settings(),  # noqa: B008  # frozen
         forward: Forward = _model_of_inputs,
     ):
-        if not isinstance(consolidation_samples, int) or consolidation_samples < 1:
-            allowed = "allowed: an integer, 1 or more"
-            raise ValueError(f"Invalid consolidation_samples value: {consolidation_samples} ({allowed})")
+        check_integer("consolidation_samples value", consolidation_samples, 1)
         if memory_budget is not None:
             check_integer("memory_budget value", memory_budget, 1)
         if consolidate not in ("experience", "surprise", "continuous"):
@@ -201,6 +212,14 @@ class PlasticityGate:
             )
         if ungated not in ("freeze", "train"):
             raise ValueError(f"Invalid ungated value: {ungated!r} (allowed: 'freeze', 'train')")
+        if not isinstance(readout_step, bool):
+            raise ValueError(f"Invalid readout_step value: {readout_step!r} (allowed: True, False)")
+        if not isinstance(settings, Settings):
+            raise TypeError(f"Invalid settings: {type(settings).__name__} (allowed: avalanche_sp.gate.Settings)")
+        if not callable(forward):
+            raise TypeError(f"Invalid forward: {forward!r} (allowed: a function of model and inputs)")
+        if isinstance(detector, type) or not (detector is None or hasattr(detector, "update")):
+            raise TypeError(f"Invalid detector: {detector!r} (allowed: an object with update and drift_detected)")
         if detector is not None and consolidate != "surprise":
             raise ValueError(f"Invalid detector: consolidate={consolidate!r} detects nothing (allowed: None)")
         self.openness = per_layer("openness", openness, 0.5)
@@ -223,12 +242,13 @@ class PlasticityGate:
         self.gating = True
         """Whether backward passes are those of training; set it False around other backward passes."""
         self._forward = forward
-        self._measures_loss = readout_step or max(values_of(self.pull_back)) > 0
+        self.measures_loss = readout_step or max(values_of(self.pull_back)) > 0
+        """Whether a consolidation measures the loss."""
         self._stream: StreamWatch | None = None
         if consolidate != "experience":
             if consolidate == "surprise" and detector is None:
                 detector = page_hinkley(settings)
-            self._stream = StreamWatch(detector, self.rank_of, self._measures_loss, settings)
+            self._stream = StreamWatch(detector, self.rank_of, self.measures_loss, settings)
         # The weights that a stream is rewound to are copied after a take-back.
         longest = settings.look if self._stream is None else settings.stream_look
         self._drift = Drift(self.pull_back, longest, settings)
@@ -251,6 +271,7 @@ class PlasticityGate:
         self._norms: list[nn.Module] = []  # the frozen normalisation layers
         self._frozen: list[nn.Parameter] = []  # theirs, and the other parameters that are neither gated nor trained
         self._trained: set[str] = set()  # names of the parameters that have been trained
+        self._at_rest: set[nn.Parameter] = set()  # those that the user had frozen at the last consolidation
         # For the present step.
         self._rows: StreamRows | None = None  # None: all rows come from the stream
         # With stored samples: the part of the stream's gradient that the gate holds back, by parameter.
@@ -275,6 +296,8 @@ class PlasticityGate:
         Raises:
             TypeError, ValueError: as above.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Invalid model: {type(model).__name__} (allowed: a torch.nn.Module)")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"Invalid optimizer: {type(optimizer).__name__} (allowed: a torch.optim.Optimizer)")
         if not gated_layers(model):
@@ -283,6 +306,8 @@ class PlasticityGate:
                 f"with a weight of its own, but {', '.join(ungated_parameters(model, ())) or 'nothing'} (allowed: at "
                 "least one)"
             )
+        if _parameters_of(optimizer).isdisjoint(model.parameters()):
+            raise ValueError("Invalid optimizer: it has no parameter of the model (allowed: the one that trains it)")
         goes_on = model is self._model
         if self._model is not None and not goes_on and self.memory.layers:
             warnings.warn(
@@ -314,12 +339,12 @@ class PlasticityGate:
                 ``memory_budget`` is too small.
         """
         replays: Sequence[Samples] = ()
-        if not isinstance(stored, int):
+        if isinstance(stored, Sequence):
             replays = [self._samples_of(data, of_experience=False) for data in stored]
             stored = sum(s.total for s in replays)
-        for name, value, least in (("samples", samples, 1), ("stored", stored, 0)):
-            if value is not None and value < least:
-                raise ValueError(f"Invalid {name} value: {value} (allowed: {least} or more)")
+        if samples is not None:
+            check_integer("samples value", samples, 1)
+        check_integer("stored value", stored, 0)
         model = self._attached()
         check_patterns({"openness": self.openness, "pull_back": self.pull_back, "rank": self.rank}, model)
         self._samples, self._replays, self._memory_size = samples, replays, stored
@@ -337,6 +362,7 @@ class PlasticityGate:
         for name, layer in self._protected.items():
             if name in memory.layers and (layer.per_row or not stored):
                 remembered, known = memory.layers[name], before.get(name)
+                check_fits(name, layer, remembered)
                 statistics = known.statistics if known and known.memory is remembered else None
                 if statistics is None:
                     statistics = StreamStatistics.empty(remembered)
@@ -345,6 +371,9 @@ class PlasticityGate:
                 factor = self._stored.opening * (s.attention_openness if layer.projects_attention else 1.0)
                 gate = LayerGate.of(remembered, value_of(self.openness, name) * factor, s.gated_vectors, scale)
                 self._gated[name] = Gated(name, layer, remembered, gate, statistics, self._rate_of(layer))
+        unknown = {name: layer for name, layer in self._protected.items() if name not in memory.layers}
+        warn_of_thawed([name for name, layer in unknown.items() if layer.weight in self._at_rest])
+        self._at_rest.difference_update(layer.weight for layer in unknown.values())
         freezes = memory.layers and not stored
         self._norms = [m for m in model.modules() if freezes and isinstance(m, NORMALISATION)]
         self._frozen = [p for norm in self._norms for p in norm.parameters(recurse=False)]
@@ -375,6 +404,12 @@ class PlasticityGate:
         Args:
             data, criterion: as for :meth:`consolidate`, with the samples in the same order.
         """
+        check_mean(criterion)
+        if isinstance(data, Iterator):
+            raise ValueError(
+                f"Invalid data: a {type(data).__name__}, of which nothing would be left for training (allowed: what "
+                "can be read again, such as a DataLoader or a list of batches)"
+            )
         if self._prepared is not None:  # an experience that was not consolidated
             self._prepared = None
             self._begin_again()
@@ -415,7 +450,7 @@ class PlasticityGate:
 
     def check_outputs(self, outputs: Any) -> None:
         """Raises TypeError if the loss is to be measured on a network's outputs and they are not one tensor."""
-        if self.active and self._measures_loss:
+        if self.active and self.measures_loss:
             check_outputs(outputs)
 
     def replayed(self, stored: Tensor | Sequence[bool] | None) -> None:
@@ -469,14 +504,16 @@ class PlasticityGate:
             )
         if not self.active:
             return
-        self._drift.take_back()
+        check_mean(criterion)
         model = self._attached()
+        warn_of_unseen(self._unseen())
+        self._drift.take_back()
         layers = protected_layers(model, self.openness)
         samples = self._samples_of(data)
         first = not self.memory.consolidations
         if first and not self._memory_size:
             self._measure_norms(samples)
-        observation = self._observed(samples, layers, criterion if self._measures_loss else None)
+        observation = self._observed(samples, layers, criterion if self.measures_loss else None)
         before, self._loss_before = self._loss_before, None
         warn_of_unlearned(before, observation, self.memory, self.statistics, self.openness)
         self._remember(observation, layers, criterion)
@@ -839,12 +876,23 @@ class PlasticityGate:
         ).within(self.memory_budget)
         self._prepared = None
         self._drift.forget()
+        parameters = dict(self._attached().named_parameters())
+        self._at_rest = {p for p in parameters.values() if not p.requires_grad}
         if self.memory.consolidations == 1:
+            if not self._trained:  # the network was trained before the gate came to it
+                self._trained = {name for name, p in parameters.items() if p.requires_grad}
             gated = {p for name in self.memory.layers for p in layers[name].parameters}
             warn_of_ungated(self._attached(), self._trained, gated, self._ungated_parameters(), self.ungated)
             warn_of_dead(observation)
-            if self._measures_loss and self.readout_step and not self._stream:
-                warn_of_unsolved(observation)
+        knew = self.memory.consolidations == 1 or any(m.class_counts is not None for m in memory.layers.values())
+        if knew and self.measures_loss and self.readout_step and not self._stream:
+            warn_of_unsolved(observation)
+
+    def _unseen(self) -> list[str]:
+        """Names of the gated layers that were trained in the present epoch, but in no step that the gate has seen."""
+        assert self._optimizer is not None
+        seen = _parameters_of(self._optimizer) if self._drift.steps and self.is_attached else set()
+        return [n for n, g in self._gated.items() if g.layer.weight not in seen and self._drift.has_moved(n)]
 
     def _rate_of(self, layer: GatedLayer) -> float:
         """The learning rate of a layer's weights if steps are proportional to the gradient, as SGD's are, else 0."""
@@ -929,7 +977,7 @@ class PlasticityGate:
         merged: LayerMemory,
         criterion: Criterion,
     ) -> bool:
-        """Solves the readout, on stored samples also; False if these do not all reach the same one."""
+        """Solves the readout, on stored samples also; False if it is left, or if these don't all reach the same one."""
         layer, stored = layers[samples.layer], []
         for replayed in self._replays if old is not None else ():
             seen = self._observed(replayed, {samples.layer: layer}, None).classified
@@ -941,8 +989,10 @@ class PlasticityGate:
             known, curvature = self.memory.layers[samples.layer], self.memory.curvature
             quadratic = old_quadratic(known, layer.weights_and_bias(), s.readout_old * curvature)
             told = told_by_classes(known, samples)
-        solve_readout(layer, samples, old, merged, criterion, s, stored, trust, quadratic, told)
-        return True
+        solved = solve_readout(layer, samples, old, merged, criterion, s, stored, trust, quadratic, told)
+        if not solved:
+            warn_of_left(samples.layer)
+        return solved
 
     def _ungated_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Parameters that the gate has no memory for, by name; without the layers that openness switches off."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +132,11 @@ class Samples:
 
         Raises:
             ValueError: there is no sample.
+            TypeError: it is no such data.
         """
+        if not isinstance(data, (Dataset, Iterable)):
+            allowed = "allowed: a dataset of pairs (x, y), or an iterable of batches of pairs"
+            raise TypeError(f"Invalid data: {type(data).__name__} ({allowed})")
         if isinstance(data, Dataset) and hasattr(data, "__len__"):
             total = len(data)
             batches = _read(data, first := min(limit(total, 1), total))
@@ -153,7 +157,24 @@ def _read(data: Dataset, limit: int) -> list[tuple[Any, Tensor]]:
     """Samples of a dataset, evenly spread, in batches."""
     places = evenly_spread(len(data), limit)  # type: ignore[arg-type]
     loader = DataLoader(Subset(data, places), BATCH, generator=torch.Generator())
-    return [(batch[0], batch[1]) for batch in loader]
+    return [_pair(batch) for batch in loader]
+
+
+def _pair(batch: Any) -> tuple[Any, Tensor]:
+    """A batch of inputs and targets.
+
+    Raises:
+        TypeError: it is no pair, or its targets are no tensor with a row a sample.
+    """
+    allowed = "allowed: pairs (x, y), y a tensor with a row a sample"
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise TypeError(f"Invalid data: a batch is a {type(batch).__name__}{length} ({allowed})")
+    x, y = batch
+    if not isinstance(y, Tensor) or not y.dim():
+        what = "of one number" if isinstance(y, Tensor) else f"of type {type(y).__name__}"
+        raise TypeError(f"Invalid data: a batch's targets are {what} ({allowed})")
+    return x, y
 
 
 def evenly_spread(total: int, limit: int) -> list[int]:
@@ -174,7 +195,8 @@ def _spread(
     """Batches of an iterable, evenly spread, with ``limit`` samples to a batch; at most twice the limit is held."""
     total, every, kept = 0, 1, []
     classes: set[float] = set()
-    for number, (x, y, *_) in enumerate(data):
+    for number, batch in enumerate(data):
+        x, y = _pair(batch)
         total += len(y)
         classes.update(y.unique().tolist())
         if number % every == 0:
@@ -188,8 +210,9 @@ def _spread(
 
 
 def _rebatched(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
-    """The same samples in batches of 256, if the inputs are tensors of one shape."""
-    if not all(isinstance(x, Tensor) and x.shape[1:] == batches[0][0].shape[1:] for x, _ in batches):
+    """The same samples in batches of 256, if the inputs are tensors of one shape with a row a sample."""
+    first = batches[0][0]
+    if not all(isinstance(x, Tensor) and x.shape[1:] == first.shape[1:] and len(x) == len(y) for x, y in batches):
         return batches
     x, y = (torch.cat(column) for column in zip(*batches))
     return list(zip(x.split(BATCH), y.split(BATCH)))
@@ -214,7 +237,11 @@ def observe(
 
     Raises:
         FloatingPointError: an input is not finite.
+        ValueError: no sample has a label, the criterion does not return one value, the forward pass calls no layer, or
+            ``torch.inference_mode`` is on.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("Invalid call: within torch.inference_mode() (allowed outside, as the loss has gradients)")
     inputs: dict[str, list[Tensor]] = {}
     vectors_seen: dict[str, int] = {}
     curvatures: list[Tensor] = []
@@ -236,8 +263,10 @@ def observe(
     with torch.no_grad(), evaluation_mode(model) as device:
         with after_each(layers, record):
             for x, y in samples.batches:
-                x, y = on_device(device, x), y.to(device)
-                some = _first(x, _SENSITIVITY) if not count else some
+                x, y = _labelled(on_device(device, x), y.to(device), criterion)
+                if not len(y):
+                    continue
+                some = _first(x, _SENSITIVITY, len(y)) if not count else some
                 count += len(y)
                 most = max(settings.vectors * len(y) // samples.number, len(y))
                 outputs = forward(model, x)
@@ -255,17 +284,25 @@ def observe(
                     curvatures.append(curvature)
                     losses.append(loss * len(y))
                     errors.append((name, error))
-        given, explained, of_two = _fed_by_data(model, layers, _first(some, 2), forward)
+        if not count:
+            raise ValueError("Invalid data: no sample has a label (allowed: one or more)")
+        if not inputs:
+            raise ValueError(
+                f"Invalid model: its forward pass calls none of {', '.join(layers)} (allowed: a module that calls its "
+                "own layers)"
+            )
+        two = _first(some, 2, min(len(targets[0]), _SENSITIVITY))
+        given, explained, of_two = _fed_by_data(model, layers, two, forward)
     inputs = {name: parts for name, parts in inputs.items() if name in explained}
     for name, parts in inputs.items():
         if not torch.stack([part.square().sum() for part in parts]).sum().isfinite():
             raise FloatingPointError(
                 f"the input of layer {name} is not finite, or its square is not, at the end of an experience: nothing "
-                "was consolidated. The usual cause is too high a learning rate."
+                f"was consolidated. The usual cause is {'the data' if name in given else 'too high a learning rate'}."
             )
     observed = {}
     for name, parts in inputs.items():
-        shared = len(targets[0]) > 2 and of_first.get(name) == of_two[name]
+        shared = two is not some and len(targets[0]) > 2 and of_first.get(name) == of_two[name]
         rows = vectors_seen[name] / (len(targets) if shared else count)
         x = torch.stack(parts).sum(0) / max(vectors_seen[name], 1) if layers[name].of_rows else torch.cat(parts)
         observed[name] = LayerObservation(x, rows, None, name in given, shared)
@@ -347,6 +384,15 @@ def check_outputs(outputs: Any) -> None:
         )
 
 
+def check_mean(criterion: Any) -> None:
+    """Raises TypeError if a criterion can't be called, and ValueError if it says that it is no mean over samples."""
+    if not callable(criterion):
+        raise TypeError(f"Invalid criterion: {criterion!r} (allowed: a function of outputs and targets)")
+    reduction = getattr(criterion, "reduction", "mean")
+    if reduction not in ("mean", "batchmean"):
+        raise ValueError(f"Invalid criterion: its reduction is {reduction!r} (allowed: 'mean', over samples)")
+
+
 def output_derivatives(
     criterion: Criterion,
     outputs: Tensor,
@@ -369,6 +415,9 @@ def output_derivatives(
     with torch.enable_grad():
         varied = outputs.detach().requires_grad_()
         value = criterion(varied, targets)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+            raise ValueError(f"Invalid criterion: its value is of {what} (allowed: one number, the mean over samples)")
         error, curvature = loss_derivatives(varied, value)
         loss = value.detach()
     if last is None:
@@ -416,9 +465,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[torch.device]:
     """Puts the network into evaluation mode, leaves the global random state alone, and gives the network's device."""
     device = next(model.parameters()).device
     modes = {module: module.training for module in model.modules()}
+    # A compiled model does not run hooks that come after it was compiled. torch before 2.6 can't be told to.
+    uncompiled = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
     try:
         model.eval()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with uncompiled, torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield device
     finally:
         for module, mode in modes.items():
@@ -461,6 +512,26 @@ def on_device(device: torch.device, inputs: Any) -> Any:
     return each_tensor(inputs, lambda tensor: tensor.to(device))
 
 
-def _first(inputs: Any, n: int) -> Any:
-    """The first samples of a batch of inputs."""
-    return each_tensor(inputs, lambda tensor: tensor[:n])
+def _has_rows(inputs: Any, n: int) -> bool:
+    """Whether each tensor of a batch of n samples has a row a sample."""
+    lengths = set()
+
+    def note(tensor: Tensor) -> Tensor:
+        lengths.add(len(tensor) if tensor.dim() else -1)
+        return tensor
+
+    each_tensor(inputs, note)
+    return lengths == {n}
+
+
+def _first(inputs: Any, n: int, batch: int) -> Any:
+    """The first n samples of a batch of inputs; the inputs themselves if these have no row a sample."""
+    return each_tensor(inputs, lambda tensor: tensor[:n]) if _has_rows(inputs, batch) else inputs
+
+
+def _labelled(inputs: Any, targets: Tensor, criterion: Criterion | None) -> tuple[Any, Tensor]:
+    """A batch without the samples whose label the criterion ignores: ``ignore_index``, -100 by torch's default."""
+    if targets.dim() != 1 or targets.is_floating_point() or not _has_rows(inputs, len(targets)):
+        return inputs, targets
+    kept = targets != getattr(criterion, "ignore_index", -100)
+    return (inputs, targets) if kept.all() else (each_tensor(inputs, lambda tensor: tensor[kept]), targets[kept])

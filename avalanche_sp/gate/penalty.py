@@ -99,6 +99,11 @@ class Drift:
         g = self._gated[name]
         self._before[name] = g.layer.along(g.memory.vectors)
 
+    def has_moved(self, name: str) -> bool:
+        """Whether a layer's weights changed along its vectors since the epoch began, or since the last look."""
+        g = self._gated[name]
+        return not torch.equal(g.layer.along(g.memory.vectors), self._before[name])
+
     @property
     def is_looking(self) -> bool:
         """Whether the present step's inputs are looked at."""

@@ -22,6 +22,7 @@ from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.settings import Settings
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
+_LOST = 0.5  # a solution is not taken if it loses more of what the present weights gain over outputs of zero
 LINKS = (partial(F.log_softmax, dim=1), partial(F.softmax, dim=1), torch.sigmoid, F.logsigmoid)
 
 
@@ -431,7 +432,7 @@ def solve_readout(
     trust: float = 0.0,
     quadratic: Callable[[Tensor], Tensor] | None = None,
     told: float = 1.0,
-) -> None:
+) -> bool:
     r"""Puts the weights into the readout that minimise the loss on new samples and on the memory's classes.
 
     .. math::
@@ -444,7 +445,9 @@ def solve_readout(
     pseudo-samples; :math:`\kappa` is the loss's curvature at outputs of zero. It starts at the present weights, or at
     a Newton step from zero with the curvature :math:`\kappa` where the loss is lower there. For squared error and all
     eigenvectors the solution is the ridge regression on all data, if the old inputs have not moved. It does not depend
-    on the optimizer, its learning rate or the number of its steps. A loss without curvature is left.
+    on the optimizer, its learning rate or the number of its steps. The weights are left, and False is returned, for a
+    loss without curvature, and for one whose curvature at zero says too little of it, as that of a distance: if the
+    solution loses more than half of what the present weights gain over outputs of zero.
 
     Args:
         layer: the network's last, a linear one.
@@ -480,10 +483,13 @@ def solve_readout(
         zeros.requires_grad_()
         _, curvature = loss_derivatives(zeros, criterion(zeros, new.targets))
     if not curvature > 0:  # nothing bounds the weights
-        return
+        return False
+
+    def size(units: Tensor) -> Tensor:
+        return 0.5 * told * curvature * ridge * (units * scale).square().sum()
 
     def loss(units: Tensor) -> Tensor:
-        value = 0.5 * told * curvature * ridge * (units * scale).square().sum()
+        value = size(units)
         if quadratic is not None:
             value = value + share * (1 - trust) * (1 - told) * quadratic(units @ white.T)
         return value + sum(weight * criterion(_outputs(x, units, new.masked), y) for x, y, weight in parts)
@@ -504,9 +510,13 @@ def solve_readout(
         return value
 
     search.step(closure)
-    weights = units.detach() @ white.T
-    if weights.isfinite().all():
-        layer.set_weights(weights)
+    units = units.detach()
+    weights = units @ white.T
+    before, after = (loss(w) - size(w) for w in (present, units))
+    if not weights.isfinite().all() or after - before > _LOST * (at_nothing - before).clamp_min(0):
+        return False
+    layer.set_weights(weights)
+    return True
 
 
 @torch.enable_grad()

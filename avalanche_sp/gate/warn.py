@@ -36,7 +36,7 @@ def warn_of_ungated(
     parameters = {p for name, p in model.named_parameters() if name in trained}
     names = [name or "the model" for name, own in others.items() if parameters.intersection(own)]
     if names:
-        share = sum(p.numel() for p in gated) / sum(p.numel() for p in parameters)
+        share = sum(p.numel() for p in parameters.intersection(gated)) / sum(p.numel() for p in parameters)
         kinds = {name: type(module).__name__ for name, module in model.named_modules() if name in others and name}
         named = ", ".join(f"{name} ({kinds[name]})" if name in kinds else name for name in names)
         freezes = ungated == "freeze"
@@ -96,6 +96,34 @@ def warn_of_unsolved(observation: Observation) -> None:
     if observation.layers and observation.classified is None and observation.readout is None:
         _warn(
             " cannot solve the last layer for old and new classes together, and gates it as any other. It is solved if "
-            "the network returns that layer's outputs (n, classes), a multiple of them, or their softmax, log-softmax "
-            "or sigmoid, and the targets are class labels or the loss is a squared error."
+            "the whole layer trains, the network returns its outputs (n, classes), a multiple of them, or their "
+            "softmax, log-softmax or sigmoid, and the targets are class labels or the loss is a squared error."
+        )
+
+
+def warn_of_left(layer: str) -> None:
+    """Says so if the readout was not solved."""
+    _warn(
+        f": layer {layer} cannot be solved for this loss, and is gated as any other, so new classes are learned less. "
+        "A loss of class labels can be solved if it is curved at outputs of zero, as cross-entropy is and a hinge, an "
+        "absolute error or a distance is not. With readout_step=False there is no attempt, nor this warning."
+    )
+
+
+def warn_of_unseen(layers: list[str]) -> None:
+    """Names gated layers that another optimizer has trained."""
+    if layers:
+        _warn(
+            f": {', '.join(layers)} changed, but in no step that the gate saw. Earlier experiences may be lost. A new "
+            "optimizer needs gate.attach(model, optimizer), and so does a copy of the model.",
+            callers=4,
+        )
+
+
+def warn_of_thawed(layers: list[str]) -> None:
+    """Names layers that train now and were frozen when earlier experiences were consolidated."""
+    if layers:
+        _warn(
+            f": {', '.join(layers)} train from now on, but were frozen at the last consolidation. The gate has no "
+            "memory of their inputs, so nothing protects them. Layers that will train must not be frozen before."
         )

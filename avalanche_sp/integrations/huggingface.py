@@ -41,7 +41,8 @@ class SelectivePlasticityCallback(TrainerCallback):
         self.gate.attach(model, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps the optimizer
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        self.gate.begin(len(train_dataloader.dataset))
+        dataset = train_dataloader.dataset
+        self.gate.begin(len(dataset) if hasattr(dataset, "__len__") else None)
         if self._samples is None or not state.epoch:  # a resumed run has none
             with torch.random.fork_rng([]):  # the loader's order stays what it is without the callback
                 self._samples = Samples.of(_pairs(train_dataloader), self.gate.observed)
@@ -57,6 +58,8 @@ class SelectivePlasticityCallback(TrainerCallback):
 
 def _pairs(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     for batch in batches:
+        if "labels" not in batch:
+            raise ValueError(f"Invalid batch: it has {', '.join(batch)} (allowed: labels, and the network's inputs)")
         yield {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
 
 

@@ -32,16 +32,22 @@ class SelectivePlasticityCallback(lightning.Callback):
 
     def __init__(self, criterion: Criterion, **gate: Any):
         self.criterion = criterion
-        self.gate = PlasticityGate(**gate)
+        self.gate = PlasticityGate(**{"forward": self._outputs, **gate})
+        self._precision: Any = None  # the trainer's plugin
         self._samples: Samples | None = None  # of the present training
 
     def on_train_start(self, trainer, pl_module):
         if len(trainer.optimizers) != 1:
             raise ValueError(f"Invalid module: it has {len(trainer.optimizers)} optimizers (allowed: 1)")
+        if not hasattr(trainer.train_dataloader, "dataset"):
+            what = type(trainer.train_dataloader).__name__
+            raise ValueError(f"Invalid train_dataloaders: a {what} (allowed: one DataLoader of pairs (x, y))")
+        self._precision = trainer.precision_plugin
         self.gate.attach(pl_module, trainer.optimizers[0])
 
     def on_train_epoch_start(self, trainer, pl_module):
-        self.gate.begin(len(trainer.train_dataloader.dataset))
+        dataset = trainer.train_dataloader.dataset
+        self.gate.begin(len(dataset) if hasattr(dataset, "__len__") else None)
         if self._samples is None or not trainer.current_epoch:  # a resumed run has none
             with torch.random.fork_rng([]):  # the loader's order stays what it is without the callback
                 self._samples = Samples.of(trainer.train_dataloader, self.gate.observed)
@@ -53,6 +59,10 @@ class SelectivePlasticityCallback(lightning.Callback):
         self.gate.consolidate(self._samples, self.criterion)
         self._samples = None
         self.gate.detach()
+
+    def _outputs(self, model: torch.nn.Module, inputs: Any) -> Any:
+        with self._precision.forward_context():
+            return model(self._precision.convert_input(inputs))
 
     def state_dict(self) -> dict[str, Any]:
         return self.gate.state_dict()

@@ -7,6 +7,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
 from avalanche_sp.arguments import check_number
+from avalanche_sp.gate.observe import check_mean
 from avalanche_sp.training.plugin import plugin_of
 from avalanche_sp.training.replay import memory_size, stream_rows
 
@@ -23,18 +24,30 @@ class OneHotMSELoss(nn.Module):
     Shape:
         outputs (N, C), class labels (N,) of any integer type; returns a 0-dim tensor.
 
+    Attributes:
+        reduction: ``"mean"`` (default), or ``"none"`` for a value a sample (N,), which Avalanche's MIR sets.
+
     Raises:
         TypeError: when called with labels that are not integers.
+        ValueError: when called with labels that are not 0 to C - 1.
 
     References:
         L. Hui, M. Belkin: Evaluation of neural architectures trained with square loss vs cross-entropy in
         classification tasks, ICLR 2021.
     """
 
+    reduction = "mean"
+
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point() or targets.is_complex():
             raise TypeError(f"Invalid targets: {targets.dtype} (allowed: class labels, integers)")
-        one_hot = F.one_hot(targets.long(), outputs.shape[-1]).to(outputs.dtype)
+        try:
+            one_hot = F.one_hot(targets.long(), outputs.shape[-1]).to(outputs.dtype)
+        except RuntimeError:
+            labels, allowed = f"{int(targets.min())} to {int(targets.max())}", f"0 to {outputs.shape[-1] - 1}"
+            raise ValueError(f"Invalid targets: class labels {labels} (allowed: {allowed})") from None
+        if self.reduction == "none":
+            return (outputs - one_hot).square().flatten(1).sum(1)
         return F.mse_loss(outputs, one_hot, reduction="sum") / len(outputs)
 
 
@@ -55,18 +68,32 @@ class JointReplayLoss(SupervisedPlugin):
         trust: t, 0 to 1. Default: as above.
 
     Raises:
-        ValueError: trust is out of range.
+        TypeError, ValueError: criterion is no function, or says that it is no mean; trust is out of range.
     """
 
     def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor], trust: float | None = None):
         super().__init__()
         if trust is not None:
             check_number("trust value", trust, (lambda v: 0 <= v <= 1, "0 to 1, or None"))
+        check_mean(criterion)
         self.criterion = criterion
         self.trust = trust
         self.samples_seen = 0
         self._stream_rows: int | None = None  # None: all rows weigh alike (evaluation, or no memory yet)
         self._memory_weight = 0.0
+
+    @property
+    def reduction(self) -> str:
+        """That of ``criterion``, which Avalanche's MIR sets."""
+        return self.criterion.reduction  # type: ignore[attr-defined]
+
+    @reduction.setter
+    def reduction(self, value: str) -> None:
+        self.criterion.reduction = value  # type: ignore[attr-defined]
+
+    def before_training_exp(self, strategy, **kwargs):
+        if not strategy.clock.train_exp_counter:  # another strategy may have had it before
+            self.samples_seen = 0
 
     def before_training_iteration(self, strategy, **kwargs):
         plugin = plugin_of(strategy)

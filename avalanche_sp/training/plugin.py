@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Literal
 
+from avalanche.training import SCR
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from avalanche_sp.training.replay import (
     classes_of,
     forward_of,
     is_mixture,
+    labels_of,
     memories_of,
     samples_of,
     stored_rows,
@@ -110,7 +112,9 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
         self._eligibility = ConsolidatedEligibility()
         self._steps = 0  # of the present experience
         self._samples: Samples | None = None  # of it
-        self._told_of_mixture = False
+        self._told_of_mixture = self._told_of_missed = False
+        self._classes: set[int] | None = None  # that have come, where boundaries are not told
+        self._classes_came: list[int] = []  # iterations at which new ones came, of which no boundary is known yet
 
     @property
     def layers(self) -> Mapping[str, LayerMemory]:
@@ -130,12 +134,19 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
     # Avalanche's callbacks, in the order of training.
 
     def before_training(self, strategy, **kwargs):
+        if isinstance(strategy, SCR) and self.gate.measures_loss:
+            raise ValueError(
+                "Invalid strategy: SCR, whose loss is of two views of each sample (allowed with pull_back=0 and "
+                "readout_step=False, which need no loss)"
+            )
         if not gated_layers(strategy.model):
             self.gate.attach(strategy.model, strategy.optimizer)  # raises
 
     def before_training_exp(self, strategy, **kwargs):
         self.gate.attach(strategy.model, strategy.optimizer)
         self._steps, self._samples = 0, None
+        if not self.gate.memory.consolidations:
+            self.consolidated_at.clear()  # of another model
         if isinstance(strategy.optimizer, SelectivePlasticityOptimizer):
             self._eligibility.restore(strategy)
 
@@ -202,11 +213,11 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
     def after_training_exp(self, strategy, **kwargs):
         self.gate.listening = False
         if not self._steps:
-            warnings.warn(
-                f"selective plasticity: experience {strategy.clock.train_exp_counter} was not trained in any iteration "
-                "(a batch is larger than the experience, with drop_last?): nothing is consolidated.",
-                stacklevel=2,
-            )
+            what = f"experience {strategy.clock.train_exp_counter} was not trained in any iteration (a batch is larger "
+            what += "than the experience, with drop_last?)"
+            if strategy.clock.train_exp_iterations:
+                what = f"{type(strategy).__name__} does not tell its plugins of its steps"
+            warnings.warn(f"selective plasticity: {what}: nothing is consolidated.", stacklevel=2)
         elif self.gate.boundaries == "surprise" and not self.consolidated_at:
             least = self.gate.settings.detection_start
             if 1 < self._steps < least and strategy.clock.train_exp_counter:
@@ -220,6 +231,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
             self._samples = None
             self.gate.consolidate(samples, strategy._criterion)
             self._note_consolidation(strategy, strategy.clock.train_iterations)
+        if self.gate.boundaries != "experience" and self.gate.active:
+            self._warn_of_missed(strategy)
 
     def after_training(self, strategy, **kwargs):
         self.gate.detach()
@@ -227,6 +240,30 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
     def before_eval(self, strategy, **kwargs):
         self.gate.listening = False
         self.gate.detach()
+
+    def _warn_of_missed(self, strategy) -> None:
+        """Says so, once, if new classes came and nothing was consolidated since, or before."""
+        came, now = labels_of(strategy.experience.dataset), strategy.clock.train_iterations
+        if self._classes is not None and came - self._classes:
+            self._classes_came.append(now - self._steps)
+        self._classes = came | (self._classes or set())
+        many = self.gate.settings.detection_start
+        if not self._classes_came or now - self._classes_came[0] < many:
+            return
+        first, self._classes_came = self._classes_came[0], []
+        found = self.consolidated_at and (self.gate.boundaries == "continuous" or self.consolidated_at[-1] > first)
+        if found or self._told_of_missed:
+            return
+        self._told_of_missed = True
+        how = f"every {self.gate.settings.stream_chunk} samples, and so many have not come"
+        if self.gate.boundaries == "surprise":
+            how = f"at changes that it finds, and found none in {now - first} iterations"
+        warnings.warn(
+            f"selective plasticity: new classes came at iteration {first}, and nothing that was learned before is "
+            f"protected. consolidate={self.gate.boundaries!r} consolidates {how}. Where boundaries are known, "
+            "consolidate='experience' is better; smaller batches give more iterations.",
+            stacklevel=3,
+        )
 
     def _note_consolidation(self, strategy, iteration: int) -> None:
         self.consolidated_at.append(iteration)

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from avalanche.benchmarks.utils.data_loader import ReplayDataLoader
-from avalanche.models import MultiTaskModule, TrainEvalModel, avalanche_forward
-from avalanche.training import ER_ACE
+from avalanche.models import MultiTaskModule, SCRModel, TrainEvalModel, avalanche_forward
+from avalanche.training import DER, ER_ACE
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -65,7 +65,7 @@ def samples_of(dataset, limit: int) -> Samples:
 
 def forward_of(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:
     """A model's outputs for the inputs of :func:`samples_of`: samples and their task labels."""
-    if isinstance(model, TrainEvalModel):
+    if isinstance(model, (TrainEvalModel, SCRModel)):
         model.training = True  # with the head that is trained; the modules below stay in evaluation mode
     return avalanche_forward(model, *inputs)
 
@@ -100,7 +100,7 @@ def trains_apart(strategy) -> bool:
 
 def _drawn(strategy) -> list:
     """The samples that a strategy draws from its own buffer, of classes that are not in the experience."""
-    if getattr(strategy, "replay_loader", None) is None:
+    if not isinstance(strategy, (DER, ER_ACE)) or strategy.replay_loader is None:
         return []
     new = strategy.experience.dataset.targets.uniques
     groups = getattr(strategy.storage_policy, "buffer_groups", {})
@@ -112,10 +112,15 @@ def _replayed(strategy) -> list:
     return [memory for memory in loader.datasets[1:] if len(memory)] if isinstance(loader, ReplayDataLoader) else []
 
 
-def classes_of(dataset) -> int:
-    """Number of classes among a dataset's targets; 1 if it has no targets to tell apart."""
+def labels_of(dataset) -> set:
+    """The classes among a dataset's targets; none if it has no targets to tell apart."""
     targets = getattr(dataset, "targets", None)
-    return len(targets.uniques) if targets is not None else 1
+    return set(targets.uniques) if targets is not None else set()
+
+
+def classes_of(dataset) -> int:
+    """Their number, 1 at least."""
+    return len(labels_of(dataset)) or 1
 
 
 def stream_rows(strategy) -> int:

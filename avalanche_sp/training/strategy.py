@@ -68,7 +68,7 @@ class SelectivePlasticity(SupervisedTemplate):
                 raise ValueError(f"Invalid mem_size value: {mem_size} (allowed with a ReplayPlugin in plugins: 0)")
             plugins.append(ReplayPlugin(mem_size, batch_size_mem=min(mem_size, train_mb_size)))
         if not any(isinstance(plugin, SelectivePlasticityPlugin) for plugin in plugins):
-            plugins.append(SelectivePlasticityPlugin())
+            plugins.insert(0, SelectivePlasticityPlugin())
         if criterion is None:
             criterion = OneHotMSELoss()
         if optimizer is None:

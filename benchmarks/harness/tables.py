@@ -324,7 +324,7 @@ def front(frame: pd.DataFrame) -> str:
             put(f"**{name_of(ours)}**", column, found[ours])
         put("joint training, one pass", column, found["joint"])
     seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
-    note = f"Means of {seeds} seeds. Intervals of 95% are ± {max(widths):.1f} or less."
+    note = f"Means of {seeds} seeds. The 95% interval of each mean is ± {max(widths):.1f} or less."
     note += f" {old} runs are of an older version." if old else ""
     return f"{markdown(rows.values())}\n{note}\n"
 

@@ -1,0 +1,421 @@
+"""Plain loops of all kinds: networks trained before, an optimizer a task, compiled ones, other losses and data."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from avalanche_sp.gate import PlasticityGate
+
+from conftest import mlp, weights
+
+CROSS_ENTROPY = nn.CrossEntropyLoss()
+
+
+@pytest.fixture(scope="module")
+def tasks(split5):
+    return [e.dataset.read_batch(list(range(600)))[:2] for e in split5.train_stream]
+
+
+def batches(task, size=32):
+    return list(zip(*(t.split(size) for t in task)))
+
+
+def trained(model, optimizer, task, criterion=CROSS_ENTROPY, epochs=1):
+    for _ in range(epochs):
+        for x, y in batches(task):
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+
+
+@torch.no_grad()
+def right(model, task):
+    return (model(task[0]).argmax(1) == task[1]).float().mean().item()
+
+
+def sgd(model, lr=0.05):
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def said(record):
+    return [str(w.message) for w in record if "selective plasticity" in str(w.message)]
+
+
+# -- The gate comes to a network, an optimizer or a layer late -------------------------------------------------------
+
+
+def test_what_cannot_be_gated_is_frozen_and_named_though_it_was_trained_before_the_gate_came(tasks):
+    model = mlp()
+    nn.utils.parametrizations.weight_norm(model[1])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    trained(model, optimizer, tasks[0], epochs=2)
+    gate = PlasticityGate(model, optimizer)
+    with pytest.warns(UserWarning, match=r"Not gated: 1 .*frozen from now on"):
+        gate.consolidate(batches(tasks[0]), CROSS_ENTROPY)
+    before = copy.deepcopy(model[1].state_dict())
+    gate.prepare(batches(tasks[1]), CROSS_ENTROPY)
+    trained(model, optimizer, tasks[1], epochs=2)
+    assert all(torch.equal(value, before[name]) for name, value in model[1].state_dict().items() if name != "bias")
+    gate.consolidate(batches(tasks[1]), CROSS_ENTROPY)
+    assert right(model, tasks[0]) > 0.7 and right(model, tasks[1]) > 0.7
+
+
+def test_the_gated_share_is_at_most_all(tasks):
+    model = nn.Sequential(*mlp(), nn.PReLU(10))
+    optimizer = sgd(model)
+    gate = PlasticityGate(model, optimizer)
+    model[5].requires_grad_(False)
+    trained(model, optimizer, tasks[0])
+    model[5].requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"gates (\d\d|100)% of the trained parameters"):
+        gate.consolidate(batches(tasks[0]), CROSS_ENTROPY)
+
+
+@pytest.mark.parametrize("prepares", [False, True])
+def test_steps_of_another_optimizer_are_noticed(tasks, prepares):
+    model = mlp()
+    gate = PlasticityGate(model, sgd(model))
+    for task in tasks[:2]:
+        optimizer = sgd(model)
+        if prepares:
+            gate.prepare(batches(task), CROSS_ENTROPY)
+        trained(model, optimizer, task)
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            gate.consolidate(batches(task), CROSS_ENTROPY)
+    (message,) = (m for m in said(record) if "no step" in m)
+    assert "1, 3" in message and "gate.attach(model, optimizer)" in message
+
+
+def test_an_optimizer_a_task_is_attached(tasks):
+    model = mlp()
+    gate = PlasticityGate(model, sgd(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for task in tasks[:3]:
+            optimizer = sgd(model)
+            gate.attach(model, optimizer)
+            gate.prepare(batches(task), CROSS_ENTROPY)
+            trained(model, optimizer, task)
+            gate.consolidate(batches(task), CROSS_ENTROPY)
+            gate.consolidate(batches(task), CROSS_ENTROPY)  # nothing has moved
+    assert right(model, tasks[0]) > 0.6
+
+
+def test_layers_that_the_gates_optimizer_does_not_have_are_named(tasks):
+    model = mlp()
+    first, second = (torch.optim.SGD(part.parameters(), lr=0.05) for part in (model[:2], model[2:]))
+    gate = PlasticityGate(model, second)
+    for task in tasks[:2]:
+        for x, y in batches(task):
+            CROSS_ENTROPY(model(x), y).backward()
+            for optimizer in (first, second):
+                optimizer.step()
+                optimizer.zero_grad()
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            gate.consolidate(batches(task), CROSS_ENTROPY)
+    (message,) = (m for m in said(record) if "no step" in m)
+    assert ": 1 changed" in message
+
+
+def test_a_copy_trains_without_hooks_and_says_so(tasks):
+    model = mlp()
+    optimizer = sgd(model)
+    gate = PlasticityGate(model, optimizer)
+    trained(model, optimizer, tasks[0])
+    gate.consolidate(batches(tasks[0]), CROSS_ENTROPY)
+    model, optimizer, gate = copy.deepcopy((model, optimizer, gate))
+    trained(model, optimizer, tasks[1])
+    with pytest.warns(UserWarning, match="in no step that the gate saw"):
+        gate.consolidate(batches(tasks[1]), CROSS_ENTROPY)
+
+
+def test_a_layer_that_was_frozen_and_trains_now_is_named_once(tasks):
+    model = mlp()
+    model[1].requires_grad_(False)
+    optimizer = sgd(model)
+    gate = PlasticityGate(model, optimizer)
+    trained(model, optimizer, tasks[0])
+    gate.consolidate(batches(tasks[0]), CROSS_ENTROPY)
+    model[1].requires_grad_(True)
+    with pytest.warns(UserWarning, match="1 train from now on"):
+        gate.prepare(batches(tasks[1]), CROSS_ENTROPY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gate.begin(600)
+
+
+@pytest.mark.parametrize("head", [nn.Linear(32, 3), nn.Linear(16, 10)])
+def test_a_head_that_does_not_fit_its_memory_is_refused(tasks, head):
+    model = mlp()
+    optimizer = sgd(model)
+    gate = PlasticityGate(model, optimizer)
+    gate.consolidate(batches(tasks[0]), CROSS_ENTROPY)
+    model[5] = head
+    with pytest.raises(ValueError, match=r"layer 5 has (3 units and 33|10 units and 17) inputs .* of 10 and 33 "):
+        gate.begin()
+
+
+# -- Compiled networks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_compiled_network_ends_where_the_network_does(tasks, late):
+    ends = []
+    for compiles in (False, True):
+        torch.compiler.reset()
+        model = mlp()
+        whole = torch.compile(model, backend="eager") if compiles else model
+        optimizer = sgd(model)
+        if late:
+            trained(whole, optimizer, tasks[0])
+        gate = PlasticityGate(whole, optimizer)
+        if not late:
+            trained(whole, optimizer, tasks[0])
+        gate.consolidate(batches(tasks[0]), CROSS_ENTROPY)
+        gate.prepare(batches(tasks[1]), CROSS_ENTROPY)
+        trained(whole, optimizer, tasks[1])
+        gate.consolidate(batches(tasks[1]), CROSS_ENTROPY)
+        ends.append(weights(model))
+    torch.testing.assert_close(*ends, atol=1e-4, rtol=1e-3)
+
+
+# -- Losses ----------------------------------------------------------------------------------------------------------
+
+
+def random_triplets(seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss(z, y):
+        same = y[:, None] == y
+        like, other = (torch.multinomial(m.float() + 1e-6, 1, generator=generator)[:, 0] for m in (same, ~same))
+        return F.triplet_margin_loss(z, z[like], z[other])
+
+    return loss
+
+
+def hardest_triplets(z, y):
+    distances, same = torch.cdist(z, z), y[:, None] == y
+    return F.relu((distances * same).max(1)[0] - (distances + 1e6 * same).min(1)[0] + 1).mean()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("criterion", [random_triplets, lambda seed: hardest_triplets], ids=["random", "hardest"])
+def test_a_trained_distance_is_no_worse_after_a_consolidation(tasks, criterion, seed):
+    mixed = torch.randperm(1800, generator=torch.Generator().manual_seed(seed))
+    data = tuple(torch.cat(column)[mixed] for column in zip(*tasks[:3]))
+    model, criterion = mlp(seed=seed), criterion(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    gate = PlasticityGate(model, optimizer)
+    trained(model, optimizer, data, criterion, epochs=3)
+    before = neighbours(model, data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gate.consolidate(batches(data), criterion)
+    assert before > 0.5 and neighbours(model, data) > before - 0.05
+
+
+@torch.no_grad()
+def neighbours(model, task):
+    """Share of samples whose nearest other one is of their class."""
+    z, y = model(task[0]), task[1]
+    nearest = torch.cdist(z, z).fill_diagonal_(torch.inf).argmin(1)
+    return (y[nearest] == y).float().mean().item()
+
+
+def test_a_concave_loss_is_consolidated(tasks):
+    def criterion(z, y):
+        return (1 - z.softmax(1).gather(1, y[:, None])).mean()
+
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    gate = PlasticityGate(model, optimizer)
+    for task in tasks[:2]:
+        trained(model, optimizer, task, criterion, epochs=3)
+        gate.consolidate(batches(task), criterion)
+    assert gate.memory.curvature >= 0
+
+
+@pytest.mark.parametrize("ignored", [-100, 255])
+def test_ignored_labels_are_left_out(tasks, ignored):
+    memories = []
+    for ignores in (False, True):
+        x, y = (t[:200].clone() for t in tasks[0])
+        if ignores:
+            x, y = torch.cat([x, x[:7]]), torch.cat([y, torch.full((7,), ignored)])
+        model = mlp()
+        gate = PlasticityGate(model, torch.optim.Adam(model.parameters()))
+        gate.prepare([(x, y)], nn.CrossEntropyLoss(ignore_index=ignored))
+        gate.consolidate([(x, y)], nn.CrossEntropyLoss(ignore_index=ignored))
+        memories.append(gate.memory.layers["5"])
+    torch.testing.assert_close(memories[0].eigenvalues, memories[1].eigenvalues)
+    torch.testing.assert_close(memories[0].class_sums / 200, memories[1].class_sums / 207)
+    with pytest.raises(ValueError, match="no sample has a label"):
+        gate.consolidate([(x, torch.full_like(y, ignored))], nn.CrossEntropyLoss(ignore_index=ignored))
+
+
+@pytest.mark.parametrize(
+    "criterion, what",
+    [
+        (nn.CrossEntropyLoss(reduction="none"), "its reduction is 'none'"),
+        (lambda z, y: F.cross_entropy(z, y, reduction="none"), "its value is of shape (32,)"),
+        (lambda z, y: 1.0, "its value is of type float"),
+    ],
+)
+def test_a_criterion_that_is_no_mean_is_refused(tasks, criterion, what):
+    model = mlp()
+    gate = PlasticityGate(model, sgd(model))
+    with pytest.raises(ValueError) as error:
+        gate.consolidate(batches(tasks[0])[:1], criterion)
+    assert str(error.value).startswith(f"Invalid criterion: {what} (allowed: ")
+
+
+# -- Data ------------------------------------------------------------------------------------------------------------
+
+
+class Text(nn.Module):
+    def __init__(self, first):
+        super().__init__()
+        self.words, self.read, self.head = first, nn.GRU(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        if isinstance(self.words, nn.EmbeddingBag):
+            return self.head(F.pad(self.words(*x), (0, 8)))
+        return self.head(self.read(self.words(x))[0][-1])
+
+
+def test_batches_with_samples_in_their_second_dimension():
+    """torch's default for recurrent layers: (words, samples)."""
+    torch.manual_seed(0)
+    model = Text(nn.Embedding(60, 8))
+    data = [(torch.randint(60, (12, 32)), torch.randint(4, (32,))) for _ in range(10)]
+    gate = PlasticityGate(model, sgd(model))
+    gate.prepare(data, CROSS_ENTROPY)
+    gate.consolidate(data, CROSS_ENTROPY)
+    assert gate.memory.samples == 320 and set(gate.memory.layers) >= {"words", "head"}
+    assert gate.memory.layers["head"].rows == 1
+
+
+def test_bags_with_offsets():
+    torch.manual_seed(0)
+    model = Text(nn.EmbeddingBag(60, 8))
+    model.read = nn.Identity()
+    data = [((torch.randint(60, (96,)), torch.arange(0, 96, 3)), torch.randint(4, (32,))) for _ in range(5)]
+    gate = PlasticityGate(model, sgd(model))
+    gate.consolidate(data, CROSS_ENTROPY)
+    assert gate.memory.samples == 160 and set(gate.memory.layers) == {"words", "head"}
+
+
+class Named(Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return {"x": torch.zeros(1, 28, 28), "y": 0}
+
+
+X, Y = torch.zeros(4, 1, 28, 28), torch.tensor([0, 1, 0, 1])
+BAD = {
+    "no data": (None, "NoneType"),
+    "a number": (3, "int"),
+    "a tuple of all": ((X, Y), "a batch is a Tensor"),
+    "samples": ([(X[0], Y[0])], "a batch's targets are of one number"),
+    "three columns": (DataLoader(TensorDataset(X, Y, Y)), "a batch is a list of length 3"),
+    "three columns of a dataset": (TensorDataset(X, Y, Y), "a batch is a list of length 3"),
+    "names": (Named(), "a batch is a dict"),
+    "numpy": ([(X, Y.numpy())], "a batch's targets are of type ndarray"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("call", ["prepare", "consolidate"])
+def test_what_is_no_data_is_refused_before_anything_is_remembered(name, call):
+    model = mlp()
+    gate = PlasticityGate(model, torch.optim.Adam(model.parameters()))
+    data, what = BAD[name]
+    with pytest.raises(TypeError) as error:
+        getattr(gate, call)(data, CROSS_ENTROPY)
+    assert str(error.value).startswith(f"Invalid data: {what}") and "(allowed: " in str(error.value)
+    assert not gate.memory.layers
+
+
+def test_data_that_can_be_read_once_are_not_used_up_before_training(tasks):
+    model = mlp()
+    gate = PlasticityGate(model, sgd(model))
+    with pytest.raises(ValueError, match="Invalid data: a generator, .* nothing would be left for training"):
+        gate.prepare((batch for batch in batches(tasks[0])), CROSS_ENTROPY)
+    gate.consolidate((batch for batch in batches(tasks[0])), CROSS_ENTROPY)
+    assert gate.memory.samples == 600
+
+
+def test_data_without_a_length(tasks):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return zip(*tasks[0])
+
+    model = mlp()
+    gate = PlasticityGate(model, sgd(model))
+    gate.consolidate(DataLoader(Stream(), 50), CROSS_ENTROPY)
+    assert gate.memory.samples == 600
+
+
+def test_data_that_are_not_finite_are_named(tasks):
+    model = mlp()
+    gate = PlasticityGate(model, sgd(model))
+    with pytest.raises(FloatingPointError, match="the input of layer 1 .* usual cause is the data"):
+        gate.consolidate([(tasks[0][0] * torch.nan, tasks[0][1])], CROSS_ENTROPY)
+
+
+def test_a_call_in_inference_mode_is_refused(tasks):
+    model = mlp()
+    gate = PlasticityGate(model, sgd(model))
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"within torch.inference_mode\(\)"):
+        gate.consolidate(batches(tasks[0]), CROSS_ENTROPY)
+
+
+# -- Arguments -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("readout_step", "no"), ("openness", True), ("rank", True), ("consolidation_samples", True)],
+)
+def test_a_value_of_another_kind_is_refused(name, value):
+    model = mlp()
+    with pytest.raises(ValueError, match=f"Invalid {name} value: {value!r} "):
+        PlasticityGate(model, sgd(model), **{name: value})
+
+
+@pytest.mark.parametrize("name, value", [("settings", {}), ("forward", "x"), ("forward", None)])
+def test_an_object_of_another_kind_is_refused(name, value):
+    model = mlp()
+    with pytest.raises(TypeError, match=f"Invalid {name}: "):
+        PlasticityGate(model, sgd(model), **{name: value})
+
+
+def test_numbers_of_numpy_are_taken():
+    model = mlp()
+    assert PlasticityGate(model, sgd(model), consolidation_samples=np.int64(7)).consolidation_samples == 7
+
+
+def test_the_model_and_its_optimizer_belong_together():
+    model = mlp()
+    with pytest.raises(ValueError, match="Invalid optimizer: it has no parameter of the model"):
+        PlasticityGate(model, sgd(mlp()))
+    with pytest.raises(TypeError, match="Invalid model: str "):
+        PlasticityGate("model", sgd(model))
+
+
+@pytest.mark.parametrize("arguments", [(float("nan"),), (1.5,), (True,), ("a",), (100, None), (100, 2.5)])
+def test_begin_takes_integers(arguments):
+    model = mlp()
+    gate = PlasticityGate(model, sgd(model))
+    with pytest.raises(ValueError, match="Invalid (samples|stored) value: "):
+        gate.begin(*arguments)
