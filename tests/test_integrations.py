@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from avalanche_sp import split_mnist
 
@@ -57,3 +57,66 @@ def test_a_run_that_lightning_resumes_after_its_first_epoch_is_consolidated():
     callback.on_train_epoch_start(trainer, model)
     callback.on_train_end(trainer, model)
     assert callback.gate.memory.samples == 96
+
+
+class Rows(IterableDataset):
+    """Samples whose number nobody is told."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true"])
+def test_lightnings_precisions_and_data_without_a_length(precision, tmp_path):
+    lightning = pytest.importorskip("lightning")
+    example = importlib.import_module("lightning_trainer")
+    callback = example.SelectivePlasticityCallback(torch.nn.functional.cross_entropy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = example.Classifier()
+        for group in ((0, 1), (2, 3)):
+            trainer = lightning.Trainer(
+                max_epochs=1, accelerator="cpu", precision=precision, callbacks=[callback], logger=False,
+                enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
+            )  # fmt: skip
+            trainer.fit(module, DataLoader(Rows(example.samples(group, 320, seed=0)), batch_size=32))
+    assert callback.gate.memory.samples == 640 and callback.gate.memory.consolidations == 2
+
+
+@pytest.mark.slow
+def test_lightning_takes_one_loader(tmp_path):
+    lightning = pytest.importorskip("lightning")
+    example = importlib.import_module("lightning_trainer")
+    loader = DataLoader(example.samples((0, 1), 64, seed=0), batch_size=32)
+    callback = example.SelectivePlasticityCallback(torch.nn.functional.cross_entropy)
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="Invalid train_dataloaders: .* one DataLoader"):
+        warnings.simplefilter("ignore")
+        lightning.Trainer(accelerator="cpu", callbacks=[callback], logger=False, default_root_dir=tmp_path).fit(
+            example.Classifier(), {"a": loader, "b": loader}
+        )
+
+
+@pytest.mark.slow
+def test_hugging_faces_data_without_a_length(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    example = importlib.import_module("huggingface_trainer")
+    model = transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=example.WORDS, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            max_position_embeddings=example.LENGTH, num_labels=example.CLASSES,
+        )
+    )  # fmt: skip
+    callback = example.SelectivePlasticityCallback()
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=5, per_device_train_batch_size=16, report_to="none", save_strategy="no", use_cpu=True,
+        disable_tqdm=True,
+    )  # fmt: skip
+    data = Rows(example.sentences((0, 1), 80, seed=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+    assert callback.gate.memory.samples == 80
