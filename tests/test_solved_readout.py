@@ -13,7 +13,7 @@ from avalanche.training.plugins import ReplayPlugin
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from avalanche_sp import OneHotMSELoss, PlasticityGate, SelectivePlasticityPlugin, Settings, reference
+from avalanche_sp import JointReplayLoss, OneHotMSELoss, PlasticityGate, SelectivePlasticityPlugin, Settings, reference
 from avalanche_sp.data import split_mnist
 from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layer_gate import LayerGate
@@ -29,6 +29,7 @@ from avalanche_sp.gate.preparation import (
     features_of,
     follow_drift,
     output_sensitivity,
+    stable_step,
 )
 from avalanche_sp.gate.readout import (
     PseudoSamples,
@@ -649,6 +650,31 @@ def test_beside_stored_samples_short_experiences_are_kept_better_than_by_these_a
             strategy.train(experience)
         kept[name] = sum(accuracy(model.eval(), small, task) for task in range(5)) / 5
     assert kept["gated"] > kept["alone"] + 0.1 and kept["gated"] > 0.7
+
+
+@pytest.mark.parametrize("criterion, rate", [(OneHotMSELoss, 0.1), (nn.CrossEntropyLoss, 0.15)])
+def test_a_high_rate_is_stable_beside_stored_samples_also(split5, criterion, rate):
+    """Their gradient passes the gate, so a solved readout would make the loss too sharp for it."""
+    model = mlp(256)
+    step = torch.optim.SGD(model.parameters(), lr=rate)
+    plugins = [ReplayPlugin(100), SelectivePlasticityPlugin()]
+    strategy = strategy_of(model, plugins, optimizer=step, criterion=JointReplayLoss(criterion()))
+    torch.manual_seed(0)
+    for experience in split5.train_stream:
+        strategy.train(experience)
+    assert sum(accuracy(model.eval(), split5, task) for task in range(5)) / 5 > 0.82
+
+
+def test_gradient_descent_is_stable_up_to_the_stable_step():
+    curvature, weight, sharp, rate = torch.tensor(0.5), 3.0, torch.tensor(40.0), 0.4
+    factor = stable_step(rate, curvature, weight, sharp)
+    hessian = curvature * sharp * weight / (1 + weight)
+    for share, is_stable in ((0.99, True), (1.01, False)):
+        x = torch.tensor(1.0)
+        for _ in range(2000):
+            x = x - rate * share * factor * hessian * x
+        assert (x.abs() < 1) == is_stable
+    assert stable_step(rate, curvature, weight, torch.tensor(1.0)) == 1.0 == stable_step(0.0, curvature, weight, sharp)
 
 
 def test_masked_units_stay_as_they_are(split2):

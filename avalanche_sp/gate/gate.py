@@ -47,12 +47,14 @@ from avalanche_sp.gate.preparation import (
     follow_drift,
     output_sensitivity,
     sharpness,
+    stable_step,
 )
 from avalanche_sp.gate.processes import mean_over_processes
 from avalanche_sp.gate.readout import (
     PseudoSamples,
     ReadoutLoss,
     ReadoutSamples,
+    curvature_at,
     old_quadratic,
     pseudo_samples,
     solve_readout,
@@ -432,19 +434,23 @@ class PlasticityGate:
         below = {n: layers[n] for n in self._gated if n != classified.layer and n in observation.layers}
         weights = {name: layer.weights_and_bias() for name, layer in below.items()}
         sensitivity = output_sensitivity(model, observation.inputs, below, self._forward, observation.shared)
-        scale = {}
+        curvature = curvature_at(layers[classified.layer].weights_and_bias(), classified, criterion)
+        scale, step = {}, {}
         for name in below:
             g, reference = self._gated[name], self.memory.layers[name].sharpness
             if reference is not None and not self._is_adaptive:
                 through = partial(g.gate.through, memory=g.memory)
                 sharp = sharpness(observation.layers[name], sensitivity[name], through)
                 scale[name] = float(reference / sharp) if sharp > reference else 1.0
+            if self._memory_size and not self._is_adaptive:
+                sharp, weight = sharpness(observation.layers[name], sensitivity[name]), self.ratio * self.trust
+                step[name] = stable_step(g.rate, curvature, weight, sharp)
         inputs, targets, vectors = classified.inputs, classified.targets, merged.vectors
         means = {name: s.mean for name, s in sensitivity.items()}
         # Of a class that has many kinds of input, drawn inputs tell too little.
         entered = self._entered(observation, layers) if solved else None
         self._prepared = Preparation(
-            classified.layer, solved, inputs, targets, old, entered, vectors, weights, means, scale
+            classified.layer, solved, inputs, targets, old, entered, vectors, weights, means, scale, step
         )
         self._begin_again()
 
@@ -769,6 +775,8 @@ class PlasticityGate:
         for name, g in self._gated.items():
             if g.layer.weight.grad is None:
                 continue
+            if self._prepared is not None and self._prepared.step.get(name, 1.0) < 1:
+                g.layer.scale_gradient(self._prepared.step[name])
             penalty = self._drift.gradient(name, scale)
             if not self._memory_size:
                 g.gate.gate(g.layer, g.memory, penalty)

@@ -236,6 +236,12 @@ class GatedLayer:
             _add_product(self._of_bias(grad), held, vectors[-1], beta=open_rest, alpha=-1)
         return grad
 
+    def scale_gradient(self, factor: float) -> None:
+        """Multiplies the layer's gradient, in place."""
+        for parameter in self.trained_parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
     def add_to_gradient(self, rows: Tensor, weight: Tensor) -> None:
         """Adds weight (0-dim) times (rows, d) to the gradient of the first output units, in place.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,7 @@ class Preparation:
         sensitivity: of the network's outputs to their outputs, the mean (:class:`Sensitivity`).
         scale: factors of what their gates let through, 0 to 1, so that the loss is no sharper than in the first
             experience, which was trained without a gate.
+        step: factors of their gradients beside stored samples, which pass the gate, 0 to 1 (:func:`stable_step`).
     """
 
     layer: str
@@ -96,6 +97,7 @@ class Preparation:
     weights: dict[str, Tensor]
     sensitivity: dict[str, Tensor]
     scale: dict[str, float]
+    step: dict[str, float] = field(default_factory=dict)
 
     def state_dict(self) -> dict:
         """Tensors and numbers by field."""
@@ -185,6 +187,23 @@ def sharpness(
         through: applies the layer's gate to rows; None without a gate.
     """
     return sensitivity.leading * seen.rows * seen.leading_eigenvalue(through)
+
+
+def stable_step(rate: float, curvature: Tensor, weight: float, sharp: Tensor) -> float:
+    r"""The factor of a gradient with which a step on stored samples is stable: at most 1.
+
+    .. math:: \frac{2}{\eta\, \kappa\, \frac{w}{1 + w}\, \sigma}
+
+    It is the limit of gradient descent on a quadratic of leading eigenvalue :math:`\kappa \sigma w / (1 + w)`.
+
+    Args:
+        rate: :math:`\eta` of an optimizer whose steps are proportional to the gradient.
+        curvature: :math:`\kappa`, of the loss in the network's outputs, 0-dim.
+        weight: w, of the stored samples in the loss, for 1 of the stream's.
+        sharp: :math:`\sigma`, of a layer (:func:`sharpness`), 0-dim.
+    """
+    steepest = float(rate * curvature * weight / (1 + weight) * sharp)
+    return min(1.0, 2 / steepest) if steepest > 0 else 1.0
 
 
 @torch.no_grad()

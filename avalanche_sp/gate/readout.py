@@ -476,12 +476,9 @@ def solve_readout(
         parts.append((old.coordinates @ (old.axes @ white), old.targets, share * (1 - trust) * told))
     total = sum(samples.weight for samples in stored)
     parts += [(s.inputs @ white, s.targets, share * trust * s.weight / total) for s in stored]
-    criterion = linked(criterion, new.link)
     start = layer.weights_and_bias()
-    zeros = start.new_zeros(len(new.targets), len(start))
-    with torch.enable_grad():
-        zeros.requires_grad_()
-        _, curvature = loss_derivatives(zeros, criterion(zeros, new.targets))
+    curvature = curvature_at(torch.zeros_like(start), new, criterion)
+    criterion = linked(criterion, new.link)
     if not curvature > 0:  # nothing bounds the weights
         return False
 
@@ -517,6 +514,13 @@ def solve_readout(
         return False
     layer.set_weights(weights)
     return True
+
+
+@torch.enable_grad()
+def curvature_at(weights: Tensor, samples: ReadoutSamples, criterion: Criterion) -> Tensor:
+    """Mean curvature of a loss in the outputs of a readout with these weights (out, d), 0-dim."""
+    outputs = (samples.inputs @ weights.T).requires_grad_()
+    return loss_derivatives(outputs, linked(criterion, samples.link)(outputs, samples.targets))[1]
 
 
 @torch.enable_grad()
