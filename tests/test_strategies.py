@@ -1,6 +1,7 @@
 """Strategies of Avalanche on our benchmarks, alone and with the plugin: each does its work, and so does the gate."""
 
 import random
+import warnings
 
 import pytest
 import torch
@@ -316,3 +317,13 @@ def test_a_readout_that_a_strategy_freezes_is_named(split2):
     strategy.train(small.train_stream[0])
     with pytest.warns(UserWarning, match="cannot solve the last layer .* if the whole layer trains"):
         strategy.train(small.train_stream[1])
+
+
+def test_an_evaluation_at_an_experiences_end_hides_no_step(split2):
+    small, model, plugin = sliced(split2, 100, 20), mlp(), SelectivePlasticityPlugin()
+    strategy = build(Naive, {"eval_every": 1}, model, [plugin])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*in no step that the gate saw")
+        for experience in small.train_stream:
+            strategy.train(experience, eval_streams=[small.test_stream])
+    assert plugin.gate.memory.consolidations == 2

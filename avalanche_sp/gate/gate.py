@@ -258,6 +258,7 @@ class PlasticityGate:
         self._model: nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._handles: list = []
+        self._sees_steps = False  # of the optimizer; also if the hooks rest
         self._loaded: Mapping[str, Any] | None = None  # a state that waits for a model
         # For the present experience.
         self._prepared: Preparation | None = None
@@ -404,9 +405,14 @@ class PlasticityGate:
         too sharp, and there is no earlier experience to compare it with.
 
         Args:
-            data, criterion: as for :meth:`consolidate`, with the samples in the same order.
+            data, criterion: as for :meth:`consolidate`, with the samples in the same order; data that can be read
+                again.
+
+        Raises:
+            ValueError, TypeError, FloatingPointError: as :meth:`consolidate`.
         """
-        check_mean(criterion)
+        if self.measures_loss:
+            check_mean(criterion)
         if isinstance(data, Iterator):
             raise ValueError(
                 f"Invalid data: a {type(data).__name__}, of which nothing would be left for training (allowed: what "
@@ -442,7 +448,7 @@ class PlasticityGate:
                 through = partial(g.gate.through, memory=g.memory)
                 sharp = sharpness(observation.layers[name], sensitivity[name], through)
                 scale[name] = float(reference / sharp) if sharp > reference else 1.0
-            if self._memory_size and not self._is_adaptive:
+            if solved and self._memory_size and not self._is_adaptive:
                 sharp, weight = sharpness(observation.layers[name], sensitivity[name]), self.ratio * self.trust
                 step[name] = stable_step(g.rate, curvature, weight, sharp)
         inputs, targets, vectors = classified.inputs, classified.targets, merged.vectors
@@ -499,8 +505,10 @@ class PlasticityGate:
             criterion: the loss of (outputs, targets), a mean over samples.
 
         Raises:
-            ValueError: there is no sample, or the gate finds the boundaries itself.
-            TypeError: the model's output is not one tensor, unless ``pull_back`` is 0 and ``readout_step`` False.
+            ValueError: there is no sample, the criterion is no mean, no layer is called, or the gate finds the
+                boundaries itself.
+            TypeError: the data are no pairs of inputs and targets; the model's output is not one tensor, unless
+                ``pull_back`` is 0 and ``readout_step`` False.
             FloatingPointError: an input of a layer is not finite. The memory is as it was.
         """
         if self._stream is not None:
@@ -510,7 +518,8 @@ class PlasticityGate:
             )
         if not self.active:
             return
-        check_mean(criterion)
+        if self.measures_loss:
+            check_mean(criterion)
         model = self._attached()
         warn_of_unseen(self._unseen())
         self._drift.take_back()
@@ -659,7 +668,7 @@ class PlasticityGate:
 
     def __getstate__(self) -> dict:
         """For pickle: hooks are put on again by :meth:`attach`."""
-        fresh: dict[str, Any] = {"_handles": [], "_held": {}, "_along": {}, "_withheld": {}}
+        fresh: dict[str, Any] = {"_handles": [], "_sees_steps": False, "_held": {}, "_along": {}, "_withheld": {}}
         fresh |= {"_rows": None, "_resting": set(), "_criterion": None}
         return vars(self) | fresh
 
@@ -674,6 +683,7 @@ class PlasticityGate:
         """Puts the hooks on the present layers."""
         assert self._optimizer is not None
         self.detach()
+        self._sees_steps = True
         self._handles += [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
@@ -899,7 +909,7 @@ class PlasticityGate:
     def _unseen(self) -> list[str]:
         """Names of the gated layers that were trained in the present epoch, but in no step that the gate has seen."""
         assert self._optimizer is not None
-        seen = _parameters_of(self._optimizer) if self._drift.steps and self.is_attached else set()
+        seen = _parameters_of(self._optimizer) if self._drift.steps and self._sees_steps else set()
         return [n for n, g in self._gated.items() if g.layer.weight not in seen and self._drift.has_moved(n)]
 
     def _rate_of(self, layer: GatedLayer) -> float:
