@@ -30,7 +30,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
 
     At the end of every experience the gate remembers the input directions that each layer used. From then on updates
     along these directions are held back. No sample is stored. :class:`~avalanche_sp.gate.PlasticityGate` has the
-    equations, and lists the gated layers.
+    equations, and lists the gated layers. The strategy's loss must be a mean over samples.
 
     With Avalanche's ``ReplayPlugin`` (before or after it in the list) only the stream's samples are gated, and the
     more samples are stored, the further the gate opens. Use ``JointReplayLoss(criterion)`` with it, which asks the
