@@ -46,6 +46,18 @@ class SelfAttention(nn.Module):
         return self.inner(x, x, x, need_weights=False)[0]
 
 
+class Conv1D(nn.Module):
+    """As in transformers, whose GPT-2 has it in place of linear layers."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = nn.Parameter(0.05 * torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
 class Pair(nn.Module):
     def __init__(self):
         super().__init__()
@@ -159,6 +171,7 @@ TYPES = {
         lambda: Net(nn.TransformerEncoderLayer(28, 4, 32, 0.0, batch_first=True), ROWS),
         GATED,
     ),
+    "`Conv1D` of Hugging Face's GPT-2": (lambda: Net(Conv1D(16, 28), ROWS), GATED),
     "LoRA made of linear layers": (lambda: Net(LoRA(), FLAT), GATED),
     "`nn.Embedding`": (lambda: Net(Tokens(), FLAT), GATED),
     "`nn.EmbeddingBag`": (lambda: Net(Bags(), FLAT), GATED),

@@ -293,6 +293,21 @@ def _argument(name: str, place: int, args: tuple, kwargs: Mapping[str, Any]) -> 
     return args[place] if place < len(args) else kwargs.get(name)
 
 
+class _InputsFirst(GatedLayer):
+    """A linear layer whose weight is (inputs, units): ``Conv1D`` of Hugging Face's GPT-2."""
+
+    @property
+    def units(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def inputs(self) -> int:
+        return self.weight.shape[0]
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+
 class _Bilinear(GatedLayer):
     """x1^T W_k x2: linear in the products of two inputs."""
 
@@ -631,6 +646,8 @@ def _maps(module: nn.Module) -> Iterable[GatedLayer]:
         return [_TransposedConvolution(module)]
     if isinstance(module, nn.Bilinear):
         return [_Bilinear(module)]
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return [_InputsFirst(module)]
     if _is_overridden(module):  # the input vectors are not known
         return []
     if isinstance(module, nn.Embedding):
