@@ -125,10 +125,10 @@ def test_the_guides_script_runs_and_tensorboard_shows_the_openness(names, tmp_pa
     events.Reload()
     for layer in ("features.0", "classifier", "mean"):
         shown = events.Scalars(f"GateOpenness/{layer}/train_phase/train_stream/Task000")
-        assert [s.step for s in shown] == [6, 9, 12, 15]  # 200 images in whole batches of 64, from the second on
+        assert [s.step for s in shown] == [8, 12, 16, 20]  # 200 images in batches of 64, from the second on
         assert all(0 < s.value < 1 for s in shown)
         assert len(events.Scalars(f"ClaimedRank/{layer}/train_phase/train_stream/Task000")) == 5
-    assert names["iterations"] == [6, 9, 12, 15]
+    assert names["iterations"] == [8, 12, 16, 20]
     assert names["openness"] == pytest.approx([s.value for s in shown])
     assert len((tmp_path / "accuracy.csv").read_text().splitlines()) == 6
     assert (tmp_path / "accuracy.png").stat().st_size > 0

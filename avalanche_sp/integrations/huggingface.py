@@ -68,4 +68,6 @@ def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    if labels.is_floating_point():
+        raise TypeError(f"Invalid labels: {labels.dtype} (allowed without a criterion of your own: class labels)")
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
