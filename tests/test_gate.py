@@ -548,13 +548,16 @@ def test_a_penalty_alone_is_stable_at_any_learning_rate(momentum):
     assert drifts[-1] < 0.9 * drifts[0] and max(drifts) < 3 * drifts[0]
 
 
-def test_a_network_that_calls_no_layer_that_can_be_gated_is_refused():
+def test_a_network_that_calls_no_layer_that_can_be_gated_is_named_and_trains_on():
     model = MODELS["mlp"]()
     model.forward = lambda x: x.flatten(1) @ model[1].weight[:5].T
     gate = PlasticityGate(model, OPTIMIZERS["sgd"](model))
-    with pytest.raises(ValueError, match="Invalid model: its forward pass calls none of 1, 3 "):
+    with pytest.warns(UserWarning, match=r"gates 0% .* Not gated: 1 \(Linear\), .* They train on and may forget"):
         gate.consolidate(TensorDataset(*TASKS[0]), OneHotMSELoss())
-    assert not gate.memory.consolidations and not gate.memory.layers
+    assert gate.memory.consolidations == 1 and not gate.memory.layers
+    before = weights(model)
+    epoch(model, gate._optimizer, TASKS[1])
+    assert not torch.equal(weights(model), before)
 
 
 def test_a_state_without_a_model_waits_for_one():

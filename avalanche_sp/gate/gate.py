@@ -505,8 +505,7 @@ class PlasticityGate:
             criterion: the loss of (outputs, targets), a mean over samples.
 
         Raises:
-            ValueError: there is no sample, the criterion is no mean, no layer is called, or the gate finds the
-                boundaries itself.
+            ValueError: there is no sample, the criterion is no mean, or the gate finds the boundaries itself.
             TypeError: the data are no pairs of inputs and targets; the model's output is not one tensor, unless
                 ``pull_back`` is 0 and ``readout_step`` False.
             FloatingPointError: an input of a layer is not finite. The memory is as it was.

@@ -237,8 +237,7 @@ def observe(
 
     Raises:
         FloatingPointError: an input is not finite.
-        ValueError: no sample has a label, the criterion does not return one value, the forward pass calls no layer, or
-            ``torch.inference_mode`` is on.
+        ValueError: no sample has a label, the criterion does not return one value, or ``torch.inference_mode`` is on.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("Invalid call: within torch.inference_mode() (allowed outside, as the loss has gradients)")
@@ -286,11 +285,6 @@ def observe(
                     errors.append((name, error))
         if not count:
             raise ValueError("Invalid data: no sample has a label (allowed: one or more)")
-        if not inputs:
-            raise ValueError(
-                f"Invalid model: its forward pass calls none of {', '.join(layers)} (allowed: a module that calls its "
-                "own layers)"
-            )
         two = _first(some, 2, min(len(targets[0]), _SENSITIVITY))
         given, explained, of_two = _fed_by_data(model, layers, two, forward)
     inputs = {name: parts for name, parts in inputs.items() if name in explained}

@@ -41,11 +41,10 @@ def warn_of_ungated(
         named = ", ".join(f"{name} ({kinds[name]})" if name in kinds else name for name in names)
         freezes = ungated == "freeze"
         happens = "They are frozen from now on" if freezes else "They train ungated and may forget"
-        other = "train" if freezes else "freeze"
-        _warn(
-            f" gates {100 * share:.0f}% of the trained parameters. Not gated: {named}. {happens} (ungated={other!r} "
-            "changes this)."
-        )
+        happens += f" (ungated={'train' if freezes else 'freeze'!r} changes this)"
+        if not gated:
+            happens = "They train on and may forget, as the forward pass calls no layer that can be gated"
+        _warn(f" gates {100 * share:.0f}% of the trained parameters. Not gated: {named}. {happens}.")
 
 
 def warn_of_unlearned(
