@@ -327,3 +327,14 @@ def test_an_evaluation_at_an_experiences_end_hides_no_step(split2):
         for experience in small.train_stream:
             strategy.train(experience, eval_streams=[small.test_stream])
     assert plugin.gate.memory.consolidations == 2
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_strategy_has_one_plugin(split2, same):
+    first = SelectivePlasticityPlugin()
+    second, model = first if same else SelectivePlasticityPlugin(), mlp()
+    before = weights(model)
+    strategy = build(Naive, {}, model, [first, second])
+    with pytest.raises(ValueError, match="Invalid plugins: several SelectivePlasticityPlugin"):
+        strategy.train(split2.train_stream[0])
+    assert torch.equal(weights(model), before)

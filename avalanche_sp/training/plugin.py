@@ -134,6 +134,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
     # Avalanche's callbacks, in the order of training.
 
     def before_training(self, strategy, **kwargs):
+        if sum(isinstance(plugin, SelectivePlasticityPlugin) for plugin in strategy.plugins) > 1:
+            raise ValueError("Invalid plugins: several SelectivePlasticityPlugin (allowed: one)")
         if isinstance(strategy, SCR) and self.gate.measures_loss:
             raise ValueError(
                 "Invalid strategy: SCR, whose loss is of two views of each sample (allowed with pull_back=0 and "
