@@ -49,7 +49,7 @@ from avalanche_sp.gate.preparation import (
     sharpness,
     stable_step,
 )
-from avalanche_sp.gate.processes import mean_over_processes
+from avalanche_sp.gate.processes import mean_over_processes, several_processes
 from avalanche_sp.gate.readout import (
     PseudoSamples,
     ReadoutLoss,
@@ -802,9 +802,13 @@ class PlasticityGate:
             parameter.grad = grad
         self._withheld = {}
         self._rows = None
-        for name, (along, held) in self._along.items():
+        # A process whose rows are all of one kind has noted nothing, and takes part with zeros.
+        meets = self._memory_size and self._drift.is_looking and several_processes()
+        for name in self._gated if meets else self._along:
             g = self._gated[name]
-            g.statistics.holding = unanswered(along, held, g.gate.closed_leading)  # each process gates its own rows
+            nothing = g.gate.leading.new_zeros(g.layer.units, g.gate.leading.shape[-1])
+            along, held = mean_over_processes(torch.stack(self._along.get(name, [nothing, nothing])))
+            g.statistics.holding = unanswered(along, held, g.gate.closed_leading)
         self._along.clear()
         self._drift.end_step()
         stream = self._stream
