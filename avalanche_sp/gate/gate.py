@@ -440,15 +440,16 @@ class PlasticityGate:
         below = {n: layers[n] for n in self._gated if n != classified.layer and n in observation.layers}
         weights = {name: layer.weights_and_bias() for name, layer in below.items()}
         sensitivity = output_sensitivity(model, observation.inputs, below, self._forward, observation.shared)
-        curvature = curvature_at(layers[classified.layer].weights_and_bias(), classified, criterion)
-        scale, step = {}, {}
+        scale, step, curvature = {}, {}, None
+        if solved and self._memory_size and not self._is_adaptive:
+            curvature = curvature_at(layers[classified.layer].weights_and_bias(), classified, criterion)
         for name in below:
             g, reference = self._gated[name], self.memory.layers[name].sharpness
             if reference is not None and not self._is_adaptive:
                 through = partial(g.gate.through, memory=g.memory)
                 sharp = sharpness(observation.layers[name], sensitivity[name], through)
                 scale[name] = float(reference / sharp) if sharp > reference else 1.0
-            if solved and self._memory_size and not self._is_adaptive:
+            if curvature is not None:
                 sharp, weight = sharpness(observation.layers[name], sensitivity[name]), self.ratio * self.trust
                 step[name] = stable_step(g.rate, curvature, weight, sharp)
         inputs, targets, vectors = classified.inputs, classified.targets, merged.vectors
@@ -802,13 +803,14 @@ class PlasticityGate:
             parameter.grad = grad
         self._withheld = {}
         self._rows = None
-        # A process whose rows are all of one kind has noted nothing, and takes part with zeros.
-        meets = self._memory_size and self._drift.is_looking and several_processes()
-        for name in self._gated if meets else self._along:
-            g = self._gated[name]
-            nothing = g.gate.leading.new_zeros(g.layer.units, g.gate.leading.shape[-1])
-            along, held = mean_over_processes(torch.stack(self._along.get(name, [nothing, nothing])))
-            g.statistics.holding = unanswered(along, held, g.gate.closed_leading)
+        if self._memory_size and self._drift.is_looking and several_processes():
+            for name, g in self._gated.items():  # a process without rows of one kind takes part with zeros
+                nothing = g.gate.leading.new_zeros(g.layer.units, g.gate.leading.shape[-1])
+                self._along.setdefault(name, [nothing, nothing])
+        for name, g in self._gated.items():  # in the same order in each process
+            if name in self._along:
+                along, held = (mean_over_processes(part) for part in self._along[name])
+                g.statistics.holding = unanswered(along, held, g.gate.closed_leading)
         self._along.clear()
         self._drift.end_step()
         stream = self._stream

@@ -84,7 +84,7 @@ class Preparation:
         sensitivity: of the network's outputs to their outputs, the mean (:class:`Sensitivity`).
         scale: factors of what their gates let through, 0 to 1, so that the loss is no sharper than in the first
             experience, which was trained without a gate.
-        step: factors of their gradients beside stored samples, which pass the gate, 0 to 1 (:func:`stable_step`).
+        step: factors of their gradients, 0 to 1, with stored samples, which pass the gate (:func:`stable_step`).
     """
 
     layer: str

@@ -22,7 +22,7 @@ from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.settings import Settings
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
-_LOST = 0.5  # a solution is not taken if it loses more of what the present weights gain over outputs of zero
+_LOST = 0.5  # share of the present weights' gain over outputs of zero, at most, that a solution may lose
 LINKS = (partial(F.log_softmax, dim=1), partial(F.softmax, dim=1), torch.sigmoid, F.logsigmoid)
 
 
@@ -445,9 +445,9 @@ def solve_readout(
     pseudo-samples; :math:`\kappa` is the loss's curvature at outputs of zero. It starts at the present weights, or at
     a Newton step from zero with the curvature :math:`\kappa` where the loss is lower there. For squared error and all
     eigenvectors the solution is the ridge regression on all data, if the old inputs have not moved. It does not depend
-    on the optimizer, its learning rate or the number of its steps. The weights are left, and False is returned, for a
-    loss without curvature, and for one whose curvature at zero says too little of it, as that of a distance: if the
-    solution loses more than half of what the present weights gain over outputs of zero.
+    on the optimizer, its learning rate or the number of its steps. A loss without curvature leaves the weights as they
+    are, and False is returned. So does a solution that loses more than half of the present weights' gain over outputs
+    of zero: the curvature at zero says too little of such a loss, for instance of a distance.
 
     Args:
         layer: the network's last, a linear one.
@@ -494,7 +494,9 @@ def solve_readout(
     present = start @ vectors / scale
     nothing = torch.zeros_like(present)
     at_nothing, gradient = with_gradient(loss, nothing)
-    units = min(present, -gradient / curvature, key=lambda weights: float(loss(weights))).requires_grad_()
+    newton, at_present = -gradient / curvature, loss(present)
+    before = at_present - size(present)  # now, because the search moves its start in place
+    units = (newton if loss(newton) < at_present else present).requires_grad_()
     search = torch.optim.LBFGS(
         [units],
         max_iter=settings.solve_steps,
@@ -509,8 +511,8 @@ def solve_readout(
     search.step(closure)
     units = units.detach()
     weights = units @ white.T
-    before, after = (loss(w) - size(w) for w in (present, units))
-    if not weights.isfinite().all() or after - before > _LOST * (at_nothing - before).clamp_min(0):
+    lost = loss(units) - size(units) - before
+    if not weights.isfinite().all() or lost > _LOST * (at_nothing - before).clamp_min(0):
         return False
     layer.set_weights(weights)
     return True

@@ -257,7 +257,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
         if found or self._told_of_missed:
             return
         self._told_of_missed = True
-        how = f"every {self.gate.settings.stream_chunk} samples, and so many have not come"
+        how = f"every {self.gate.settings.stream_chunk} samples, and fewer have come"
         if self.gate.boundaries == "surprise":
             how = f"at changes that it finds, and found none in {now - first} iterations"
         warnings.warn(
