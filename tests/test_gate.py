@@ -560,6 +560,40 @@ def test_a_network_that_calls_no_layer_that_can_be_gated_is_named_and_trains_on(
     assert not torch.equal(weights(model), before)
 
 
+def test_the_surprise_goes_on_from_a_state():
+    one, other = made()[2], made()[2]
+
+    def observe(gate, losses):
+        for loss in losses:
+            gate.observe(None, None, TASKS[0][1], torch.tensor(loss), OneHotMSELoss())
+
+    observe(one, [1.0, 0.8, 1.1])
+    other.load_state_dict(one.state_dict())
+    for gate in (one, other):
+        observe(gate, [0.9, 1.02])
+    assert 0 < one.surprise < 1 and torch.equal(one.surprise, other.surprise)
+
+
+def test_a_state_is_of_the_models_layers():
+    _, _, gate = learned()
+    other = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(64, 5)))
+    with pytest.raises(ValueError, match=r"Invalid state: of the layers 1, .* \(allowed: of the model's, 1.0\)"):
+        PlasticityGate(other, OPTIMIZERS["sgd"](other)).load_state_dict(gate.state_dict())
+
+
+def test_a_state_goes_into_a_head_that_has_grown():
+    model, _, gate = learned()
+    state, head = gate.state_dict(), list(model.modules())[-1]
+    grown = copy.deepcopy(model)
+    grown[-1] = nn.Linear(head.in_features, head.out_features + 3)
+    optimizer = OPTIMIZERS["sgd"](grown)
+    other = PlasticityGate(grown, optimizer)
+    other.load_state_dict(state)
+    epoch(grown, optimizer, TASKS[1])
+    other.consolidate(TensorDataset(*TASKS[1]), OneHotMSELoss())
+    assert len(other.memory.layers[str(len(grown) - 1)].anchor) == head.out_features + 3
+
+
 def test_a_state_without_a_model_waits_for_one():
     model, optimizer, gate = learned()
     waiting = PlasticityGate()
@@ -802,7 +836,7 @@ def bad(call, error, words):
             "Invalid data: no sample",
         ),
         bad(
-            lambda g: PlasticityGate(*g[:2], consolidate="continuous").consolidate(TASKS, OneHotMSELoss()),
+            lambda g: PlasticityGate(consolidate="continuous").consolidate(TASKS, OneHotMSELoss()),
             ValueError,
             "Invalid call: with consolidate='continuous' the gate finds the boundaries",
         ),

@@ -187,17 +187,17 @@ def test_the_penaltys_gradient_is_the_gated_gradient_of_its_quadratic():
 def test_loss_derivatives():
     z, y = tensor(40, 5).requires_grad_(), torch.randint(5, (40,))
     one_hot = nn.functional.one_hot(y, 5).double()
-    gradient, curvature = gates.loss_derivatives(z, ((z - one_hot) ** 2).sum() / len(z))
+    gradient, curvature = gates.loss_derivatives(z, ((z - one_hot) ** 2).sum() / len(z), 5)
     assert curvature == pytest.approx(2.0)
     torch.testing.assert_close(gradient, (2 * (z - one_hot) / len(z)).detach())
     assert not gradient.requires_grad
     p = z.softmax(1).detach()
     exact = (p * (1 - p)).sum(1).mean() / 5
     z_many, y_many = z.repeat(500, 1).detach().requires_grad_(), y.repeat(500)  # one probe for many samples
-    measured = gates.loss_derivatives(z_many, nn.functional.cross_entropy(z_many, y_many))[1]
+    measured = gates.loss_derivatives(z_many, nn.functional.cross_entropy(z_many, y_many), 5)[1]
     assert measured == pytest.approx(exact.item(), rel=0.05)
-    assert gates.loss_derivatives(z, z.abs().mean())[1] == 0
-    assert gates.loss_derivatives(z, z.mean())[1] == 0
+    assert gates.loss_derivatives(z, z.abs().mean(), 5)[1] == 0
+    assert gates.loss_derivatives(z, z.mean(), 5)[1] == 0
 
 
 @pytest.mark.parametrize("threshold", [float("inf"), 0.1])

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from avalanche_sp.gate import PlasticityGate
+from avalanche_sp.gate import PlasticityGate, Settings
 
 from conftest import mlp, weights
 
@@ -45,6 +46,92 @@ def sgd(model, lr=0.05):
 
 def said(record):
     return [str(w.message) for w in record if "selective plasticity" in str(w.message)]
+
+
+# -- Networks whose outputs are made in another way ------------------------------------------------------------------
+
+
+class WithDecoder(nn.Module):
+    """A classifier, and a decoder that is called before it or after it."""
+
+    def __init__(self, decoder_last: bool):
+        super().__init__()
+        self.trunk, self.head, self.decoder = mlp()[:4], nn.Linear(32, 10), nn.Linear(32, 784)
+        self.decoder_last = decoder_last
+
+    def forward(self, x):
+        x = self.trunk(x)
+        if self.decoder_last:
+            y = self.head(x)
+            return y, self.decoder(x)
+        decoded = self.decoder(x)
+        return self.head(x), decoded
+
+
+def test_the_layer_that_makes_the_outputs_need_not_be_called_last(tasks):
+    ends = []
+    for decoder_last in (False, True):
+        torch.manual_seed(0)
+        model = WithDecoder(decoder_last)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        gate = PlasticityGate(model, optimizer, forward=lambda model, x: model(x)[0])
+        for task in tasks[:2]:
+            gate.prepare(batches(task), CROSS_ENTROPY)
+            for x, y in batches(task):
+                optimizer.zero_grad()
+                outputs, decoded = model(x)
+                (CROSS_ENTROPY(outputs, y) + F.mse_loss(decoded, x.flatten(1))).backward()
+                optimizer.step()
+            gate.consolidate(batches(task), CROSS_ENTROPY)
+        ends.append(weights(model))
+        assert gate.memory.layers["head"].class_sums is not None
+    assert all(torch.equal(a, b) for a, b in zip(*ends))
+
+
+def test_a_single_output_without_its_dimension_is_the_same(tasks):
+    ends = []
+    for squeezes in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.Tanh(), nn.Linear(32, 1))
+        if squeezes:
+            model.append(nn.Flatten(0))
+        optimizer = sgd(model)
+        gate = PlasticityGate(model, optimizer)
+        for x, y in tasks[:2]:
+            task = x, y.float() if squeezes else y.float().unsqueeze(1)
+            gate.prepare(batches(task), nn.MSELoss())
+            trained(model, optimizer, task, nn.MSELoss())
+            gate.consolidate(batches(task), nn.MSELoss())
+        assert gate.memory.curvature == pytest.approx(2)
+        ends.append(weights(model))
+    for one, other in zip(*ends):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("width", [4, 16])
+def test_the_curvature_of_labelled_places_does_not_depend_on_their_number(width):
+    """Three classes of equal probability: p (1 - p) = 2/9."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(1, 3, 1)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    gate = PlasticityGate(model, sgd(model))
+    gate.consolidate([(torch.randn(64, 1, 8, width), torch.randint(3, (64, 8, width)))], CROSS_ENTROPY)
+    assert gate.memory.curvature == pytest.approx(2 / 9, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_loss_holds_tensors_of_the_networks_precision(tasks, dtype):
+    model = mlp().to(dtype)
+    optimizer, criterion = sgd(model), nn.CrossEntropyLoss(weight=torch.ones(10, dtype=dtype))
+    gate = PlasticityGate(model, optimizer)
+    for x, y in tasks[:2]:
+        task = x.to(dtype), y
+        gate.prepare(batches(task), criterion)
+        trained(model, optimizer, task, criterion)
+        gate.consolidate(batches(task), criterion)
+    assert criterion.weight.dtype == dtype
+    assert all(right(model, (x.to(dtype), y)) > 0.6 for x, y in tasks[:2])
 
 
 # -- The gate comes to a network, an optimizer or a layer late -------------------------------------------------------
@@ -91,6 +178,67 @@ def test_steps_of_another_optimizer_are_noticed(tasks, prepares):
             gate.consolidate(batches(task), CROSS_ENTROPY)
     (message,) = (m for m in said(record) if "no step" in m)
     assert "1, 3" in message and "gate.attach(model, optimizer)" in message
+
+
+def test_weights_that_are_put_back_after_steps_are_no_unseen_steps(tasks):
+    """Early stopping: an epoch begins, the weights of an earlier one are loaded, and training ends."""
+    model = mlp()
+    optimizer = sgd(model)
+    gate = PlasticityGate(model, optimizer)
+    for task in tasks[:2]:
+        gate.begin(600)
+        trained(model, optimizer, task)
+        best = copy.deepcopy(model.state_dict())
+        gate.begin(600)
+        trained(model, optimizer, task)
+        gate.begin(600)
+        model.load_state_dict(best)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            gate.consolidate(batches(task), CROSS_ENTROPY)
+
+
+def test_an_optimizer_has_one_gate(tasks):
+    model = mlp()
+    optimizer = sgd(model)
+    gate = PlasticityGate(model, optimizer)
+    with pytest.raises(ValueError, match="Invalid optimizer: another PlasticityGate is attached to it"):
+        PlasticityGate(model, optimizer)
+    gate.close()
+    assert PlasticityGate(model, optimizer).is_attached
+
+
+def test_an_experience_that_is_not_consolidated_is_told_of(tasks):
+    model = mlp()
+    optimizer = sgd(model)
+    gate = PlasticityGate(model, optimizer)
+    for task in tasks[:2]:
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            gate.prepare(batches(task), CROSS_ENTROPY)
+        trained(model, optimizer, task)
+    (message,) = said(record)
+    assert "was not consolidated" in message
+
+
+@pytest.mark.parametrize("boundaries", ["surprise", "continuous"])
+@pytest.mark.parametrize("every", [0, 2, 8])
+def test_steps_of_a_stream_that_are_not_observed_are_told_of_once(tasks, boundaries, every):
+    model = mlp()
+    optimizer = sgd(model)
+    gate = PlasticityGate(model, optimizer, consolidate=boundaries, settings=Settings(stream_chunk=400))
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        for step, (x, y) in enumerate([*batches(tasks[0]), *batches(tasks[1])]):
+            optimizer.zero_grad()
+            outputs = model(x)
+            loss = CROSS_ENTROPY(outputs, y)
+            loss.backward()
+            if every and step % every == 0:
+                gate.observe(x, outputs, y, loss, CROSS_ENTROPY)
+            optimizer.step()
+    (message,) = said(record)
+    assert "without gate.observe(" in message
 
 
 def test_an_optimizer_a_task_is_attached(tasks):
@@ -335,10 +483,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("call", ["prepare", "consolidate"])
-def test_what_is_no_data_is_refused_before_anything_is_remembered(name, call):
+@pytest.mark.parametrize("call, optimizer", [("prepare", "Adam"), ("prepare", "SGD"), ("consolidate", "Adam")])
+def test_what_is_no_data_is_refused_before_anything_is_remembered(name, call, optimizer):
     model = mlp()
-    gate = PlasticityGate(model, torch.optim.Adam(model.parameters()))
+    gate = PlasticityGate(model, getattr(torch.optim, optimizer)(model.parameters(), lr=0.001))
     data, what = BAD[name]
     with pytest.raises(TypeError) as error:
         getattr(gate, call)(data, CROSS_ENTROPY)
@@ -380,6 +528,128 @@ def test_a_call_in_inference_mode_is_refused(tasks):
         gate.consolidate(batches(tasks[0]), CROSS_ENTROPY)
 
 
+def learned(data, task, epochs=1, **others):
+    """Weights after a first experience of the digits 0 and 1 and a second of 2 and 3."""
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    gate = PlasticityGate(model, optimizer, **others)
+    for given, own in zip(data, task):
+        gate.prepare(given, CROSS_ENTROPY)
+        trained(model, optimizer, own, epochs=epochs)
+        gate.consolidate(given, CROSS_ENTROPY)
+    return weights(model)
+
+
+def test_a_loader_in_any_order_gives_the_samples_of_its_dataset(tasks):
+    datasets = [TensorDataset(*task) for task in tasks[:2]]
+    expected = learned(datasets, tasks)
+    for shuffle in (False, True):
+        found = learned([DataLoader(dataset, 10, shuffle=shuffle) for dataset in datasets], tasks)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def test_a_loader_that_draws_samples_is_read_as_it_is(tasks):
+    data = TensorDataset(*tasks[0])
+    few = torch.utils.data.SubsetRandomSampler(range(100))
+    model = mlp()
+    gate = PlasticityGate(model, sgd(model))
+    gate.consolidate(DataLoader(data, 10, sampler=few), CROSS_ENTROPY)
+    assert gate.memory.samples == 100
+
+
+class InAnotherOrder(list):
+    """Batches that come in another order each time."""
+
+    def __iter__(self):
+        return (self[i] for i in torch.randperm(len(self)).tolist())
+
+
+def test_data_that_change_their_order_are_read_once(tasks):
+    data = [InAnotherOrder(batches(task)) for task in tasks[:2]]
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    gate = PlasticityGate(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for given, task in zip(data, tasks):
+            gate.prepare(given, CROSS_ENTROPY)
+            trained(model, optimizer, task)
+            gate.consolidate(given, CROSS_ENTROPY)
+    gate.prepare(data[0], CROSS_ENTROPY)
+    trained(model, optimizer, tasks[0])
+    with pytest.warns(UserWarning, match="other samples than prepare, or the same in another order"):
+        gate.consolidate(batches(tasks[0])[::-1], CROSS_ENTROPY)
+
+
+class Pair(NamedTuple):
+    image: torch.Tensor
+    scale: torch.Tensor
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, pair):
+        return self.net(pair.image * pair.scale)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_named_tuples_stay_named(tasks, rows):
+    model = Scaled()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    gate = PlasticityGate(model, optimizer)
+    for task in tasks[:2]:
+        data = [(Pair(x, torch.ones(len(x), 1, 1, 1) if rows else torch.tensor(1.0)), y) for x, y in batches(task)]
+        gate.prepare(data, CROSS_ENTROPY)
+        for x, y in data:
+            optimizer.zero_grad()
+            CROSS_ENTROPY(model(x), y).backward()
+            optimizer.step()
+        gate.consolidate(data, CROSS_ENTROPY)
+    assert right(model.net, tasks[0]) > 0.7 and right(model.net, tasks[1]) > 0.7
+
+
+def test_labels_of_few_bits(tasks):
+    found = learned([batches((x, y.to(torch.uint8))) for x, y in tasks[:2]], tasks)
+    assert all(torch.equal(a, b) for a, b in zip(found, learned([batches(task) for task in tasks[:2]], tasks)))
+
+
+class Graph(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 32), nn.Linear(32, 4)
+
+    def forward(self, batch):
+        x, adjacency = batch
+        return self.second(adjacency @ torch.relu(self.first(adjacency @ x)))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("nodes", [80, 300])
+def test_a_graph_is_not_cut(sparse, nodes):
+    torch.manual_seed(0)
+    y = torch.arange(nodes) % 2
+    adjacency = (y[:, None] == y) * (torch.rand(nodes, nodes) < 0.1) + torch.eye(nodes)
+    adjacency = adjacency / adjacency.sum(1, keepdim=True)
+    adjacency = adjacency.to_sparse() if sparse else adjacency
+    model = Graph()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    gate = PlasticityGate(model, optimizer)
+    kinds = torch.randn(4, 12)
+    graphs = [((kinds[2 * task + y] + torch.randn(nodes, 12), adjacency), 2 * task + y) for task in range(2)]
+    for graph in graphs:
+        gate.prepare([graph], CROSS_ENTROPY)
+        for _ in range(40):
+            optimizer.zero_grad()
+            CROSS_ENTROPY(model(graph[0]), graph[1]).backward()
+            optimizer.step()
+        gate.consolidate([graph], CROSS_ENTROPY)
+    assert all(right(model, graph) > 0.8 for graph in graphs)
+
+
 # -- Arguments -------------------------------------------------------------------------------------------------------
 
 
@@ -391,6 +661,15 @@ def test_a_value_of_another_kind_is_refused(name, value):
     model = mlp()
     with pytest.raises(ValueError, match=f"Invalid {name} value: {value!r} "):
         PlasticityGate(model, sgd(model), **{name: value})
+
+
+def test_a_wrong_criterion_is_named_briefly(tasks):
+    model = mlp()
+    gate = PlasticityGate(model, sgd(model))
+    for given, what in ((batches(tasks[0]), "list"), (nn.CrossEntropyLoss, "the class CrossEntropyLoss")):
+        with pytest.raises(TypeError) as error:
+            gate.consolidate(CROSS_ENTROPY, given)
+        assert str(error.value) == f"Invalid criterion: {what} (allowed: a function of outputs and targets)"
 
 
 @pytest.mark.parametrize("name, value", [("settings", {}), ("forward", "x"), ("forward", None)])

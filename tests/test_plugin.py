@@ -450,7 +450,7 @@ def test_a_loss_that_is_not_finite_raises_before_the_step(split2):
 
         def forward(self, outputs, targets):
             self.calls += 1
-            return super().forward(outputs, targets) * (math.nan if self.calls == 4 else 1.0)
+            return super().forward(outputs, targets) * (math.nan if self.calls == 5 else 1.0)  # the first is of prepare
 
     strategy = strategy_of(mlp(), [SelectivePlasticityPlugin()], criterion=Sick())
     with pytest.raises(FloatingPointError, match="the loss is nan at iteration 3 of training experience 0"):

@@ -34,6 +34,7 @@ from avalanche_sp.gate.preparation import (
 from avalanche_sp.gate.readout import (
     PseudoSamples,
     ReadoutSamples,
+    agreement,
     class_roots,
     class_sums,
     drift_map,
@@ -307,7 +308,7 @@ def test_the_drift_is_the_ridge_regression_of_the_changes():
 
 
 def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
-    """No gated layer below is known to have changed, so the share is 0 without that."""
+    """No gated layer below is known to have changed, so the share is 0 without that. The loss is a squared error."""
     old, (x, y) = samples(0, (0, 1)), samples(1, (2, 3, 4, 5))
     mixing = 0.2 * torch.randn(12, 12, generator=torch.Generator().manual_seed(3))
     settings = replace(SETTINGS, drift_ridge=1e-4)
@@ -319,8 +320,8 @@ def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
         return torch.cat([inputs[:, :-1] + inputs[:, :-1] @ mixing + 1 + places, inputs[:, -1:]], 1)
 
     def followed(places):
-        now = readout_samples(drift(x, places[y]), y)
-        seen = Observation({}, len(x), 4, torch.zeros(()), None, now)
+        now, squared_error = readout_samples(drift(x, places[y]), y), object()
+        seen = Observation({}, len(x), 4, torch.zeros(()), squared_error, now)
         return follow_drift(memory, prepared, seen, {"head": GatedLayer(head)}, settings)
 
     common, apart = torch.zeros(6, 12), 9 * torch.eye(6, 12)
@@ -329,6 +330,29 @@ def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
         sums = remembered(samples_of_old, old[1]).class_sums
         torch.testing.assert_close(moved[0].layers["head"].class_sums, sums, atol=where + 1e-5, rtol=0.01 * where)
         torch.testing.assert_close(moved[1].inputs, samples_of_old, atol=0.05 * where, rtol=0)
+
+
+@pytest.mark.parametrize("quadratic, solved", [(False, True), (True, True), (False, False)])
+def test_old_inputs_move_by_the_part_of_a_drift_that_classes_share(quadratic, solved):
+    """No gated layer below is known to have changed, so the first order tells that nothing moves."""
+    old, (x, y) = samples(0, (0, 1)), samples(1, (2, 3, 4, 5))
+    after = x + torch.randn(6, 13, generator=torch.Generator().manual_seed(5))[y] + 2
+    settings = replace(SETTINGS, drift_agreement=2.0)
+    memory, head = remembered(*old), nn.Linear(12, 6)
+    pseudo = PseudoSamples(old[0], torch.eye(13), old[1])
+    prepared = Preparation("head", solved, x, y, pseudo, None, torch.eye(13), {}, {}, {})
+    now = readout_samples(after, y)
+    seen = Observation({}, len(x), 4, torch.zeros(()), object() if quadratic else None, now)
+    moved = follow_drift(Memory({"head": memory}), prepared, seen, {"head": GatedLayer(head)}, settings)[1].inputs
+
+    def changes(part):
+        return drift_map(x[part], after[part], torch.eye(13), settings)(memory.roots)
+
+    alike = agreement(y, changes)
+    assert 0.2 < alike < 0.9
+    share = alike**2 if solved and not quadratic else 0.0
+    expected = old[0] + share * drift_map(x, after, torch.eye(13), settings)(old[0])
+    torch.testing.assert_close(moved, expected, atol=1e-4, rtol=1e-4)
 
 
 def in_order(x, y):

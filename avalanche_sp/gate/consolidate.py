@@ -32,13 +32,13 @@ def consolidate(
     Args:
         layers: the network's gated layers by name; their weights become the anchors.
         merged: second moments that are merged already, by layer.
-        rank_of: eigenvectors to keep, by layer name, number of inputs, and whether the layer is called last.
+        rank_of: eigenvectors to keep, by layer name, number of inputs, and whether it makes the network's outputs.
         remembers_weights: the layers whose weights are remembered along all directions, at four bits each.
         stored: losses of stored samples in the readout's weights; None takes no step of the readout.
         trust: the share of the old loss that stored samples stand for, 0 to 1.
         damping: of the readout's step.
     """
-    remembered, last = dict(memory.layers), next(reversed(observation.layers), None)
+    remembered = dict(memory.layers)
     for name, seen in observation.layers.items():
         layer, old, residual = layers[name], memory.layers.get(name), None
         readout = observation.readout
@@ -60,8 +60,9 @@ def consolidate(
             if old is not None and data_sums is not None:
                 data_sums = None if old.data_sums is None else _sum(old.data_sums, data_sums)
         inputs = seen.inputs.shape[-1]
+        rank = rank_of(name, inputs, name == observation.last)
         new = merged.get(name) or (old or LayerMemory.empty(inputs, seen.inputs)).merged(
-            seen.inputs, observation.samples, seen.rows, rank_of(name, inputs, name == last), seen.mean_eigenvalue
+            seen.inputs, observation.samples, seen.rows, rank, seen.mean_eigenvalue
         )
         keeps_weights = name in remembers_weights and not new.is_complete
         remembered[name] = replace(

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from avalanche_sp.gate.functional import loss_surprise
 from avalanche_sp.gate.settings import Settings
 
 
+@runtime_checkable
 class ChangeDetector(Protocol):
     """What finds a change in a series of numbers: any detector of `river.drift` does, or an object of one's own."""
 
@@ -203,6 +204,12 @@ class RunningSurprise:
         difference, share = loss - mean, 1 - self.decay
         variance_now = torch.addcmul(variance, difference, difference, value=share).mul_(self.decay)
         self._last, self._moments = (loss, mean, variance), (torch.add(mean, difference, alpha=share), variance_now)
+
+    def state_dict(self) -> dict:
+        return {"last": self._last, "moments": self._moments}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._last, self._moments = state["last"], state["moments"]
 
     @property
     def last(self) -> Tensor:

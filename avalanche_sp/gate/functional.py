@@ -245,8 +245,8 @@ def newton_step(gradient: Tensor, hessian: Tensor, damping: float) -> Tensor:
     return -torch.linalg.solve(damped, gradient.T).T * hessian.any()
 
 
-def loss_derivatives(outputs: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of a loss in the outputs (n, C), and its mean curvature in one output of one sample, 0-dim.
+def loss_derivatives(outputs: Tensor, loss: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    """Gradient of a loss in the outputs, and its mean curvature in one output of one sample, 0-dim.
 
         kappa = tr(d2 L / dz dz) / C = E_v [v^T H v] / C,   v of random signs (one Hutchinson probe)
 
@@ -254,8 +254,9 @@ def loss_derivatives(outputs: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
     where the loss is piecewise linear.
 
     Args:
-        outputs: z, shape (n, C), requiring grad.
-        loss: 0-dim, the mean over n samples.
+        outputs: z, requiring grad.
+        loss: 0-dim, the mean over samples.
+        units: C, the number of output units.
     """
     (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True)
     if not gradient.requires_grad:
@@ -268,7 +269,7 @@ def loss_derivatives(outputs: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
         if "is not implemented" not in str(error):
             raise
         return gradient.detach(), outputs.new_zeros(())
-    return gradient.detach(), ((product * signs).sum() / outputs.shape[-1]).clamp_min(0)
+    return gradient.detach(), ((product * signs).sum() / units).clamp_min(0)
 
 
 def leading_eigenvalue(activity: Tensor, through: Callable[[Tensor], Tensor] | None = None) -> Tensor:

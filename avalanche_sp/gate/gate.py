@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -67,7 +69,9 @@ from avalanche_sp.gate.trust import StoredSamples
 from avalanche_sp.gate.warn import (
     warn_of_dead,
     warn_of_left,
+    warn_of_other_samples,
     warn_of_thawed,
+    warn_of_unconsolidated,
     warn_of_ungated,
     warn_of_unlearned,
     warn_of_unseen,
@@ -77,6 +81,9 @@ from avalanche_sp.gate.warn import (
 
 def _model_of_inputs(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
+
+
+_GATES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by optimizer, the gate that was last attached to it
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:
@@ -220,7 +227,7 @@ class PlasticityGate:
             raise TypeError(f"Invalid settings: {type(settings).__name__} (allowed: avalanche_sp.gate.Settings)")
         if not callable(forward):
             raise TypeError(f"Invalid forward: {forward!r} (allowed: a function of model and inputs)")
-        if isinstance(detector, type) or not (detector is None or hasattr(detector, "update")):
+        if isinstance(detector, type) or not (detector is None or isinstance(detector, ChangeDetector)):
             raise TypeError(f"Invalid detector: {detector!r} (allowed: an object with update and drift_detected)")
         if detector is not None and consolidate != "surprise":
             raise ValueError(f"Invalid detector: consolidate={consolidate!r} detects nothing (allowed: None)")
@@ -259,10 +266,12 @@ class PlasticityGate:
         self._optimizer: torch.optim.Optimizer | None = None
         self._handles: list = []
         self._sees_steps = False  # of the optimizer; also if the hooks rest
+        self._saw_steps = False  # of the present experience
         self._loaded: Mapping[str, Any] | None = None  # a state that waits for a model
         # For the present experience.
         self._prepared: Preparation | None = None
         self._loss_before: Tensor | None = None  # on its samples
+        self._read: tuple[Any, Samples] | None = None  # data of the last call of prepare, and their samples
         # For the present epoch.
         self._samples: int | None = None  # of the present experience
         self._replays: Sequence[Samples] = ()  # stored samples
@@ -311,6 +320,9 @@ class PlasticityGate:
             )
         if _parameters_of(optimizer).isdisjoint(model.parameters()):
             raise ValueError("Invalid optimizer: it has no parameter of the model (allowed: the one that trains it)")
+        known = _GATES.get(optimizer, lambda: None)()
+        if known is not None and known is not self and known.is_attached:
+            raise ValueError("Invalid optimizer: another PlasticityGate is attached to it (allowed after its close())")
         goes_on = model is self._model
         if self._model is not None and not goes_on and self.memory.layers:
             warnings.warn(
@@ -405,8 +417,9 @@ class PlasticityGate:
         too sharp, and there is no earlier experience to compare it with.
 
         Args:
-            data, criterion: as for :meth:`consolidate`, with the samples in the same order; data that can be read
-                again.
+            data, criterion: as for :meth:`consolidate`; data that can be read again. Their samples are held until
+                :meth:`consolidate`, which takes these if it is given the same object. Of another object the samples
+                must come in the same order.
 
         Raises:
             ValueError, TypeError, FloatingPointError: as :meth:`consolidate`.
@@ -418,15 +431,22 @@ class PlasticityGate:
                 f"Invalid data: a {type(data).__name__}, of which nothing would be left for training (allowed: what "
                 "can be read again, such as a DataLoader or a list of batches)"
             )
-        if self._prepared is not None:  # an experience that was not consolidated
+        if self._read is not None and self._drift.steps:
+            warn_of_unconsolidated()
+        if self._prepared is not None:
             self._prepared = None
             self._begin_again()
-        self._loss_before = None
-        if not (self.active and self.readout_step) or self._stream or not (self.memory.layers or self._is_adaptive):
+        self._loss_before = self._read = None
+        if not (self.active and self.readout_step) or self._stream:
             return
         model = self._attached()
         layers = protected_layers(model, self.openness)
         samples = self._samples_of(data)
+        self._read = data, samples
+        if not (self.memory.layers or self._is_adaptive):
+            first = replace(samples, batches=islice(samples.batches, 1))
+            self._observed(first, {}, criterion)  # raises if data, model and criterion do not fit
+            return
         observation = self._observed(samples, layers, criterion)
         self._loss_before, classified = observation.loss, observation.classified
         if classified is None or not self._solves(observation):
@@ -522,9 +542,11 @@ class PlasticityGate:
             check_mean(criterion)
         model = self._attached()
         warn_of_unseen(self._unseen())
+        self._saw_steps = False
         self._drift.take_back()
         layers = protected_layers(model, self.openness)
-        samples = self._samples_of(data)
+        samples = self._read[1] if self._read is not None and self._read[0] is data else self._samples_of(data)
+        self._read = None
         first = not self.memory.consolidations
         if first and not self._memory_size:
             self._measure_norms(samples)
@@ -641,6 +663,7 @@ class PlasticityGate:
             "batches_seen": self._batches_seen,
             "prepared": self._prepared.state_dict() if self._prepared is not None else None,
             "loss_before": self._loss_before,
+            "surprise": self._running_surprise.state_dict(),
             "statistics": {name: vars(s).copy() for name, s in self.statistics.items()},
         }
 
@@ -650,16 +673,23 @@ class PlasticityGate:
             self.memory, self._loaded = Memory.from_state_dict(state["memory"]), state
             return
         state, self._loaded = on_device(next(self._model.parameters()).device, state), None
-        self.memory = Memory.from_state_dict(state["memory"])
+        memory, own = Memory.from_state_dict(state["memory"]), gated_layers(self._model)
+        if memory.layers and memory.layers.keys().isdisjoint(own):
+            raise ValueError(
+                f"Invalid state: of the layers {', '.join(memory.layers)} (allowed: of the model's, {', '.join(own)})"
+            )
+        self.memory = memory
         self._drift.forget()
         self._trained, self._batches_seen = set(state["trained"]), state["batches_seen"]
         prepared = state["prepared"]
         self._prepared = None if prepared is None else Preparation.from_state_dict(prepared)
-        self._loss_before = state["loss_before"]
+        self._loss_before, self._read = state["loss_before"], None
+        self._running_surprise.load_state_dict(state["surprise"])
         self.begin(*state["epoch"])
         self._drift.load_state_dict(state["drift"])
         for name, statistics in state["statistics"].items():
-            self._gated[name].statistics = StreamStatistics(**statistics)
+            if name in self._gated:  # else the layer has left the network, and its memory stays
+                self._gated[name].statistics = StreamStatistics(**statistics)
 
     def to(self, device: torch.device | str) -> PlasticityGate:
         """Moves the memory to a device, after the model."""
@@ -669,7 +699,7 @@ class PlasticityGate:
     def __getstate__(self) -> dict:
         """For pickle: hooks are put on again by :meth:`attach`."""
         fresh: dict[str, Any] = {"_handles": [], "_sees_steps": False, "_held": {}, "_along": {}, "_withheld": {}}
-        fresh |= {"_rows": None, "_resting": set(), "_criterion": None}
+        fresh |= {"_rows": None, "_resting": set(), "_criterion": None, "_read": None}
         return vars(self) | fresh
 
     # -- Hooks -----------------------------------------------------------------------------------------------------
@@ -684,6 +714,7 @@ class PlasticityGate:
         assert self._optimizer is not None
         self.detach()
         self._sees_steps = True
+        _GATES[self._optimizer] = weakref.ref(self)
         self._handles += [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
@@ -803,6 +834,7 @@ class PlasticityGate:
             parameter.grad = grad
         self._withheld = {}
         self._rows = None
+        self._saw_steps = True
         if self._memory_size and self._drift.is_looking and several_processes():
             for name, g in self._gated.items():  # a process without rows of one kind takes part with zeros
                 nothing = g.gate.leading.new_zeros(g.layer.units, g.gate.leading.shape[-1])
@@ -875,6 +907,8 @@ class PlasticityGate:
         if classified is not None and criterion is not None and self._solves(observation):
             name, start, prepared = classified.layer, None, self._prepared
             if prepared is not None and prepared.layer == name:
+                if not torch.equal(prepared.targets, classified.targets):
+                    warn_of_other_samples()
                 told = prepared.entered
                 now = None if told is None else self._features(observation, layers, told.rows)
                 memory, old = follow_drift(memory, prepared, observation, layers, self.settings, now)
@@ -912,9 +946,9 @@ class PlasticityGate:
             warn_of_unsolved(observation)
 
     def _unseen(self) -> list[str]:
-        """Names of the gated layers that were trained in the present epoch, but in no step that the gate has seen."""
+        """Names of the gated layers that have changed in the present epoch, if the gate has seen no step of theirs."""
         assert self._optimizer is not None
-        seen = _parameters_of(self._optimizer) if self._drift.steps and self._sees_steps else set()
+        seen = _parameters_of(self._optimizer) if self._saw_steps and self._sees_steps else set()
         return [n for n, g in self._gated.items() if g.layer.weight not in seen and self._drift.has_moved(n)]
 
     def _rate_of(self, layer: GatedLayer) -> float:

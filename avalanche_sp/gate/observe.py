@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
 
 from avalanche_sp.gate.functional import leading_eigenvalue, loss_derivatives
 from avalanche_sp.gate.layers import GatedLayer
@@ -17,6 +18,7 @@ from avalanche_sp.gate.readout import Criterion, ReadoutLoss, ReadoutSamples, li
 from avalanche_sp.gate.settings import Settings
 
 BATCH = 256  # samples a forward pass
+_NUMBERS = 2**22  # numbers of the inputs of a forward pass, in samples that are large
 _SENSITIVITY = 100  # samples of a sensitivity, which is a mean over samples
 _GOLDEN = 0.6180339887498949  # a step whose multiples, modulo 1, are evenly spread
 _SOME = 256  # a layer's input vectors, of a mean that need not be exact
@@ -101,6 +103,12 @@ class Observation:
         return fed[0] if seen.rows == 1 and seen.inputs.dim() == 2 else None
 
     @property
+    def last(self) -> str | None:
+        """Name of the layer that makes the network's outputs; of the last layer, if that is not known."""
+        known = self.classified or self.readout
+        return known.layer if known is not None else next(reversed(self.layers), None)
+
+    @property
     def shared(self) -> set[str]:
         """Names of the layers of which a batch's samples share one input."""
         return {name for name, seen in self.layers.items() if seen.shared}
@@ -125,7 +133,8 @@ class Samples:
     def of(cls, data: Dataset | Iterable[tuple[Any, Tensor]], limit: Callable[[int, int], int]) -> Samples:
         """Samples of a map-style dataset of pairs, or of an iterable of batches of pairs.
 
-        An iterable is read once. A sample's place in a shuffled loader depends on the loader's random numbers.
+        Of a DataLoader the dataset is read, if the loader gives each of its samples once. Another iterable is read
+        once, to its end.
 
         Args:
             limit: the largest number of samples, for the numbers of all samples and of classes; it does not fall.
@@ -137,26 +146,40 @@ class Samples:
         if not isinstance(data, (Dataset, Iterable)):
             allowed = "allowed: a dataset of pairs (x, y), or an iterable of batches of pairs"
             raise TypeError(f"Invalid data: {type(data).__name__} ({allowed})")
-        if isinstance(data, Dataset) and hasattr(data, "__len__"):
-            total = len(data)
-            batches = _read(data, first := min(limit(total, 1), total))
+        dataset, collate, largest = data, None, 1
+        if _gives_each_once(data):
+            dataset, collate, largest = data.dataset, data.collate_fn, data.batch_size or 1
+        if isinstance(dataset, Dataset) and hasattr(dataset, "__len__"):
+            total = len(dataset)  # type: ignore[arg-type]
+            batches = _read(dataset, first := min(limit(total, 1), total), collate)
             if (more := min(limit(total, _classes(batches)), total)) > first:
-                batches = _read(data, more)
+                batches = _read(dataset, more, collate)
         else:
             total, batches = _spread(data, limit)  # type: ignore[arg-type]  # an iterable dataset is one
+            largest = max((len(y) for _, y in batches), default=1)
         if not total:
             raise ValueError("Invalid data: no sample (allowed: one or more)")
-        return cls(_rebatched(batches), sum(len(y) for _, y in batches), total, _classes(batches))
+        return cls(_rebatched(batches, largest), sum(len(y) for _, y in batches), total, _classes(batches))
 
 
 def _classes(batches: list[tuple[Any, Tensor]]) -> int:
     return len(torch.cat([y.flatten().unique() for _, y in batches]).unique()) if batches else 0
 
 
-def _read(data: Dataset, limit: int) -> list[tuple[Any, Tensor]]:
+def _gives_each_once(data: Any) -> TypeGuard[DataLoader]:
+    """Whether it is a DataLoader whose batches have each sample of a map-style dataset once, in any order."""
+    if type(data) is not DataLoader or type(data.batch_sampler) is not BatchSampler:
+        return False
+    sampler = data.sampler
+    if type(sampler) is RandomSampler:
+        return not sampler.replacement and sampler.num_samples == len(sampler.data_source)
+    return type(sampler) is SequentialSampler
+
+
+def _read(data: Dataset, limit: int, collate: Callable | None) -> list[tuple[Any, Tensor]]:
     """Samples of a dataset, evenly spread, in batches."""
     places = evenly_spread(len(data), limit)  # type: ignore[arg-type]
-    loader = DataLoader(Subset(data, places), BATCH, generator=torch.Generator())
+    loader = DataLoader(Subset(data, places), BATCH, collate_fn=collate, generator=torch.Generator())
     return [_pair(batch) for batch in loader]
 
 
@@ -209,13 +232,20 @@ def _spread(
     return total, kept
 
 
-def _rebatched(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
-    """The same samples in batches of 256, if the inputs are tensors of one shape with a row a sample."""
+def _rebatched(batches: list[tuple[Any, Tensor]], largest: int) -> list[tuple[Any, Tensor]]:
+    """The same samples in other batches, if the inputs are tensors of one shape with a row a sample.
+
+    A batch has 256 samples, or fewer large ones.
+
+    Args:
+        largest: of the batches in training, which is not split: it may be all nodes of a graph.
+    """
     first = batches[0][0]
     if not all(isinstance(x, Tensor) and x.shape[1:] == first.shape[1:] and len(x) == len(y) for x, y in batches):
         return batches
     x, y = (torch.cat(column) for column in zip(*batches))
-    return list(zip(x.split(BATCH), y.split(BATCH)))
+    size = max(min(BATCH, _NUMBERS // max(first[:1].numel(), 1)), largest)
+    return list(zip(x.split(size), y.split(size)))
 
 
 def observe(
@@ -248,13 +278,14 @@ def observe(
     errors: list[tuple[str | None, Tensor]] = []
     targets: list[Tensor] = []
     units: list[tuple[str, Tensor] | None] = []
-    last: tuple[str, GatedLayer, Tensor] | None = None
-    count, most, some, link = 0, 0, None, None
+    called: list[tuple[str, GatedLayer, Tensor | None]] = []
+    count, most, whole, some, link = 0, 0, None, None, None
     of_first: dict[str, int] = {}  # input vectors of the first batch
 
     def record(name, layer, x, output):
-        nonlocal last
-        last = (name, layer, output) if layer.per_row and isinstance(output, Tensor) else None
+        called.append((name, layer, output if layer.per_row and isinstance(output, Tensor) else None))
+        if len(called) > 1 and not _is_row_a_sample(called[-2][2]):
+            called.pop(-2)  # its output need not be held
         x, vectors = some_inputs(layer, x, most)
         inputs.setdefault(name, []).append(x)
         vectors_seen[name] = vectors_seen.get(name, 0) + vectors
@@ -265,13 +296,14 @@ def observe(
                 x, y = _labelled(on_device(device, x), y.to(device), criterion)
                 if not len(y):
                     continue
-                some = _first(x, _SENSITIVITY, len(y)) if not count else some
+                if not count:
+                    whole, some = x, _first(x, _SENSITIVITY, len(y))
                 count += len(y)
                 most = max(settings.vectors * len(y) // samples.number, len(y))
+                called.clear()
                 outputs = forward(model, x)
                 of_first = of_first or dict(vectors_seen)
-                if last is not None and isinstance(outputs, Tensor):
-                    outputs, link = unlinked(last[2], outputs)
+                last, outputs, link = output_layer(called, outputs)
                 units.append(_masked_units(outputs, y, last))
                 targets.append(y)
                 if criterion is not None:
@@ -286,7 +318,11 @@ def observe(
         if not count:
             raise ValueError("Invalid data: no sample has a label (allowed: one or more)")
         two = _first(some, 2, min(len(targets[0]), _SENSITIVITY))
-        given, explained, of_two = _fed_by_data(model, layers, two, forward)
+        try:
+            given, explained, of_two = _fed_by_data(model, layers, two, forward)
+        except (RuntimeError, IndexError):  # part of a batch is no batch, as some nodes of a graph are no graph
+            some = two = whole
+            given, explained, of_two = _fed_by_data(model, layers, whole, forward)
     inputs = {name: parts for name, parts in inputs.items() if name in explained}
     for name, parts in inputs.items():
         if not torch.stack([part.square().sum() for part in parts]).sum().isfinite():
@@ -308,9 +344,40 @@ def observe(
     classified = None
     if units and (found := units[-1]) is not None and all(u is not None and u[0] == found[0] for u in units):
         x = observed[found[0]].inputs
-        classified = ReadoutSamples(found[0], x, torch.cat(targets), found[1], samples.total, link)
+        labels = torch.cat(targets).long()
+        classified = ReadoutSamples(found[0], x, labels, found[1], samples.total, link)
     mean_loss = torch.stack(losses).sum() / count if losses else None
     return Observation(observed, samples.total, samples.classes, curvature, readout, classified, some, mean_loss)
+
+
+def _is_row_a_sample(output: Tensor | None) -> bool:
+    return output is not None and output.dim() == 2
+
+
+def output_layer(
+    called: Sequence[tuple[str, GatedLayer, Tensor | None]], outputs: Any
+) -> tuple[tuple[str, GatedLayer, Tensor] | None, Any, Callable[[Tensor], Tensor] | None]:
+    """The layer that makes a network's outputs; the outputs before the function after it, and the function.
+
+    Args:
+        called: layers in the order of the forward pass, by name, with their outputs (n, out); None for an output that
+            is not the layer's alone.
+        outputs: the network's.
+
+    Returns:
+        The last layer, if no layer is known to make the outputs; None if its output is not its own.
+    """
+    if isinstance(outputs, Tensor):
+        for name, layer, made in reversed(called):
+            if made is None or not _is_row_a_sample(made):
+                continue
+            before, link = unlinked(made, outputs)
+            if link is not None or (made.shape == outputs.shape and (made == outputs).all(0).any()):
+                return (name, layer, made), before, link
+    last = None
+    if called and (made := called[-1][2]) is not None:
+        last = (called[-1][0], called[-1][1], made)
+    return last, outputs, None
 
 
 def _masked_units(
@@ -380,8 +447,9 @@ def check_outputs(outputs: Any) -> None:
 
 def check_mean(criterion: Any) -> None:
     """Raises TypeError if a criterion can't be called, and ValueError if it says that it is no mean over samples."""
-    if not callable(criterion):
-        raise TypeError(f"Invalid criterion: {criterion!r} (allowed: a function of outputs and targets)")
+    if not callable(criterion) or isinstance(criterion, type):
+        what = f"the class {criterion.__name__}" if isinstance(criterion, type) else type(criterion).__name__
+        raise TypeError(f"Invalid criterion: {what} (allowed: a function of outputs and targets)")
     reduction = getattr(criterion, "reduction", "mean")
     if reduction not in ("mean", "batchmean"):
         raise ValueError(f"Invalid criterion: its reduction is {reduction!r} (allowed: 'mean', over samples)")
@@ -403,7 +471,7 @@ def output_derivatives(
         criterion: of these outputs and the targets, a mean over samples.
         outputs: the network's (n, C), before a softmax, for instance (:func:`~avalanche_sp.gate.readout.unlinked`).
         targets: the samples' targets.
-        last: the last layer that was called, its name before and its output after it.
+        last: of the layer that makes the outputs (:func:`output_layer`): its name before and its output after it.
         quadratic: whether the loss is quadratic and convex in the outputs, if another batch has told.
     """
     with torch.enable_grad():
@@ -412,7 +480,7 @@ def output_derivatives(
         if not isinstance(value, Tensor) or value.numel() != 1:
             what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
             raise ValueError(f"Invalid criterion: its value is of {what} (allowed: one number, the mean over samples)")
-        error, curvature = loss_derivatives(varied, value)
+        error, curvature = loss_derivatives(varied, value, _units(outputs, targets))
         loss = value.detach()
     if last is None:
         return loss, curvature, None, outputs
@@ -426,6 +494,13 @@ def output_derivatives(
         quadratic = bool(curved <= _QUADRATIC * error.abs().max() and (nothing != twice).any())
     is_readout = kept.any() and quadratic and curvature > 0
     return loss, curvature, name if is_readout else None, error * kept * len(outputs)
+
+
+def _units(outputs: Tensor, targets: Tensor) -> int:
+    """Number of output units: they stand in the second dimension if each of their places has a class label."""
+    if outputs.dim() > 2 and targets.shape == (len(outputs), *outputs.shape[2:]):
+        return outputs.shape[1]
+    return outputs.shape[-1] if outputs.dim() > 1 else 1
 
 
 def _fed_by_data(
@@ -492,40 +567,51 @@ def after_each(
             handle.remove()
 
 
-def each_tensor(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A batch of inputs, tensors in mappings, lists and tuples, with each tensor changed; lists become tuples."""
+def each_tensor(inputs: Any, change: Callable[[Any], Any], others: Callable[[Any], Any] = lambda value: value) -> Any:
+    """A batch of inputs, tensors in mappings, lists and tuples, with each tensor changed; lists become tuples.
+
+    Args:
+        change: of a tensor.
+        others: of what is neither a tensor nor holds inputs.
+    """
     if isinstance(inputs, Tensor):
         return change(inputs)
     if isinstance(inputs, Mapping):
-        return {name: each_tensor(value, change) for name, value in inputs.items()}
-    return tuple(each_tensor(value, change) for value in inputs) if isinstance(inputs, (list, tuple)) else inputs
+        return {name: each_tensor(value, change, others) for name, value in inputs.items()}
+    if not isinstance(inputs, (list, tuple)) or isinstance(inputs, PackedSequence):
+        return others(inputs)
+    values = tuple(each_tensor(value, change, others) for value in inputs)
+    return type(inputs)(*values) if hasattr(inputs, "_fields") else values  # a namedtuple
 
 
 def on_device(device: torch.device, inputs: Any) -> Any:
     """A batch of inputs, or a state, on a device."""
-    return each_tensor(inputs, lambda tensor: tensor.to(device))
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if hasattr(value, "to") else value
+
+    return each_tensor(inputs, moved, moved)
 
 
-def _has_rows(inputs: Any, n: int) -> bool:
-    """Whether each tensor of a batch of n samples has a row a sample."""
-    lengths = set()
+def has_rows(inputs: Any, n: int | None = None) -> bool:
+    """Whether a batch is of tensors with a row a sample, n rows if n is given."""
+    lengths: set[int | None] = set() if n is None else {n}
 
-    def note(tensor: Tensor) -> Tensor:
-        lengths.add(len(tensor) if tensor.dim() else -1)
-        return tensor
+    def note(tensor: Tensor) -> None:
+        lengths.add(len(tensor) if tensor.dim() and tensor.layout == torch.strided else None)
 
-    each_tensor(inputs, note)
-    return lengths == {n}
+    each_tensor(inputs, note, lambda value: lengths.add(None) if hasattr(value, "__len__") else None)
+    return len(lengths) == 1 and None not in lengths
 
 
 def _first(inputs: Any, n: int, batch: int) -> Any:
     """The first n samples of a batch of inputs; the inputs themselves if these have no row a sample."""
-    return each_tensor(inputs, lambda tensor: tensor[:n]) if _has_rows(inputs, batch) else inputs
+    return each_tensor(inputs, lambda tensor: tensor[:n]) if has_rows(inputs, batch) else inputs
 
 
 def _labelled(inputs: Any, targets: Tensor, criterion: Criterion | None) -> tuple[Any, Tensor]:
     """A batch without the samples whose label the criterion ignores: ``ignore_index``, -100 by torch's default."""
-    if targets.dim() != 1 or targets.is_floating_point() or not _has_rows(inputs, len(targets)):
+    if targets.dim() != 1 or targets.is_floating_point() or not has_rows(inputs, len(targets)):
         return inputs, targets
     kept = targets != getattr(criterion, "ignore_index", -100)
     return (inputs, targets) if kept.all() else (each_tensor(inputs, lambda tensor: tensor[kept]), targets[kept])

@@ -80,9 +80,13 @@ class Drift:
         nearest = torch.stack(stable).min().item() if stable else self.longest
         self._interval = max(int(min(nearest, largest / max(ratio, 1), self.longest)), 1)
         self._weight = {name: torch.minimum(self._interval * a_step[name], limit[name]) for name in a_step}
+        self._note_new_units()
+
+    def _note_new_units(self) -> None:
+        """Notes the weights of layers, and of units of a head that has grown, that were not known at the last look."""
         for name, g in self._gated.items():
             known = self._before.get(name)  # steps of an experience before may wait for the next look
-            if known is None or len(known) < g.layer.units:  # of a head that has grown
+            if known is None or len(known) < g.layer.units:
                 self._before[name] = g.layer.along(g.memory.vectors)
                 if known is not None:
                     self._before[name][: len(known)] = known
@@ -186,3 +190,4 @@ class Drift:
         self.steps, self._before = state["steps"], dict(state["before"])
         self._due, self._due_beyond = set(state["due"]), set(state["due_beyond"])
         self._likeness = state["likeness"]
+        self._note_new_units()

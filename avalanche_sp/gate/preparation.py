@@ -21,6 +21,7 @@ from avalanche_sp.gate.observe import (
     after_each,
     each_tensor,
     evaluation_mode,
+    has_rows,
     some_rows,
 )
 from avalanche_sp.gate.readout import (
@@ -220,7 +221,7 @@ def features_of(
         None if ``entrance`` is no ``nn.Linear``, if the readout's inputs depend on the network's in another way, and if
         one is not finite.
     """
-    if type(entrance.module) is not nn.Linear:
+    if type(entrance.module) is not nn.Linear or not has_rows(inputs):
         return None
     seen: list[Tensor] = []
 
@@ -236,7 +237,10 @@ def features_of(
 
     first, *others = rows.split(BATCH)
     with evaluation_mode(model), after_each({"": readout}, lambda *called: seen.append(called[2])):
-        run(first, inputs)
+        try:
+            run(first, inputs)
+        except (RuntimeError, IndexError):  # the network runs on no other choice of rows, as on those of a graph
+            return None
         run(first, each_tensor(inputs, lambda tensor: tensor.flip(0)))
         if seen[0].dim() != 2 or not torch.allclose(seen[0], seen.pop(), rtol=1e-3, atol=1e-4):
             return None
@@ -260,9 +264,11 @@ def follow_drift(
     inputs that are drawn for the old classes, the map is learned on new and drawn inputs. The residuals of the drawn
     inputs are then added to the pseudo-samples of their classes (:func:`_unexplained`). Without drawn inputs the map's
     share is the root of the change of the outputs by the updates on old inputs over that on new ones, to first order,
-    with each layer's sensitivity. In a deep network whose layers move each other's inputs the first order tells next to
-    nothing. If it explains less than 1/500 of the change of the new outputs (``drift_first_order``), and the new
-    classes agree on the map (:func:`~avalanche_sp.gate.readout.agreement`), the share is 1.
+    with each layer's sensitivity. The first order tells little of a deep network, whose layers move each other's
+    inputs. Let a be how far the new classes agree on the map (:func:`~avalanche_sp.gate.readout.agreement`). A drift
+    that they share is that of old classes also, so a share s becomes :math:`s + a^2 (1 - s)`. For a squared error, and
+    without a new class, s stays, unless the first order explains less than 1/500 of the change of the new outputs
+    (``drift_first_order``) and the classes agree (``drift_agreement``). It is then 1.
 
     Args:
         memory: before the experience.
@@ -373,11 +379,16 @@ def _share_of_old(
     before, after, basis = prepared.inputs, now.inputs, prepared.vectors
     readout, weights = memory.layers[now.layer], layers[now.layer].weights_and_bias()
     changed = ((after - before) @ weights.T).square().sum() / len(after)
-    if new < settings.drift_first_order * changed:
+    share = float((old / new.clamp_min(torch.finfo(new.dtype).tiny)).sqrt().clamp(0, 1))
+    says_little = bool(new < settings.drift_first_order * changed)
+    shares_drift = prepared.solved and observation.readout is None
+    if not (says_little or shares_drift):
+        return share
 
-        def changes(part: Tensor) -> Tensor:
-            return drift_map(before[part], after[part], basis, settings)(readout.roots)
+    def changes(part: Tensor) -> Tensor:
+        return drift_map(before[part], after[part], basis, settings)(readout.roots)
 
-        if agreement(now.targets, changes) >= settings.drift_agreement:
-            return 1.0
-    return float((old / new.clamp_min(torch.finfo(new.dtype).tiny)).sqrt().clamp(0, 1))
+    agree = max(agreement(now.targets, changes), 0.0)
+    if says_little and agree >= settings.drift_agreement:
+        return 1.0
+    return share + agree**2 * (1 - share) if shares_drift else share

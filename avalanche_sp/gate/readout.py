@@ -9,12 +9,13 @@ at consolidation. If the experience brings new classes, the user's loss is minim
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from avalanche_sp.gate.functional import leading_eigenpairs, loss_derivatives, newton_step
 from avalanche_sp.gate.layers import GatedLayer
@@ -117,14 +118,18 @@ def newton_readout(
 
 
 def unlinked(made: Tensor, outputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
-    """A network's outputs before the function that makes them from its last layer's, and that function.
+    """A network's outputs before the function that makes them from a layer's, and that function.
 
     Args:
-        made, outputs: the last layer's outputs, and the network's, both (n, out).
+        made: the layer's outputs (n, out).
+        outputs: the network's, (n, out), or (n,) of a single unit.
 
     Returns:
-        ``made`` and one of ``LINKS`` or a multiple; ``outputs`` and None if no unit needs one, or none is known.
+        ``made`` and one of ``LINKS``, a multiple, or the removal of the single unit's dimension; ``outputs`` and None
+        if no unit needs one, or none is known.
     """
+    if outputs.dim() == 1 and made.shape == (len(outputs), 1) and torch.equal(made[:, 0], outputs):
+        return made.detach(), partial(torch.squeeze, dim=1)
     if made.shape != outputs.shape or made.dim() != 2 or (outputs == made).all(0).any():
         return outputs, None
     made, outputs = made.detach(), outputs.detach()
@@ -132,6 +137,15 @@ def unlinked(made: Tensor, outputs: Tensor) -> tuple[Tensor, Callable[[Tensor], 
     links = (f for f in (*LINKS, scale) if torch.allclose(f(made), outputs, rtol=1e-3, atol=1e-4))
     link = next(links, None)
     return (outputs if link is None else made), link
+
+
+def in_dtype(criterion: Criterion, dtype: torch.dtype) -> Criterion:
+    """A loss module with its floating-point tensors, such as class weights, in a precision; another loss as it is."""
+    if not isinstance(criterion, nn.Module) or all(
+        t.dtype == dtype for t in (*criterion.parameters(), *criterion.buffers()) if t.is_floating_point()
+    ):
+        return criterion
+    return deepcopy(criterion).to(dtype)
 
 
 def linked(criterion: Criterion, link: Callable[[Tensor], Tensor] | None) -> Criterion:
@@ -478,7 +492,7 @@ def solve_readout(
     parts += [(s.inputs @ white, s.targets, share * trust * s.weight / total) for s in stored]
     start = layer.weights_and_bias()
     curvature = curvature_at(torch.zeros_like(start), new, criterion)
-    criterion = linked(criterion, new.link)
+    criterion = linked(in_dtype(criterion, new.inputs.dtype), new.link)
     if not curvature > 0:  # nothing bounds the weights
         return False
 
@@ -522,7 +536,8 @@ def solve_readout(
 def curvature_at(weights: Tensor, samples: ReadoutSamples, criterion: Criterion) -> Tensor:
     """Mean curvature of a loss in the outputs of a readout with these weights (out, d), 0-dim."""
     outputs = (samples.inputs @ weights.T).requires_grad_()
-    return loss_derivatives(outputs, linked(criterion, samples.link)(outputs, samples.targets))[1]
+    loss = linked(in_dtype(criterion, outputs.dtype), samples.link)(outputs, samples.targets)
+    return loss_derivatives(outputs, loss, len(weights))[1]
 
 
 @torch.enable_grad()

@@ -7,10 +7,18 @@ from torch import Tensor, nn
 
 from avalanche_sp.gate.detection import ChangeDetector, ChangeWatch, InputWatch
 from avalanche_sp.gate.layers import NORMALISATION, GatedLayer
-from avalanche_sp.gate.observe import Criterion, LayerObservation, Observation, output_derivatives, some_inputs
-from avalanche_sp.gate.readout import ReadoutLoss, linked, unlinked
+from avalanche_sp.gate.observe import (
+    Criterion,
+    LayerObservation,
+    Observation,
+    output_derivatives,
+    output_layer,
+    some_inputs,
+)
+from avalanche_sp.gate.readout import ReadoutLoss, linked
 from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.settings import Settings
+from avalanche_sp.gate.warn import warn_of_unobserved
 
 
 class Moment:
@@ -148,6 +156,7 @@ class StreamWatch:
         self._distances: list[Tensor] = []
         self._called: list[tuple[str, GatedLayer, Tensor, Tensor | None]] = []  # in this step, with input and output
         self._targets = torch.zeros(0)  # of the stream's samples in this step
+        self._observed = self._told_of_unobserved = False  # in this step; and once
         self._curvature, self._square = torch.zeros(()), torch.zeros(())
         self._learned: set[str] = set()  # layers whose input a trained layer makes
         self._rows: dict[str, float] = {}  # input vectors that a sample gives a weight
@@ -188,6 +197,7 @@ class StreamWatch:
     ) -> None:
         """Notes the loss of the stream's samples and the layers' inputs, before a step."""
         n = stream.count
+        self._observed = True
         self.samples += n
         self._targets = stream.of(targets)
         if n < stream.batch and isinstance(outputs, Tensor):
@@ -214,16 +224,15 @@ class StreamWatch:
 
     def _wanted(self, outputs: Tensor, criterion: Criterion, stream: StreamRows) -> tuple[str | None, Tensor | None]:
         """The readout, and its outputs for the stream's samples at the minimum of the loss, if that is quadratic."""
-        name, layer, _, made = self._called[-1]
-        last = None if made is None else (name, layer, made := stream.of(made))
-        outputs, link = unlinked(made, outputs) if made is not None else (outputs, None)
+        called = [(name, layer, made if made is None else stream.of(made)) for name, layer, _, made in self._called]
+        last, outputs, link = output_layer(called, outputs)
         _, self._curvature, readout, errors = output_derivatives(
             linked(criterion, link), outputs, self._targets, last
         )
-        if readout is None or made is None:
+        if readout is None or last is None:
             return None, None
         self.readout = readout
-        wanted = (made - errors / self._curvature).float()
+        wanted = (last[2] - errors / self._curvature).float()
         self._square = wanted.square().sum(1).mean()
         return readout, wanted
 
@@ -232,6 +241,10 @@ class StreamWatch:
         """Ends a step. True at a boundary."""
         self.steps += 1
         self._called.clear()
+        if not (self._observed or self._told_of_unobserved):
+            self._told_of_unobserved = True
+            warn_of_unobserved()
+        self._observed = False
         if self.steps % self.settings.stream_look:
             return False
         if self.changes is None:
@@ -241,10 +254,12 @@ class StreamWatch:
             found = self._look_for_changes(self.changes, model, layers, optimizer)
         for moment in self.moments.values():
             moment.drop()
-        return self.looks > 0 and found
+        return found and self.looks > 0 and any(moment.weight for moment in self.moments.values())
 
     def _look_for_changes(self, changes: ChangeWatch, model, layers, optimizer) -> bool:
         """Whether the stream has changed; if nothing is surprising, the steps since the last look are taken in."""
+        if not self._losses:
+            return False
         n, device = len(self._losses), self._losses[0].device
         numbers = [*self._losses, *self._distances, self._inputs.moved]
         *shown, drift = torch.stack([t.to(device, torch.float32) for t in numbers]).tolist()

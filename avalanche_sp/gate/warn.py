@@ -119,6 +119,32 @@ def warn_of_unseen(layers: list[str]) -> None:
         )
 
 
+def warn_of_unobserved() -> None:
+    """Says so if a gate that finds boundaries is not told the loss of a step."""
+    _warn(
+        ": an optimizer step came without gate.observe(inputs, outputs, targets, loss, criterion). A gate that finds "
+        "boundaries needs it before every step. Without it boundaries are missed, and earlier classes are lost."
+    )
+
+
+def warn_of_other_samples() -> None:
+    """Says so if the samples after an experience are not those before it."""
+    _warn(
+        ": consolidate was given other samples than prepare, or the same in another order. The drift of old inputs is "
+        "not measured, so more is forgotten. Give both the same dataset, DataLoader or list of batches.",
+        callers=4,
+    )
+
+
+def warn_of_unconsolidated() -> None:
+    """Says so if an experience was trained and not consolidated."""
+    _warn(
+        ": prepare was called again, and the experience since the last call was not consolidated. Nothing protects it. "
+        "Call gate.consolidate(data, criterion) when an experience has been learned.",
+        callers=3,
+    )
+
+
 def warn_of_thawed(layers: list[str]) -> None:
     """Names layers that train now and were frozen when earlier experiences were consolidated."""
     if layers:
