@@ -336,7 +336,8 @@ def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
 def test_old_inputs_move_by_the_part_of_a_drift_that_classes_share(quadratic, solved):
     """No gated layer below is known to have changed, so the first order tells that nothing moves."""
     old, (x, y) = samples(0, (0, 1)), samples(1, (2, 3, 4, 5))
-    after = x + torch.randn(6, 13, generator=torch.Generator().manual_seed(5))[y] + 2
+    mixing, shifts = (torch.randn(n, 13, generator=torch.Generator().manual_seed(5)) for n in (13, 6))
+    after = x + 0.2 * x @ mixing + 0.5 * shifts[y]
     settings = replace(SETTINGS, drift_agreement=2.0)
     memory, head = remembered(*old), nn.Linear(12, 6)
     pseudo = PseudoSamples(old[0], torch.eye(13), old[1])
