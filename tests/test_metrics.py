@@ -206,6 +206,30 @@ def test_evaluating_what_was_trained_on_gives_each_measure_every_time(split5):
     assert np.isnan(matrix[0, 1:]).all()
 
 
+def test_the_measures_follow_the_order_in_which_experiences_are_trained(split5):
+    metric = AccuracyMatrix()
+    strategy = strategy_with([], [metric])
+    order = [2, 0, 1]
+    for k in order:
+        strategy.train(split5.train_stream[k])
+        found = measures(strategy.eval(split5.test_stream[:3]))
+    matrix = metric.result()[:, order]
+    learned = np.diag(matrix)
+    assert learned.min() > 60 and matrix[-1, :-1].max() < 60  # learned, and forgotten
+    assert found["LearningAccuracy"] == pytest.approx(learned.mean())
+    assert found["BWT"] == pytest.approx((matrix[-1, :-1] - learned[:-1]).mean())
+    assert found["Forgetting"] == pytest.approx(avalanche_sp.average_forgetting(matrix))
+    assert found["ACC"] == pytest.approx(matrix[-1].mean())
+
+
+def test_an_experience_that_is_trained_twice_leaves_accuracy_alone(split5):
+    metric = AccuracyMatrix()
+    strategy = strategy_with([], [metric])
+    for k in (0, 0, 1):
+        strategy.train(split5.train_stream[k])
+    assert set(measures(strategy.eval(split5.test_stream[:3]))) == {"ACC"}
+
+
 def test_a_matrix_is_of_one_stream(split2):
     test, trained_on = AccuracyMatrix(), AccuracyMatrix("train")
     strategy = strategy_with([], [test, trained_on])

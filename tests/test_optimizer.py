@@ -212,6 +212,40 @@ def test_diagnostics_say_what_the_gate_does():
         optimizer.get_param_eligibility(torch.zeros(4))
 
 
+PATHS = [{}, {"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": True, "plasticity_k": 0.0}]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("width", [3, 500])
+def test_a_state_of_another_shape_is_refused_before_anything_is_updated(path, width):
+    first, second = (nn.Sequential(nn.Linear(4, 8), nn.Linear(8, out)) for out in (5, width))
+    optimizers = [SelectivePlasticityOptimizer(model.parameters(), **path) for model in (first, second)]
+    first(torch.ones(2, 4)).sum().backward()
+    if path != PATHS[3]:  # whose compilation takes long
+        optimizers[0].step()
+        optimizers[0].consolidate()
+        state = optimizers[0].state_dict()
+    else:
+        plain = SelectivePlasticityOptimizer(first.parameters())
+        plain.step()
+        state = plain.state_dict()
+        state["param_groups"][0]["fused"] = True
+    optimizers[1].load_state_dict(state)
+    second(torch.ones(2, 4)).sum().backward()
+    before = weights(second)
+    with pytest.raises(RuntimeError, match=rf"exp_avg of parameter 2 has shape \(5, 8\), .* has shape \({width}, 8\)"):
+        optimizers[1].step()
+    assert torch.equal(weights(second), before)
+
+
+def test_a_parameter_without_elements_steps():
+    empty, full = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.ones(3))
+    optimizer = SelectivePlasticityOptimizer([empty, full])
+    empty.grad, full.grad = torch.zeros(0, 3), torch.ones(3)
+    optimizer.step()
+    assert (full < 1).all()
+
+
 def test_surprise_opens_the_gate():
     moved = []
     for surprise in (0.0, 1.0):

@@ -323,6 +323,18 @@ def test_another_plugins_passes_through_the_model_are_not_gated(split2, replay):
     assert torch.equal(*ends)
 
 
+def test_a_plugin_with_a_loaded_gate_notes_its_own_consolidations_alone(split5):
+    first = SelectivePlasticityPlugin()
+    strategy = strategy_of(mlp(), [first])
+    for experience in split5.train_stream[:2]:
+        strategy.train(experience)
+    second = SelectivePlasticityPlugin()
+    second.gate.load_state_dict(first.gate.state_dict())
+    resumed = strategy_of(strategy.model, [second])
+    resumed.train(split5.train_stream[2])
+    assert second.consolidated_at == [resumed.clock.train_iterations]
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_beside_a_plugin_that_copies_the_model_it_remembers(split2, order):
     """LwF keeps a copy of the model, which is not gated, and distils from it."""

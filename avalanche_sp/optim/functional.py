@@ -176,7 +176,7 @@ def _threshold(alignment_threshold: float, beta1: float, beta2: float, step: Ten
 def _next_mean(exp_avg_sq: Tensor, square_sum: Tensor, beta2: float) -> float:
     """The mean of v after the step that comes now, without making it."""
     total = exp_avg_sq.sum(dtype=None if exp_avg_sq.dtype == torch.float64 else torch.float32).item()
-    mean = (beta2 * total + (1 - beta2) * square_sum.item()) / exp_avg_sq.numel()
+    mean = (beta2 * total + (1 - beta2) * square_sum.item()) / max(exp_avg_sq.numel(), 1)
     return max(mean, trace_floor(exp_avg_sq.dtype))
 
 

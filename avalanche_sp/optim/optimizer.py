@@ -288,12 +288,28 @@ class SelectivePlasticityOptimizer(Optimizer):
             state_steps.append(state["step"])
         return False  # no complex parameters
 
+    def _refuse_other_shapes(self) -> None:
+        """Refuses a state of other shapes than the parameters', which torch's fused kernels would read beyond."""
+        number = 0
+        for group in self.param_groups:
+            for name, p in zip(_names(group, number), group["params"]):
+                number += 1
+                for key in ("exp_avg", "exp_avg_sq", "consolidated") if p in self.state else ():
+                    known = self.state[p].get(key)
+                    if known is not None and known.shape != p.shape:
+                        raise RuntimeError(
+                            f"{key} of parameter {name} has shape {tuple(known.shape)}, and the parameter has shape "
+                            f"{tuple(p.shape)}: nothing was updated. The usual causes are a state of another model, "
+                            "and data of the parameter that were replaced."
+                        )
+
     def _square_sums(self, groups: list[dict]) -> list[list[Tensor]] | None:
         """Every gradient's sum of squares, by group; refuses what a step could not undo, before anything has changed.
 
         Returns:
             None where the step is to be skipped.
         """
+        self._refuse_other_shapes()
         sums = []
         for group in groups:
             grads = [p.grad for p in group["params"] if p.grad is not None]
@@ -322,7 +338,8 @@ class SelectivePlasticityOptimizer(Optimizer):
             return True
         for p in params:
             if self.state[p]["step"] == 0:  # made for this step
-                del self.state[p]
+                for name in ("step", "exp_avg", "exp_avg_sq"):
+                    del self.state[p][name]
         if self._look_for_non_finite():
             raise FloatingPointError("exp_avg_sq is not finite in the optimizer's state: nothing was updated")
         return False

@@ -74,10 +74,11 @@ class _Metric(PluginMetric):
 class AccuracyMatrix(_Metric):
     """Accuracy matrix R of one stream in percent, and ACC, BWT, forgetting and learning accuracy.
 
-    Row i of R is evaluated after training on experience i and before any later training. An evaluation before any
-    training is left out. A measure is reported after an evaluation if R is square and has all the entries that the
-    measure is made of: one evaluation of all experiences at the end of training is enough for ACC. A measure that an
-    earlier evaluation had, and that a later one lacks, is reported as NaN.
+    Row i of R is evaluated after the i-th training and before any later one. An evaluation before any training is left
+    out. A measure is reported after an evaluation if R is square and has all the entries that the measure is made of:
+    one evaluation of all experiences at the end of training is enough for ACC. The other measures take the columns in
+    the order in which the experiences were trained; they need each experience trained once. A measure that an earlier
+    evaluation had, and that a later one lacks, is reported as NaN.
 
     Args:
         stream: name of the stream (default "test"). Evaluations of other streams are left out.
@@ -88,11 +89,12 @@ class AccuracyMatrix(_Metric):
         self.stream = stream
         self._accuracy = Accuracy()
         self._rows: list[dict[int, float]] = []
+        self._trained: list[int] = []  # the experience of each row
         self._evaluated = False  # the present evaluation has added to R
         self._reported: set[str] = set()
 
     def result(self) -> np.ndarray:
-        """R, shape (experiences trained on, experiences evaluated on), NaN where not evaluated."""
+        """R, shape (trainings, experiences evaluated on), NaN where not evaluated."""
         columns = 1 + max((j for row in self._rows for j in row), default=-1)
         matrix = np.full((len(self._rows), columns), np.nan)
         for i, row in enumerate(self._rows):
@@ -115,14 +117,16 @@ class AccuracyMatrix(_Metric):
         with Path(path).open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["trained_on", *range(matrix.shape[1])])
-            for i, row in enumerate(matrix):
-                writer.writerow([i, *("" if np.isnan(value) else float(value) for value in row)])
+            for trained_on, row in zip(self._trained, matrix):
+                writer.writerow([trained_on, *("" if np.isnan(value) else float(value) for value in row)])
 
     def reset(self) -> None:
         self._rows.clear()
+        self._trained.clear()
 
     def before_training_exp(self, strategy) -> None:
         self._rows.append({})
+        self._trained.append(strategy.experience.current_experience)
 
     def after_training_iteration(self, strategy) -> None:
         self._rows[-1].clear()  # it was another network's
@@ -150,7 +154,10 @@ class AccuracyMatrix(_Metric):
             "LearningAccuracy": learning_accuracy,
         }
         is_square = matrix.shape[0] == matrix.shape[1]
-        values = {name: f(matrix) if is_square else np.nan for name, f in measures.items()}
+        each_once = is_square and sorted(self._trained) == list(range(len(matrix)))
+        ordered = matrix[:, self._trained] if each_once else matrix
+        values = {name: f(ordered) if each_once else np.nan for name, f in measures.items()}
+        values["ACC"] = average_accuracy(matrix) if is_square else np.nan
         self._reported.update(name for name, value in values.items() if not np.isnan(value))
         return [
             MetricValue(

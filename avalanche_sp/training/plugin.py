@@ -109,6 +109,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
         self.gate.listening = self.gate.gating = False
         self.consolidated_at: list[int] = []
         """Training iterations after which the plugin consolidated; with "surprise" the boundaries that it found."""
+        self._noted = 0  # consolidations of the gate, up to the last of these iterations
         self._eligibility = ConsolidatedEligibility()
         self._steps = 0  # of the present experience
         self._samples: Samples | None = None  # of it
@@ -147,6 +148,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
     def before_training_exp(self, strategy, **kwargs):
         self.gate.attach(strategy.model, strategy.optimizer)
         self._steps, self._samples = 0, None
+        self._noted = self.gate.memory.consolidations  # a loaded gate has earlier ones
         if not self.gate.memory.consolidations:
             self.consolidated_at.clear()  # of another model
         if isinstance(strategy.optimizer, SelectivePlasticityOptimizer):
@@ -209,7 +211,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
             strategy.optimizer.observe_surprise(self.surprise)
 
     def after_update(self, strategy, **kwargs):
-        if self.gate.memory.consolidations > len(self.consolidated_at):
+        if self.gate.memory.consolidations > self._noted:
             self._note_consolidation(strategy, strategy.clock.train_iterations + 1)  # Avalanche counts this one later
 
     def after_training_exp(self, strategy, **kwargs):
@@ -269,6 +271,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
 
     def _note_consolidation(self, strategy, iteration: int) -> None:
         self.consolidated_at.append(iteration)
+        self._noted = self.gate.memory.consolidations
         if isinstance(strategy.optimizer, SelectivePlasticityOptimizer):
             self._eligibility.consolidate(strategy)
 
