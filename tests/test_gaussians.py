@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -154,6 +155,53 @@ def test_memory_is_bounded_however_many_experiences_come(permuted3, max_bytes):
         assert buffer.state_bytes <= max_bytes
         assert max_bytes == 500_000 or 0.8 * max_bytes < buffer.state_bytes  # 60 samples have fewer components
     assert numbers == {60_000: [1, 1, 1], 100_000: [2, 1, 1], 500_000: [4, 4, 3]}[max_bytes]
+
+
+@pytest.mark.parametrize("max_bytes", [8_000, 20_000, 40_000])
+def test_memory_is_bounded_for_classes_of_any_scale(max_bytes):
+    """Means that cancel, and means below or beyond half precision, take as much as ordinary ones."""
+    generator, buffer = torch.Generator().manual_seed(0), GaussianBuffer(max_bytes=max_bytes)
+    centers = torch.tensor([1.0, -1.0]).repeat(30).unsqueeze(1)
+    for label, scale in enumerate((1.0, 1e-3, 1e-12, 1e6, 1e-30)):
+        x = scale * (centers + 0.1 * torch.randn(60, 500, generator=generator))
+        buffer.update_from_dataset(inputs_of(x, label))
+        assert 0.5 * max_bytes < buffer.state_bytes <= max_bytes or label < 3
+        assert buffer.state_bytes <= max_bytes
+        mean = sum(g.samples / 60 * g.mean for g in buffer.classes[-1])
+        torch.testing.assert_close(mean / scale, x.mean(0) / scale, rtol=0, atol=2e-3)
+
+
+def inputs_of(x, label=0):
+    """A dataset of inputs of one class."""
+    return TensorClassificationDataset.from_source(TensorSource(x, torch.full((len(x),), label)))
+
+
+@pytest.mark.parametrize(
+    "x, error, message",
+    [
+        (torch.arange(80).view(8, 10), TypeError, "Invalid new_data: inputs of torch.int64 .allowed: floating-point"),
+        (torch.rand(8, 9), ValueError, r"Invalid new_data: inputs of shape \(9,\) \(allowed: \(10,\), as those"),
+        (torch.full((8, 10), -1e20), ValueError, r"an input of magnitude 1e\+20 \(allowed: 1e\+15 at most\)"),
+        (torch.rand(0, 10), ValueError, r"Invalid new_data: 0 samples \(allowed: 1 or more\)"),
+    ],
+)
+def test_inputs_that_cannot_be_replayed_are_named_and_change_nothing(x, error, message):
+    buffer = GaussianBuffer(50, stored=5)
+    buffer.update_from_dataset(inputs_of(torch.rand(20, 10)))
+    before = pickle.dumps(buffer)
+    with pytest.raises(error, match=message):
+        buffer.update_from_dataset(inputs_of(x, 1))
+    assert pickle.dumps(buffer) == before
+
+
+def test_a_constant_class_works_without_a_warning():
+    buffer = GaussianBuffer(50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        buffer.update_from_dataset(inputs_of(torch.full((40, 12), 3.0)))
+        buffer.update_from_dataset(inputs_of(torch.full((40, 12), 1e15), 1))
+    x, y, _ = buffer.buffer.read_batch(list(range(len(buffer.buffer))))
+    assert torch.equal(x[y == 0], torch.full_like(x[y == 0], 3.0)) and set(y.tolist()) == {0, 1}
 
 
 def test_a_bound_that_the_means_alone_exceed_is_named(permuted3):

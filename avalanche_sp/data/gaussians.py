@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,6 +17,7 @@ from avalanche.benchmarks.utils.utils import concat_datasets
 from avalanche.training.plugins import ReplayPlugin
 from avalanche.training.storage_policy import ExemplarsBuffer, ExperienceBalancedBuffer
 from sklearn.cluster import KMeans  # avalanche-lib requires it, too
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from avalanche_sp.arguments import check_integer
@@ -28,6 +31,8 @@ _LOOKED_AT = 5000
 _LEAST_COMPONENTS = 8
 # Number of classes for which the default number of bytes suffices, each with all its Gaussians of 8 components.
 _LEAST_CLASSES = 10
+# Largest magnitude of an input. Sums of squares of larger ones can exceed single precision.
+_LARGEST = 1e15
 
 
 @dataclass
@@ -37,7 +42,8 @@ class Gaussian:
     Attributes:
         label, task_label: which class, of which task.
         samples: how many stand behind it.
-        mean: (d,), in half precision, where that can hold it.
+        half: the mean (d,), in half precision, divided by ``scale``.
+        scale: a power of two, 1 for means that half precision can hold.
         components: the principal directions, strongest first, each as long as the samples' standard deviation along
             it: (k, d), in four bits.
         variance: of the samples, summed over all directions.
@@ -46,7 +52,8 @@ class Gaussian:
     label: int
     task_label: int
     samples: int
-    mean: Tensor
+    half: Tensor
+    scale: float
     components: PackedRows
     variance: float
 
@@ -55,19 +62,24 @@ class Gaussian:
         """That of samples (n, d)."""
         mean = x.mean(0)
         rows = _principal((x - mean) / len(x) ** 0.5, components)
-        return cls(label, task_label, len(x), _short(mean), PackedRows.of(rows), float(x.var(0, correction=0).sum()))
+        return cls(label, task_label, len(x), *_short(mean), PackedRows.of(rows), float(x.var(0, correction=0).sum()))
+
+    @property
+    def mean(self) -> Tensor:
+        """(d,), in single precision."""
+        return self.half.float() * self.scale
 
     def merged(self, other: Gaussian, components: int) -> Gaussian:
         """The Gaussian with the moments of both."""
         samples = self.samples + other.samples
         share = self.samples / samples
-        between = (self.mean.float() - other.mean.float()) * (share * (1 - share)) ** 0.5
+        between = (self.mean - other.mean) * (share * (1 - share)) ** 0.5
         within = share**0.5 * self.components.unpacked(), (1 - share) ** 0.5 * other.components.unpacked()
         return Gaussian(
             self.label,
             self.task_label,
             samples,
-            _short(share * self.mean.float() + (1 - share) * other.mean.float()),
+            *_short(share * self.mean + (1 - share) * other.mean),
             PackedRows.of(_principal(torch.cat([*within, between.unsqueeze(0)]), components)),
             share * self.variance + (1 - share) * other.variance + float(between.square().sum()),
         )
@@ -84,7 +96,7 @@ class Gaussian:
 
     @property
     def state_bytes(self) -> int:
-        return self.components.state_bytes + self.mean.nbytes
+        return self.components.state_bytes + self.half.nbytes
 
 
 class GaussianBuffer(ExemplarsBuffer):
@@ -115,8 +127,10 @@ class GaussianBuffer(ExemplarsBuffer):
 
     Raises:
         ValueError: at construction, for an argument out of range; at the end of an experience, if the means of the
-            classes alone take more than ``max_bytes``.
-        TypeError: at the end of an experience whose targets aren't class labels.
+            classes alone take more than ``max_bytes``, if it is empty, or if its inputs have another shape than those
+            before or a magnitude above 1e15.
+        TypeError: at the end of an experience whose targets aren't class labels, or whose inputs are neither
+            floating-point numbers nor uint8.
         FloatingPointError: at the end of an experience, for samples that are not finite.
 
     References:
@@ -167,11 +181,22 @@ class GaussianBuffer(ExemplarsBuffer):
 
     @torch.no_grad()
     def update_from_dataset(self, new_data: AvalancheDataset, strategy=None) -> None:
-        """Adds the classes of a dataset, as those of one experience."""
+        """Adds the classes of a dataset, as those of one experience.
+
+        Raises:
+            ValueError, TypeError, FloatingPointError: as the class says. Nothing was changed.
+        """
+        if not len(new_data):
+            raise ValueError("Invalid new_data: 0 samples (allowed: 1 or more)")
         with torch.random.fork_rng([]):  # a dataset's transforms may draw from it, too
             x, labels, task_labels = _some_samples(new_data)
             sample = new_data[0]
             has_task_labels, tensor_labels = len(sample) > 2, isinstance(sample[1], Tensor)
+        if self.classes and x.shape[1:] != self._like.shape[1:]:
+            raise ValueError(
+                f"Invalid new_data: inputs of shape {tuple(x.shape[1:])} (allowed: {tuple(self._like.shape[1:])}, as "
+                "those before)"
+            )
         if not has_task_labels:
             task_labels = torch.zeros_like(labels)
         kinds = torch.stack([task_labels, labels], dim=1)
@@ -197,8 +222,7 @@ class GaussianBuffer(ExemplarsBuffer):
 
     def _per_class(self, classes: int, x: Tensor) -> tuple[int, int]:
         """Number of Gaussians of a class, and of components of a Gaussian, for samples like x (n, ...)."""
-        means = [_short(x.flatten(1).float().mean(0)), *(g.mean for known in self.classes for g in known)]
-        mean = means[0].numel() * max(m.element_size() for m in means)
+        mean = 2 * x[0].numel()  # bytes in half precision
         component = PackedRows.of(x[:1].flatten(1).float()).state_bytes
         total = self.max_bytes
         if total is None:
@@ -220,8 +244,8 @@ class GaussianBuffer(ExemplarsBuffer):
         quotas = []
         for known in self.classes:
             samples = sum(g.samples for g in known)
-            center = torch.stack([g.samples / samples * g.mean.float() for g in known]).sum(0)
-            between = sum(g.samples / samples * float((g.mean.float() - center).square().sum()) for g in known)
+            center = torch.stack([g.samples / samples * g.mean for g in known]).sum(0)
+            between = sum(g.samples / samples * float((g.mean - center).square().sum()) for g in known)
             within = sum(g.samples / samples * g.variance for g in known)
             explained = sum(g.samples / samples * g.explained for g in known)
             share = (explained + between) / (within + between) if within + between else 1.0
@@ -307,8 +331,15 @@ def _some_samples(dataset) -> tuple[Tensor, Tensor, Tensor]:
             f"Invalid targets: shape {tuple(labels.shape)}, {labels.dtype} (GaussianBuffer sums up classes, and needs "
             "their labels, whole numbers)"
         )
+    if not (x.is_floating_point() or x.dtype == torch.uint8):
+        raise TypeError(
+            f"Invalid new_data: inputs of {x.dtype} (allowed: floating-point numbers or uint8 pixels, as the mean of "
+            "tokens or truth values is none)"
+        )
     if not x.isfinite().all():
         raise FloatingPointError("a sample is not finite: nothing was summed up")
+    if (largest := float(x.abs().max())) > _LARGEST:
+        raise ValueError(f"Invalid new_data: an input of magnitude {largest:.3g} (allowed: {_LARGEST:g} at most)")
     return x, labels, task_labels
 
 
@@ -316,7 +347,9 @@ def _clusters(x: Tensor, number: int) -> list[Tensor]:
     """Samples (n, d) in ``number`` clusters, or fewer if there are few samples."""
     if number == 1 or len(x) < 2 * number:
         return [x]
-    found = KMeans(number, n_init=1, random_state=0).fit_predict(x.cpu().numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct samples than clusters make fewer clusters
+        found = KMeans(number, n_init=1, random_state=0).fit_predict(x.cpu().numpy())
     parts = [x[torch.from_numpy(found).to(x.device) == cluster] for cluster in range(number)]
     return [part for part in parts if len(part)]
 
@@ -336,13 +369,19 @@ def _fewer(known: list[Gaussian], number: int, components: int) -> list[Gaussian
 
 def _distance(a: Gaussian, b: Gaussian) -> float:
     """What merging adds to the variance within: J. Ward, Journal of the American Statistical Association 1963."""
-    apart = float((a.mean.float() - b.mean.float()).square().sum())
+    apart = float((a.mean - b.mean).square().sum())
     return a.samples * b.samples / (a.samples + b.samples) * apart
 
 
-def _short(mean: Tensor) -> Tensor:
-    """A vector in half precision; as it is where its largest number is beyond that, or near its smallest."""
-    return mean.half() if 1e-2 < mean.abs().max() < 6e4 else mean
+def _short(mean: Tensor) -> tuple[Tensor, float]:
+    """A vector in half precision, and the power of two by which it was divided first.
+
+    That is 1 unless its largest number is beyond half precision, or near its smallest.
+    """
+    largest = float(mean.abs().max())
+    fits = 1e-2 < largest < 6e4 or not largest
+    scale = 1.0 if fits else 2.0 ** max(round(math.log2(largest)), -100)
+    return (mean / scale).half(), scale
 
 
 def _principal(rows: Tensor, components: int) -> Tensor:
