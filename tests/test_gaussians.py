@@ -126,7 +126,7 @@ def test_inputs_may_have_any_scale(split2, scale):
     halves = (Gaussian.of(part * scale, 4, 0, 8) for part in (x[:50], x[50:]))
     merged = next(halves).merged(next(halves), 8)
     # Rounded to half precision twice: each part, and the whole.
-    torch.testing.assert_close(merged.mean / scale, x.mean(0), rtol=2**-10, atol=1e-5)
+    torch.testing.assert_close(merged.mean / scale, x.mean(0), rtol=0, atol=2e-3)
 
 
 COMPONENT, MEAN = 392 + 4, 2 * 784  # bytes, of 784 pixels
