@@ -6,7 +6,7 @@ import pytest
 import torch
 from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 from avalanche.models import IncrementalClassifier, as_multitask
-from avalanche.training.plugins import ReplayPlugin
+from avalanche.training.plugins import EWCPlugin, LwFPlugin, ReplayPlugin, SupervisedPlugin
 from torch import nn
 
 from avalanche_sp import FeatureGaussians, SelectivePlasticityOptimizer, SelectivePlasticityPlugin, Settings
@@ -112,6 +112,42 @@ def test_only_the_evaluated_readout_is_another_one(split5):
     assert torch.equal(weights(with_them.model), weights(without.model))
 
 
+@pytest.mark.parametrize("gate", [False, True])
+def test_later_plugins_find_the_trained_readout(split5, gate):
+    """LwF's teacher is copied, and EWC's importances are measured, at the end of an experience."""
+
+    def run(*plugins):
+        first = [SelectivePlasticityPlugin()] if gate else []
+        return trained(split5, *first, *plugins, LwFPlugin(1.0, 2.0), EWCPlugin(1.0))
+
+    gaussians = FeatureGaussians()
+    with_them, without = run(gaussians), run()
+    gaussians.before_train_dataset_adaptation(with_them)
+    assert torch.equal(weights(with_them.model), weights(without.model))
+
+
+def test_an_evaluation_between_experiences_has_their_readout(split5):
+    """Within one call of train, too; the training that follows goes on from the trained one."""
+    found, gaussians = [], FeatureGaussians()
+
+    class Evaluating(SupervisedPlugin):
+        def after_training_exp(self, strategy, **kwargs):
+            strategy.eval(split5.test_stream[:1])
+
+        def before_eval_exp(self, strategy, **kwargs):
+            found.append(torch.equal(strategy.model[5].weight, gaussians.gaussians.readout(10)[:, :-1]))
+
+    strategies = []
+    for plugins in ([gaussians, Evaluating()], [Evaluating()]):
+        strategies.append(strategy_of(mlp(), plugins, criterion=nn.CrossEntropyLoss()))
+        strategies[-1].train(split5.train_stream[:2])
+    with_them, without = strategies
+    with_them.eval(split5.test_stream[:1])
+    assert found == [True, True, False, False, True]  # the two are of the strategy without them
+    gaussians.before_train_dataset_adaptation(with_them)
+    assert torch.equal(weights(with_them.model), weights(without.model))
+
+
 def test_without_a_gate_it_keeps_what_training_forgets(split5):
     runs = trained(split5), trained(split5, FeatureGaussians())
     kept = [sum(accuracy(run.model, split5, task) for task in range(2)) / 2 for run in runs]
@@ -158,6 +194,8 @@ def test_bad_arguments_and_models_are_named(split5):
             FeatureGaussians(**kwargs)
     with pytest.raises(ValueError, match=r"Invalid plugins: FeatureGaussians first \(allowed: after Selective"):
         trained(split5, FeatureGaussians(), SelectivePlasticityPlugin())
+    with pytest.raises(ValueError, match=r"Invalid plugins: two FeatureGaussians in a strategy \(allowed: one"):
+        trained(split5, FeatureGaussians(), FeatureGaussians())
     with pytest.raises(ValueError, match="Invalid model: a head for each task"):
         trained(split5, FeatureGaussians(), model=as_multitask(mlp(), "5"))
     with pytest.raises(ValueError, match=r"its last layer, '5', is not a trained nn.Linear .*trained layers: 1, 3, 5"):

@@ -21,10 +21,11 @@ class FeatureGaussians(SupervisedPlugin):
     """A readout of Gaussians in feature space: class means and one covariance, moved as training moves the features.
 
     When an experience ends, the Gaussians of earlier classes follow the drift of the new samples' features, and those
-    of the new classes join them (:class:`~avalanche_sp.gate.ClassGaussians`). Then the last linear layer is set to
-    their linear discriminant analysis. Before the next experience it gets its trained weights back. So all else trains
-    as without this plugin, with any loss; only the evaluated readout is another one. Its outputs are log-probabilities
-    but for a constant, whatever the loss.
+    of the new classes join them (:class:`~avalanche_sp.gate.ClassGaussians`). When training ends, and for an evaluation
+    between the end of an experience and the next one, the last linear layer is set to their linear discriminant
+    analysis. Other plugins find the trained weights at the end of an experience, and before the next one the layer gets
+    them back. So all else trains as without this plugin, with any loss; only the evaluated readout is another one. Its
+    outputs are log-probabilities but for a constant, whatever the loss.
 
     For class-incremental streams without replay. Classes that look different in each experience, as with permuted
     inputs, are no Gaussians, and with replay a network with BatchNorm moves its features as no linear map says. No
@@ -38,7 +39,8 @@ class FeatureGaussians(SupervisedPlugin):
 
     Raises:
         ValueError: at construction for an argument out of range; at ``train`` if a
-            :class:`~avalanche_sp.SelectivePlasticityPlugin` comes later in the list, for a head for each task, for a
+            :class:`~avalanche_sp.SelectivePlasticityPlugin` comes later in the list, for two plugins of this kind in a
+            strategy, for a head for each task, for a
             last layer that is not linear, trained and with a bias, and for a ``max_bytes`` that the class means exceed.
         TypeError: for targets that are not class labels, and if the last layer does not make the network's outputs.
         FloatingPointError: at the end of an experience, for features that are not finite.
@@ -61,7 +63,9 @@ class FeatureGaussians(SupervisedPlugin):
         """The Gaussians of all classes so far."""
         self._seen: Any = None  # samples of the present experience
         self._before: Tensor | None = None  # their features before it
-        self._trained: tuple[str, Tensor] | None = None  # the readout's name, its weights and bias in training
+        self._other: tuple[str, Tensor] | None = None  # the readout's name, the weights and bias that it has not now
+        self._discriminates = False  # whether the readout is the Gaussians', and the trained one the other
+        self._evaluating = False  # whether it is that for one evaluation only
 
     @property
     def state_bytes(self) -> int:
@@ -72,6 +76,8 @@ class FeatureGaussians(SupervisedPlugin):
 
     def before_training(self, strategy, **kwargs):
         plugins = list(strategy.plugins)
+        if sum(isinstance(plugin, FeatureGaussians) for plugin in plugins) > 1:
+            raise ValueError("Invalid plugins: two FeatureGaussians in a strategy (allowed: one)")
         if any(isinstance(plugin, SelectivePlasticityPlugin) for plugin in plugins[plugins.index(self) :]):
             raise ValueError("Invalid plugins: FeatureGaussians first (allowed: after SelectivePlasticityPlugin)")
         if isinstance(strategy.model, MultiTaskModule):
@@ -84,10 +90,9 @@ class FeatureGaussians(SupervisedPlugin):
             )
 
     def before_train_dataset_adaptation(self, strategy, **kwargs):  # a head may grow after it
-        if self._trained is not None:
-            name, weights = self._trained
-            gated_layers(strategy.model)[name].set_weights(weights)
-            self._trained = None
+        if self._discriminates:
+            self._exchange(strategy)
+        self._other, self._evaluating = None, False
 
     def before_training_exp(self, strategy, **kwargs):
         self._seen = samples_of(strategy.experience.dataset, self.samples)
@@ -103,9 +108,32 @@ class FeatureGaussians(SupervisedPlugin):
             )
         self.gaussians.remember(now.inputs[:, :-1], now.targets, self._before, now.weight / len(now.targets))
         layer = gated_layers(strategy.model)[now.layer]
-        self._trained = now.layer, layer.weights_and_bias()
-        layer.set_weights(self.gaussians.readout(layer.units))
+        # Not yet into the model: plugins that come later, such as the one that LwF adds, keep the trained readout.
+        self._other = now.layer, self.gaussians.readout(layer.units)
         self._seen = self._before = None
+
+    def after_training(self, strategy, **kwargs):
+        if self._other is not None and not self._discriminates:
+            self._exchange(strategy)
+
+    def before_eval(self, strategy, **kwargs):
+        if self._other is not None and not self._discriminates:
+            self._exchange(strategy)
+            self._evaluating = True
+
+    def after_eval(self, strategy, **kwargs):
+        if self._evaluating:
+            self._exchange(strategy)
+            self._evaluating = False
+
+    def _exchange(self, strategy) -> None:
+        """Puts the other readout into the model, and keeps the present one."""
+        assert self._other is not None
+        name, weights = self._other
+        layer = gated_layers(strategy.model)[name]
+        self._other = name, layer.weights_and_bias()
+        layer.set_weights(weights)
+        self._discriminates = not self._discriminates
 
     def _observed(self, strategy) -> ReadoutSamples:
         """The readout's inputs (n, d + 1), the last of them the bias's, on the experience's samples."""
