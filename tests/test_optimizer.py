@@ -238,6 +238,14 @@ def test_a_state_of_another_shape_is_refused_before_anything_is_updated(path, wi
     assert torch.equal(weights(second), before)
 
 
+def test_a_gradient_of_another_shape_is_refused():
+    p = nn.Parameter(torch.zeros(5))
+    p.grad = torch.ones(5)
+    p.data = torch.zeros(500)
+    with pytest.raises(RuntimeError, match=r"grad of parameter 0 has shape \(5,\), .* has shape \(500,\)"):
+        SelectivePlasticityOptimizer([p]).step()
+
+
 def test_a_parameter_without_elements_steps():
     empty, full = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.ones(3))
     optimizer = SelectivePlasticityOptimizer([empty, full])

@@ -14,7 +14,10 @@ from avalanche_sp.gate.settings import Settings
 
 @runtime_checkable
 class ChangeDetector(Protocol):
-    """What finds a change in a series of numbers: any detector of `river.drift` does, or an object of one's own."""
+    """What finds a change in a series of numbers: a detector of `river.drift`, or an object of one's own.
+
+    Those of `river.drift.binary` do not: they take truth values.
+    """
 
     @property
     def drift_detected(self) -> bool:

@@ -286,7 +286,7 @@ def _kernel_compiler():
 def _kernel(params, grads, exp_avgs, exp_avg_sqs, consolidated, numbers, maximize, aligning):
     # Each summand is divided by their number, so that a sum overflows only where a square has.
     means = [
-        ((g * g if c is not None else v * n[7] + g * g * n[8]) * (0.5 / g.numel())).sum(dtype=numbers.dtype)
+        ((g * g if c is not None else v * n[7] + g * g * n[8]) * (0.5 / max(g.numel(), 1))).sum(dtype=numbers.dtype)
         for g, v, c, n in zip(grads, exp_avg_sqs, consolidated, numbers)
     ]
     finite = torch.stack(means).sum().isfinite()

@@ -289,13 +289,14 @@ class SelectivePlasticityOptimizer(Optimizer):
         return False  # no complex parameters
 
     def _refuse_other_shapes(self) -> None:
-        """Refuses a state of other shapes than the parameters', which torch's fused kernels would read beyond."""
+        """Refuses gradients and states of other shapes than the parameters', beyond which fused kernels would read."""
         number = 0
         for group in self.param_groups:
             for name, p in zip(_names(group, number), group["params"]):
                 number += 1
-                for key in ("exp_avg", "exp_avg_sq", "consolidated") if p in self.state else ():
-                    known = self.state[p].get(key)
+                state = self.state.get(p, {})
+                for key in ("grad", "exp_avg", "exp_avg_sq", "consolidated"):
+                    known = p.grad if key == "grad" else state.get(key)
                     if known is not None and known.shape != p.shape:
                         raise RuntimeError(
                             f"{key} of parameter {name} has shape {tuple(known.shape)}, and the parameter has shape "
@@ -338,8 +339,8 @@ class SelectivePlasticityOptimizer(Optimizer):
             return True
         for p in params:
             if self.state[p]["step"] == 0:  # made for this step
-                for name in ("step", "exp_avg", "exp_avg_sq"):
-                    del self.state[p][name]
+                kept = {name: value for name, value in self.state.pop(p).items() if name == "consolidated"}
+                self.state.update({p: kept} if kept else {})
         if self._look_for_non_finite():
             raise FloatingPointError("exp_avg_sq is not finite in the optimizer's state: nothing was updated")
         return False

@@ -40,8 +40,8 @@ class FeatureGaussians(SupervisedPlugin):
     Raises:
         ValueError: at construction for an argument out of range; at ``train`` if a
             :class:`~avalanche_sp.SelectivePlasticityPlugin` comes later in the list, for two plugins of this kind in a
-            strategy, for a head for each task, for a
-            last layer that is not linear, trained and with a bias, and for a ``max_bytes`` that the class means exceed.
+            strategy, for a head for each task, for a last layer that is not linear, trained and with a bias, and for a
+            ``max_bytes`` that the class means exceed.
         TypeError: for targets that are not class labels, and if the last layer does not make the network's outputs.
         FloatingPointError: at the end of an experience, for features that are not finite.
 
