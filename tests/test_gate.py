@@ -574,6 +574,17 @@ def test_the_surprise_goes_on_from_a_state():
     assert 0 < one.surprise < 1 and torch.equal(one.surprise, other.surprise)
 
 
+def test_an_experience_may_end_with_the_steps_before_its_state():
+    model, optimizer, gate = learned()
+    epoch(model, optimizer, TASKS[1])
+    other = copy.deepcopy(model)
+    resumed = PlasticityGate(other, OPTIMIZERS["sgd"](other))
+    resumed.load_state_dict(gate.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed.consolidate(TensorDataset(*TASKS[1]), OneHotMSELoss())
+
+
 def test_a_state_is_of_the_models_layers():
     _, _, gate = learned()
     other = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(64, 5)))

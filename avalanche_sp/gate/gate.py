@@ -684,6 +684,7 @@ class PlasticityGate:
         prepared = state["prepared"]
         self._prepared = None if prepared is None else Preparation.from_state_dict(prepared)
         self._loss_before, self._read = state["loss_before"], None
+        self._saw_steps = state["drift"]["steps"] > 0
         self._running_surprise.load_state_dict(state["surprise"])
         self.begin(*state["epoch"])
         self._drift.load_state_dict(state["drift"])
