@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -252,23 +252,31 @@ class SelectivePlasticityOptimizer(Optimizer):
             whose gate is less than half open; ``max_eligibility``; ``consolidated``, 1 or 0; and ``surprise``.
         """
         diagnostics: dict[str, dict[str, float]] = {}
-        for group in self.param_groups:
-            for name, p in zip(_names(group, len(diagnostics)), group["params"]):
-                state = self.state.get(p, {})
-                e = self.get_param_eligibility(p)
-                k = group["plasticity_k"] * (1 - group["surprise_weight"] * float(group["surprise"]))
-                if "consolidated" not in state:
-                    k *= warmup(state["step"] - 1, group["warmup_steps"]) if "step" in state else 0.0
-                gate = 1 / resistance(e, k)
-                diagnostics[str(name)] = {
-                    "step": float(state.get("step", 0.0)),
-                    "openness": gate.mean().item(),
-                    "protected": (gate < 0.5).float().mean().item(),
-                    "max_eligibility": e.max().item(),
-                    "consolidated": float("consolidated" in state),
-                    "surprise": float(group["surprise"]),
-                }
+        for _, name, p, group in self._named_params():
+            state = self.state.get(p, {})
+            e = self.get_param_eligibility(p)
+            k = group["plasticity_k"] * (1 - group["surprise_weight"] * float(group["surprise"]))
+            if "consolidated" not in state:
+                k *= warmup(state["step"] - 1, group["warmup_steps"]) if "step" in state else 0.0
+            gate = 1 / resistance(e, k)
+            diagnostics[str(name)] = {
+                "step": float(state.get("step", 0.0)),
+                "openness": gate.mean().item(),
+                "protected": (gate < 0.5).float().mean().item(),
+                "max_eligibility": e.max().item(),
+                "consolidated": float("consolidated" in state),
+                "surprise": float(group["surprise"]),
+            }
         return diagnostics
+
+    def _named_params(self) -> Iterator[tuple[int, str | int, Tensor, dict]]:
+        """Of each parameter the number of its group, its name or its number among all, itself, and its group."""
+        first = 0
+        for g, group in enumerate(self.param_groups):
+            params = group["params"]
+            for name, p in zip(group.get("param_names", range(first, first + len(params))), params):
+                yield g, name, p, group
+            first += len(params)
 
     def _init_group(self, group: dict, params, grads, exp_avgs, exp_avg_sqs, consolidated, state_steps) -> bool:
         """Fills the lists with the group's tensors that take part in a step. (torch.compile knows this by its name.)"""
@@ -290,19 +298,16 @@ class SelectivePlasticityOptimizer(Optimizer):
 
     def _refuse_other_shapes(self) -> None:
         """Refuses gradients and states of other shapes than the parameters', beyond which fused kernels would read."""
-        number = 0
-        for group in self.param_groups:
-            for name, p in zip(_names(group, number), group["params"]):
-                number += 1
-                state = self.state.get(p, {})
-                for key in ("grad", "exp_avg", "exp_avg_sq", "consolidated"):
-                    known = p.grad if key == "grad" else state.get(key)
-                    if known is not None and known.shape != p.shape:
-                        raise RuntimeError(
-                            f"{key} of parameter {name} has shape {tuple(known.shape)}, and the parameter has shape "
-                            f"{tuple(p.shape)}: nothing was updated. The usual causes are a state of another model, "
-                            "and data of the parameter that were replaced."
-                        )
+        for _, name, p, _ in self._named_params():
+            state = self.state.get(p, {})
+            for key in ("grad", "exp_avg", "exp_avg_sq", "consolidated"):
+                known = p.grad if key == "grad" else state.get(key)
+                if known is not None and known.shape != p.shape:
+                    raise RuntimeError(
+                        f"{key} of parameter {name} has shape {tuple(known.shape)}, and the parameter has shape "
+                        f"{tuple(p.shape)}: nothing was updated. The usual causes are a state of another model, "
+                        "and data of the parameter that were replaced."
+                    )
 
     def _square_sums(self, groups: list[dict]) -> list[list[Tensor]] | None:
         """Every gradient's sum of squares, by group; refuses what a step could not undo, before anything has changed.
@@ -339,34 +344,32 @@ class SelectivePlasticityOptimizer(Optimizer):
             return True
         for p in params:
             if self.state[p]["step"] == 0:  # made for this step
-                kept = {name: value for name, value in self.state.pop(p).items() if name == "consolidated"}
-                self.state.update({p: kept} if kept else {})
+                made = self.state.pop(p)
+                if "consolidated" in made:
+                    self.state[p] = {"consolidated": made["consolidated"]}
         if self._look_for_non_finite():
             raise FloatingPointError("exp_avg_sq is not finite in the optimizer's state: nothing was updated")
         return False
 
     def _look_for_non_finite(self) -> bool:
         """False, or an error, where a gradient is not finite or its square is not."""
-        number = 0
-        for g, group in enumerate(self.param_groups):
-            for name, p in zip(_names(group, number), group["params"]):
-                number += 1
-                if p.grad is None or p.grad.square().isfinite().all():
-                    continue
-                if p.grad.isnan().any():
-                    cause = "NaN"
-                else:
-                    cause = "infinity" if p.grad.isinf().any() else f"a value whose square overflows {p.grad.dtype}"
-                step = int(self.state.get(p, {}).get("step", 0)) + 1
-                message = (
-                    f"{cause} in the gradient of parameter {name} (group {g}, shape {tuple(p.shape)}) at its step "
-                    f"{step}: nothing was updated. The usual causes are too high a learning rate or a loss that "
-                    "overflowed."
-                )
-                if group["nonfinite"] == "raise":
-                    raise FloatingPointError(message)
-                warnings.warn(message, stacklevel=4)
-                return False
+        for g, name, p, group in self._named_params():
+            if p.grad is None or p.grad.square().isfinite().all():
+                continue
+            if p.grad.isnan().any():
+                cause = "NaN"
+            else:
+                cause = "infinity" if p.grad.isinf().any() else f"a value whose square overflows {p.grad.dtype}"
+            step = int(self.state.get(p, {}).get("step", 0)) + 1
+            message = (
+                f"{cause} in the gradient of parameter {name} (group {g}, shape {tuple(p.shape)}) at its step "
+                f"{step}: nothing was updated. The usual causes are too high a learning rate or a loss that "
+                "overflowed."
+            )
+            if group["nonfinite"] == "raise":
+                raise FloatingPointError(message)
+            warnings.warn(message, stacklevel=4)
+            return False
         return True
 
 
@@ -374,10 +377,6 @@ _STEP_SETTINGS = (
     "foreach", "fused", "lr", "beta1", "trace_decay", "eps", "weight_decay", "maximize", "plasticity_k",
     "warmup_steps", "surprise_weight", "surprise", "alignment_threshold",
 )  # fmt: skip
-
-
-def _names(group: dict, first: int):
-    return group.get("param_names", range(first, first + len(group["params"])))
 
 
 def _refuse_unsupported(grads: list[Tensor], fused: bool | None) -> None:
