@@ -127,7 +127,7 @@ def test_later_plugins_find_the_trained_readout(split5, gate):
 
 
 def test_an_evaluation_between_experiences_has_their_readout(split5):
-    """Within one call of train, too; the training that follows goes on from the trained one."""
+    """The evaluation comes within a call of train. The next experience starts with the trained readout."""
     found, gaussians = [], FeatureGaussians()
 
     class Evaluating(SupervisedPlugin):

@@ -350,7 +350,7 @@ def observe(
     return Observation(observed, samples.total, samples.classes, curvature, readout, classified, some, mean_loss)
 
 
-def _is_row_a_sample(output: Tensor | None) -> bool:
+def _is_row_a_sample(output: Tensor | None) -> TypeGuard[Tensor]:
     return output is not None and output.dim() == 2
 
 
@@ -369,7 +369,7 @@ def output_layer(
     """
     if isinstance(outputs, Tensor):
         for name, layer, made in reversed(called):
-            if made is None or not _is_row_a_sample(made):
+            if not _is_row_a_sample(made):
                 continue
             before, link = unlinked(made, outputs)
             if link is not None or (made.shape == outputs.shape and (made == outputs).all(0).any()):
@@ -572,7 +572,7 @@ def each_tensor(inputs: Any, change: Callable[[Any], Any], others: Callable[[Any
 
     Args:
         change: of a tensor.
-        others: of what is neither a tensor nor holds inputs.
+        others: of any other object in the batch.
     """
     if isinstance(inputs, Tensor):
         return change(inputs)
