@@ -259,6 +259,49 @@ def test_a_bad_gradient_in_one_group_leaves_the_others_untouched(which, first):
         assert all(torch.equal(after[i][name], before[1][i][name]) for i in after for name in after[i])
 
 
+def test_a_skipped_first_step_keeps_a_consolidated_eligibility():
+    """Avalanche leaves a head that has grown an empty state, in which the old units' eligibility is put."""
+    grown, new = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3))
+    optimizer = SelectivePlasticityOptimizer([grown, new], fused=True, nonfinite="skip")
+    optimizer.state[grown]["consolidated"] = torch.ones(4, 3)
+    grown.grad, new.grad = torch.ones(4, 3), torch.full((4, 3), math.inf)
+    with pytest.warns(UserWarning, match="infinity"):
+        optimizer.step()
+    assert list(optimizer.state) == [grown] and list(optimizer.state[grown]) == ["consolidated"]
+
+
+@pytest.mark.parametrize("consolidate", [False, True])
+def test_a_sparse_trace_stays_finite_in_half_precision(consolidate):
+    """The trace over its mean exceeds float16, and that mean over plasticity_k is less than its least number."""
+    ends = []
+    for path in (LOOP, *FAST):
+        p = nn.Parameter(torch.zeros(500, 500, dtype=torch.float16))
+        optimizer = SelectivePlasticityOptimizer(
+            [p], lr=1e-2, warmup_steps=0, surprise_weight=1.0, eps=1e-3, weight_decay=0.1, **path
+        )
+        p.grad = torch.zeros_like(p)
+        p.grad[0, :2] = 1.0
+        optimizer.step()
+        if consolidate:
+            optimizer.consolidate()
+            assert optimizer.state[p]["consolidated"].max() == torch.finfo(torch.float16).max
+        p.grad[1] = 1e-2
+        optimizer.step()
+        held = p[0, 0].item()
+        optimizer.observe_surprise(1.0)  # k = 0: the gate is open
+        optimizer.step()
+        assert p.isfinite().all() and p[0, 0] < held - 0.005
+        ends.append(p.detach())
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=1e-2, atol=1e-4)
+
+
+def test_the_kernel_uncompiled_stays_finite_in_half_precision(monkeypatch):
+    """Dynamo runs it so after too many recompilations."""
+    monkeypatch.setattr(functional, "_kernel_compiler", lambda: functional._kernel)
+    test_a_sparse_trace_stays_finite_in_half_precision(consolidate=False)
+
+
 @pytest.mark.parametrize("huge", [1e18, 1.5e19])  # the sum of squares of the second overflows
 def test_the_compiled_path_accepts_huge_but_finite_gradients(huge):
     p = nn.Parameter(torch.ones(4))

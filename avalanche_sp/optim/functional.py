@@ -23,9 +23,12 @@ def eligibility(trace: Tensor) -> Tensor:
         trace: not negative, any shape.
 
     Returns:
-        Tensor of the same shape, mean 1 (all zeros where there has been no gradient at all).
+        Tensor of the same shape, mean 1 (all zeros where there has been no gradient at all). In float16 a value is at
+        most 65504, and the mean is less if that bounds any.
     """
-    return trace / trace.mean().clamp_min(trace_floor(trace.dtype))
+    e = trace / trace.mean().clamp_min(trace_floor(trace.dtype))
+    # e is at most the number of elements, which only float16 can't hold. An infinite e has no gate if k is 0.
+    return e.clamp_(max=torch.finfo(e.dtype).max) if e.dtype == torch.float16 else e
 
 
 def trace_floor(dtype: torch.dtype) -> float:
@@ -216,10 +219,12 @@ def _blockwise(
             )  # fmt: skip
             if limit is not None:
                 trace = trace * (coincidence(-g if maximize else g, m, v) <= limit)
-            if half < math.inf:
-                p.addcdiv_(displacement, trace + half, value=half)
-            else:
+            if half == math.inf:
                 p.add_(displacement)
+            elif p.dtype == torch.float16:  # in which half can be 0
+                p.addcdiv_(displacement, resistance(trace, 1 / half))
+            else:
+                p.addcdiv_(displacement, trace + half, value=half)
 
 
 def compiled_selective_plasticity(
@@ -284,6 +289,8 @@ def _kernel_compiler():
 
 
 def _kernel(params, grads, exp_avgs, exp_avg_sqs, consolidated, numbers, maximize, aligning):
+    # Compiled code computes with float16 in single precision. So does this when dynamo gives up compiling it.
+    grads = [g.float() if g.dtype == torch.float16 else g for g in grads]
     # Each summand is divided by their number, so that a sum overflows only where a square has.
     means = [
         ((g * g if c is not None else v * n[7] + g * g * n[8]) * (0.5 / max(g.numel(), 1))).sum(dtype=numbers.dtype)
