@@ -246,12 +246,16 @@ def test_a_gradient_of_another_shape_is_refused():
         SelectivePlasticityOptimizer([p]).step()
 
 
-def test_a_parameter_without_elements_steps():
+@pytest.mark.parametrize("path", PATHS)
+def test_a_parameter_without_elements_steps(path):
     empty, full = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.ones(3))
-    optimizer = SelectivePlasticityOptimizer([empty, full])
-    empty.grad, full.grad = torch.zeros(0, 3), torch.ones(3)
-    optimizer.step()
+    optimizer = SelectivePlasticityOptimizer([empty, full], **path)
+    for _ in range(2):
+        empty.grad, full.grad = torch.zeros(0, 3), torch.ones(3)
+        optimizer.step()
+        optimizer.consolidate()
     assert (full < 1).all()
+    assert list(optimizer.get_diagnostics()) == ["1"] and optimizer.get_param_eligibility(empty).shape == (0, 3)
 
 
 def test_surprise_opens_the_gate():

@@ -75,11 +75,14 @@ class SelectivePlasticityOptimizer(Optimizer):
         nonfinite: what a gradient that is not finite, or whose square is not, does: "raise" (default), or "skip" the
             step with a warning. Either way parameters and state are untouched. Looking costs one device sync a step.
 
-    ``capturable`` and ``differentiable`` are not supported.
+    ``capturable`` and ``differentiable`` are not supported. ``OneCycleLR`` and ``CyclicLR`` need
+    ``cycle_momentum=False``, because there is no setting ``momentum`` or ``betas``. In float16 an eligibility is at
+    most 65504.
 
     Raises:
         ValueError: at construction, for an argument out of range.
-        RuntimeError: in :meth:`step`, for sparse gradients or complex parameters.
+        RuntimeError: in :meth:`step`, for sparse gradients or complex parameters, and for a gradient or a state of
+            another shape than its parameter's. Nothing was updated.
         FloatingPointError: in :meth:`step`, for a gradient that is not finite or whose square is not (it would stay
             in the second moment for good), unless ``nonfinite="skip"``.
 
@@ -247,12 +250,15 @@ class SelectivePlasticityOptimizer(Optimizer):
         """The gate's state, parameter by parameter, computed when asked.
 
         Returns:
-            For each parameter, by its name where it was given one, else by its number: its ``step``; ``openness``, the
-            mean of the gate (alignment, which lets more through, left aside); ``protected``, the share of synapses
-            whose gate is less than half open; ``max_eligibility``; ``consolidated``, 1 or 0; and ``surprise``.
+            For each parameter with elements, by its name where it was given one, else by its number: its ``step``;
+            ``openness``, the mean of the gate (alignment, which lets more through, left aside); ``protected``, the
+            share of synapses whose gate is less than half open; ``max_eligibility``; ``consolidated``, 1 or 0; and
+            ``surprise``.
         """
         diagnostics: dict[str, dict[str, float]] = {}
         for _, name, p, group in self._named_params():
+            if p.numel() == 0:
+                continue
             state = self.state.get(p, {})
             e = self.get_param_eligibility(p)
             k = group["plasticity_k"] * (1 - group["surprise_weight"] * float(group["surprise"]))
