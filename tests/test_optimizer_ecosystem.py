@@ -2,6 +2,8 @@
 
 import copy
 import os
+import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 from avalanche.models import IncrementalClassifier
 from avalanche.models.packnet import packnet_simple_mlp
 from avalanche.training import PackNet
+from avalanche.training.plugins import SupervisedPlugin
 from torch import nn
 
-from avalanche_sp import ConsolidationPlugin, SelectivePlasticityOptimizer, split_mnist
+from avalanche_sp import ConsolidationPlugin, SelectivePlasticityOptimizer, SelectivePlasticityPlugin, split_mnist
 
 from conftest import MNIST, mlp, sliced, strategy_of, weights
 
@@ -196,6 +199,96 @@ def test_a_growing_head_keeps_what_its_old_units_hold(split5):
             after = optimizer.get_param_eligibility(model[3].classifier.weight)
             assert len(after) > len(before) and (after[: len(before)] >= before).all() and before.any()
     optimizer.get_diagnostics()
+
+
+def consolidating(model, plugin, optimizer=None, seen=None):
+    """A strategy with a plugin; it adds the names of the consolidated parameters in each iteration to ``seen``."""
+
+    class Look(SupervisedPlugin):
+        def after_training_iteration(self, strategy, **kwargs):
+            state = strategy.optimizer.state
+            seen.append({name for name, p in model.named_parameters() if "consolidated" in state.get(p, {})})
+
+    optimizer = optimizer or SelectivePlasticityOptimizer.for_continual_learning(model.parameters())
+    return strategy_of(model, [plugin, *[Look()] * (seen is not None)], optimizer=optimizer)
+
+
+PLUGINS = [ConsolidationPlugin, partial(SelectivePlasticityPlugin, rank=5, readout_step=False)]
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+@pytest.mark.parametrize("how", ["state reset", "new optimizer", "second strategy", "second plugin and strategy"])
+def test_the_consolidated_eligibility_outlives_the_optimizers_state(split2, plugin, how):
+    few, model, seen = sliced(split2, 64, 20).train_stream, mlp(), []
+    model.register_parameter("scale", nn.Parameter(torch.ones(())))
+    model.register_forward_hook(lambda module, args, output: output * module.scale)
+    strategy = consolidating(model, plugin(), seen=seen)
+    strategy.train(few[0])
+    kept = {name: strategy.optimizer.get_param_eligibility(p) for name, p in model.named_parameters()}
+    if how == "new optimizer":
+        strategy.optimizer = SelectivePlasticityOptimizer(model.parameters(), lr=1e-4)
+    elif how != "state reset":
+        own = plugin() if how == "second plugin and strategy" else strategy.plugins[0]
+        strategy = consolidating(model, own, strategy.optimizer, seen)
+    seen.clear()
+    strategy.train(few[1], reset_optimizer_state=how == "state reset")
+    assert all(names == set(kept) for names in seen)
+    for name, p in model.named_parameters():
+        assert (strategy.optimizer.get_param_eligibility(p) >= kept[name]).all()
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_another_model_and_a_reset_optimizer_begin_without_a_consolidated_eligibility(split2, plugin):
+    few, plugin, seen = sliced(split2, 64, 20).train_stream, plugin(), []
+    strategy = consolidating(mlp(), plugin)
+    strategy.train(few[0])
+    strategy.optimizer.reset_eligibility()
+    strategy.plugins[:] = consolidating(strategy.model, plugin, seen=seen).plugins
+    strategy.train(few[1])
+    assert strategy.optimizer.state and not any(seen)
+    seen.clear()
+    consolidating(mlp(), plugin, seen=seen).train(few[1])
+    assert not any(seen)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copied_strategy_keeps_the_eligibility_and_a_copied_plugin_gives_none_to_another_model(split2, copied):
+    few, plugin, seen = sliced(split2, 64, 20).train_stream, ConsolidationPlugin(), []
+    strategy = consolidating(mlp(), plugin)
+    strategy.train(few[0])
+    other = copied(strategy)
+    for one in (strategy, other):
+        torch.manual_seed(1)
+        one.train(few[1], reset_optimizer_state=True)
+    assert_same_state(other.optimizer, strategy.optimizer)
+    consolidating(mlp(), copied(plugin), seen=seen).train(few[0])
+    assert not any(seen)
+
+
+def assert_same_state(one, other):
+    torch.testing.assert_close(one.state_dict()["state"], other.state_dict()["state"], rtol=0, atol=0)
+
+
+def test_a_growing_head_goes_on_from_states_with_a_new_plugin(split5):
+    few = sliced(split5, 64, 20).train_stream
+
+    def strategy(first=()):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), IncrementalClassifier(8, 1, masking=False))
+        for experience in first:
+            model[3].adaptation(experience)
+        return consolidating(model, ConsolidationPlugin())
+
+    whole, resumed = strategy(), strategy(few[:2])
+    whole.train(few[:2])
+    resumed.model.load_state_dict(whole.model.state_dict())
+    resumed.make_optimizer()
+    resumed.optimizer.load_state_dict(copy.deepcopy(whole.optimizer.state_dict()))
+    for one in (whole, resumed):
+        torch.manual_seed(2)
+        one.train(few[2])
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert_same_state(resumed.optimizer, whole.optimizer)
 
 
 def test_avalanches_packnet_builds_it_again_in_each_experience():

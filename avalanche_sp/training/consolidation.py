@@ -1,5 +1,9 @@
 """ConsolidationPlugin: tells the optimizer when an experience has been learned."""
 
+import weakref
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
@@ -8,31 +12,53 @@ from avalanche_sp.optim import SelectivePlasticityOptimizer
 
 
 class ConsolidatedEligibility:
-    """Consolidated eligibility by parameter name, for heads that grow.
+    """Consolidated eligibility by parameter name, for optimizers that lose their state.
 
-    Avalanche replaces the parameter of a growing head, and with it the optimizer's state.
+    Avalanche replaces the parameter of a growing head, and with it the optimizer's state. It empties the whole state
+    in a new strategy's first ``train``, and in ``train(..., reset_optimizer_state=True)``.
     """
+
+    # Weak references to the model and the optimizer of the last note. A copy or a pickle has none.
+    _model: Callable[[], Any] = staticmethod(lambda: None)
+    _optimizer: Callable[[], Any] = staticmethod(lambda: None)
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
+    def __getstate__(self) -> dict:
+        return {"_kept": self._kept}
+
+    def note(self, strategy) -> None:
+        """Keeps what the optimizer holds, before Avalanche adapts the model and the optimizer.
+
+        A new optimizer for the same model adds to what was kept. In all other cases only the optimizer counts.
+        """
+        model, optimizer = strategy.model, strategy.optimizer
+        is_new_optimizer = model is self._model() and optimizer is not self._optimizer()
+        present = self._present(strategy)
+        self._kept = {**self._kept, **present} if is_new_optimizer else present
+        self._model, self._optimizer = weakref.ref(model), weakref.ref(optimizer)
+
     def restore(self, strategy) -> None:
-        """Gives a grown parameter the eligibility of its old units; the new ones are plastic."""
+        """Gives the parameters their eligibility again. New units of a parameter that has grown are plastic."""
         for name, p in strategy.model.named_parameters():
-            kept, state = self._kept.get(name), strategy.optimizer.state[p]
-            if (
-                kept is not None
-                and "consolidated" not in state
-                and kept.shape[1:] == p.shape[1:]
-                and len(kept) < len(p)
-            ):
-                state["consolidated"] = torch.cat([kept, kept.new_zeros(len(p) - len(kept), *p.shape[1:])])
+            kept = self._kept.get(name)
+            if kept is None or "consolidated" in strategy.optimizer.state.get(p, {}):
+                continue
+            if kept.dim() == p.dim() and kept.shape[1:] == p.shape[1:] and kept.shape[:1] < p.shape[:1]:
+                kept = torch.cat([kept, kept.new_zeros(len(p) - len(kept), *p.shape[1:])])
+            if kept.shape == p.shape:
+                strategy.optimizer.state[p]["consolidated"] = kept.to(p)
 
     def consolidate(self, strategy) -> None:
         """Consolidates the strategy's optimizer."""
         strategy.optimizer.consolidate()
+        self._kept = self._present(strategy)
+
+    @staticmethod
+    def _present(strategy) -> dict[str, Tensor]:
         states = {name: strategy.optimizer.state.get(p, {}) for name, p in strategy.model.named_parameters()}
-        self._kept = {name: state["consolidated"] for name, state in states.items() if "consolidated" in state}
+        return {name: state["consolidated"] for name, state in states.items() if "consolidated" in state}
 
 
 class ConsolidationPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
@@ -40,7 +66,8 @@ class ConsolidationPlugin(SupervisedPlugin, supports_distributed=True):  # type:
 
     With it the optimizer's elementwise gate protects earlier experiences, without stored data and with one buffer of
     the network's size, in any Avalanche strategy. The old units of a head that grows stay protected, and its new ones
-    are plastic.
+    are plastic. The consolidated eligibility outlives a reset of the optimizer's state, a new optimizer for the same
+    model, and a new strategy for both. ``optimizer.reset_eligibility()`` between two calls of ``train`` ends it.
 
     It is for the optimizer alone. :class:`~avalanche_sp.SelectivePlasticityPlugin` consolidates the optimizer itself,
     also at boundaries that it finds. Together with it this plugin does nothing.
@@ -66,6 +93,7 @@ class ConsolidationPlugin(SupervisedPlugin, supports_distributed=True):  # type:
                 f"Invalid optimizer: {type(strategy.optimizer).__name__} (ConsolidationPlugin needs a "
                 "SelectivePlasticityOptimizer)"
             )
+        self._eligibility.note(strategy)
 
     def before_training_exp(self, strategy, **kwargs):
         if not self._is_beside_a_gate(strategy):

@@ -37,7 +37,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
     plugin for the weight of the stored samples.
 
     A :class:`~avalanche_sp.SelectivePlasticityOptimizer` is told the surprise of each loss, and consolidates with the
-    gate. The model and the optimizer carry hooks only while the strategy trains.
+    gate. Its consolidated eligibility is kept as :class:`~avalanche_sp.ConsolidationPlugin` keeps it. The model and the
+    optimizer carry hooks only while the strategy trains.
 
     Args:
         openness: alpha > 0, in units of the mean eigenvalue (default 0.5). Larger values learn the new faster and keep
@@ -144,6 +145,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
             )
         if not gated_layers(strategy.model):
             self.gate.attach(strategy.model, strategy.optimizer)  # raises
+        if isinstance(strategy.optimizer, SelectivePlasticityOptimizer):
+            self._eligibility.note(strategy)
 
     def before_training_exp(self, strategy, **kwargs):
         self.gate.attach(strategy.model, strategy.optimizer)
