@@ -22,6 +22,7 @@ from avalanche_sp import (
     reference,
     split_mnist,
 )
+from avalanche_sp.data import benchmark_of
 from avalanche_sp.gate.detection import ChangeWatch, InputWatch, page_hinkley
 from avalanche_sp.gate.layer_gate import LayerGate
 from avalanche_sp.gate.layers import GatedLayer, gated_layers
@@ -412,6 +413,46 @@ def test_boundaries_go_to_the_loggers(stream):
     assert [v.value for v in values] == [1, 2] and metric.result() == 2
     assert [v.x_plot for v in values] == plugin.consolidated_at
     assert all("FoundBoundaries" in v.name for v in values)
+
+
+def ten_iterations(stream):
+    """Experiences of ten iterations each, too short to find a boundary in."""
+    parts = [stream.train_stream[1].dataset[:160], stream.train_stream[2].dataset[:160]]
+    return benchmark_of(parts, parts).train_stream
+
+
+def test_only_boundaries_found_in_this_run_go_to_the_loggers(stream):
+    """The plugin goes on with a new metric, and then with another model, for which it starts again."""
+    metric, values = FoundBoundaries(), []
+
+    class Collect(SupervisedPlugin):
+        def before_training_exp(self, strategy, **kwargs):
+            metric.before_training_exp(strategy)
+
+        def after_training_iteration(self, strategy, **kwargs):
+            values.extend(metric.after_training_iteration(strategy))
+
+    plugin = SelectivePlasticityPlugin(consolidate="surprise", detector=At(30))
+    model = trained(stream, [plugin], n=1).model
+    for network, known in ((model, 3), (mlp(64), 0)):
+        strategy_of(network, [plugin, Collect()], batch=16).train(ten_iterations(stream)[0])
+        assert not values and metric.result() == len(plugin.consolidated_at) == known
+
+
+@pytest.mark.parametrize("consolidate", FOUND)
+def test_of_a_loaded_gate_no_warning_says_that_nothing_is_protected(stream, consolidate):
+    settings, detector = Settings(stream_chunk=32 * 16), {"detector": At(30)} if consolidate == "surprise" else {}
+    first, plugin = (SelectivePlasticityPlugin(consolidate=consolidate, settings=settings, **detector) for _ in "ab")
+    model = trained(stream, [first], n=1).model
+    plugin.gate.load_state_dict(first.gate.state_dict())
+    strategy = strategy_of(model, [plugin], batch=16)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        for experience in ten_iterations(stream):
+            strategy.train(experience)
+        if consolidate == "continuous":
+            strategy.train(ten_iterations(stream)[1])
+    assert not plugin.consolidated_at and not [w for w in record if "protected" in str(w.message)]
 
 
 @pytest.mark.parametrize("consolidate", FOUND)

@@ -300,6 +300,11 @@ class FoundBoundaries(_Metric):
     def reset(self) -> None:
         self._found = 0
 
+    def before_training_exp(self, strategy) -> None:
+        plugin = plugin_of(strategy)  # may come from another run, or have started again for another model
+        if plugin is not None and plugin.gate.boundaries == "surprise":
+            self._found = len(plugin.consolidated_at)
+
     def after_training_iteration(self, strategy) -> list[MetricValue]:
         plugin = plugin_of(strategy)
         if plugin is None or plugin.gate.boundaries != "surprise" or len(plugin.consolidated_at) == self._found:

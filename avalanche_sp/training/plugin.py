@@ -225,7 +225,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
             if strategy.clock.train_exp_iterations:
                 what = f"{type(strategy).__name__} does not tell its plugins of its steps"
             warnings.warn(f"selective plasticity: {what}: nothing is consolidated.", stacklevel=2)
-        elif self.gate.boundaries == "surprise" and not self.consolidated_at:
+        elif self.gate.boundaries == "surprise" and not self.gate.memory.consolidations:
             least = self.gate.settings.detection_start
             if 1 < self._steps < least and strategy.clock.train_exp_counter:
                 warnings.warn(
@@ -258,7 +258,10 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
         if not self._classes_came or now - self._classes_came[0] < many:
             return
         first, self._classes_came = self._classes_came[0], []
-        found = self.consolidated_at and (self.gate.boundaries == "continuous" or self.consolidated_at[-1] > first)
+        if self.gate.boundaries == "continuous":
+            found = self.gate.memory.consolidations > 0  # also those of a loaded gate
+        else:
+            found = bool(self.consolidated_at) and self.consolidated_at[-1] > first
         if found or self._told_of_missed:
             return
         self._told_of_missed = True
