@@ -6,6 +6,7 @@ import pytest
 import torch
 from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 from avalanche.models import IncrementalClassifier, as_multitask
+from avalanche.training import ER_ACE
 from avalanche.training.plugins import EWCPlugin, LwFPlugin, ReplayPlugin, SupervisedPlugin
 from torch import nn
 
@@ -188,6 +189,17 @@ def test_a_warning_tells_of_replay_beside_them(split5):
         trained(split5, FeatureGaussians(), ReplayPlugin(100), experiences=1)
 
 
+def test_a_warning_tells_of_a_strategy_that_replays_by_itself(split5):
+    model = mlp()
+    strategy = ER_ACE(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.02), mem_size=60, batch_size_mem=10,
+        train_mb_size=32, plugins=[FeatureGaussians()], evaluator=None,
+    )  # fmt: skip
+    strategy.train(split5.train_stream[0])
+    with pytest.warns(UserWarning, match="feature Gaussians: ER_ACE trains on earlier samples"):
+        strategy.train(split5.train_stream[1])
+
+
 def test_bad_arguments_and_models_are_named(split5):
     for kwargs in ({"samples": 1}, {"max_bytes": 0}):
         with pytest.raises(ValueError, match=f"Invalid {next(iter(kwargs))} value: {next(iter(kwargs.values()))}"):
@@ -198,10 +210,34 @@ def test_bad_arguments_and_models_are_named(split5):
         trained(split5, FeatureGaussians(), FeatureGaussians())
     with pytest.raises(ValueError, match="Invalid model: a head for each task"):
         trained(split5, FeatureGaussians(), model=as_multitask(mlp(), "5"))
-    with pytest.raises(ValueError, match=r"its last layer, '5', is not a trained nn.Linear .*trained layers: 1, 3, 5"):
-        trained(split5, FeatureGaussians(), model=mlp(bias=False))
-    with pytest.raises(TypeError, match="layer 5 to make the outputs"):
-        trained(split5, FeatureGaussians(), model=nn.Sequential(*mlp(), nn.Tanh()))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda model: mlp(bias=False), ValueError, "'5', has no bias .allowed with FeatureGaussians: a trained nn"),
+        (lambda model: model[5].requires_grad_(False) and model, ValueError, "its last layer, '5', is frozen"),
+        (lambda model: model.append(nn.LayerNorm(10)), ValueError, "its last layer, '6', is of type LayerNorm"),
+        (lambda model: model.append(nn.Tanh()), TypeError, "its last layer, '5', does not make the outputs"),
+        (lambda model: nn.Sequential(*model[:5], nn.Linear(32, 1)), TypeError, "Invalid targets: .*, from 0 to 1 .all"),
+    ],
+)
+def test_a_model_is_refused_before_it_is_trained(split5, change, error, message):
+    model = change(mlp())
+    before = weights(model)
+    with pytest.raises(error, match=message):
+        trained(split5, FeatureGaussians(), model=model)
+    assert torch.equal(weights(model), before)
+
+
+def test_a_budget_is_refused_before_the_classes_come(split5):
+    """Two classes of 32 features and a direction take 396 bytes, and four take 660."""
+    for max_bytes, experiences in ((395, 0), (400, 1)):
+        gaussians, model = FeatureGaussians(max_bytes=max_bytes), mlp()
+        with pytest.raises(ValueError, match=f"Invalid max_bytes value: {max_bytes}"):
+            trained(split5, gaussians, model=model)
+        plain = trained(split5, experiences=experiences).model if experiences else mlp()
+        assert torch.equal(weights(model[:5]), weights(plain[:5])) and len(gaussians.gaussians.means) == 2 * experiences
 
 
 def test_bad_features_are_named():

@@ -3,10 +3,12 @@
 import csv
 import io
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.evaluation.metrics import StreamBWT, accuracy_metrics
 from avalanche.logging import InteractiveLogger, TensorboardLogger, TextLogger
 from avalanche.training import Naive
@@ -206,28 +208,23 @@ def test_evaluating_what_was_trained_on_gives_each_measure_every_time(split5):
     assert np.isnan(matrix[0, 1:]).all()
 
 
-def test_the_measures_follow_the_order_in_which_experiences_are_trained(split5):
+@pytest.mark.parametrize("order", [[2, 1, 0], [0, 2, 1, 2], [2, 0]])
+def test_measures_follow_the_order_of_training(split5, tmp_path, order):
     metric = AccuracyMatrix()
     strategy = strategy_with([], [metric])
-    order = [2, 0, 1]
-    for k in order:
-        strategy.train(split5.train_stream[k])
-        found = measures(strategy.eval(split5.test_stream[:3]))
-    matrix = metric.result()[:, order]
-    learned = np.diag(matrix)
-    assert learned.min() > 60 and matrix[-1, :-1].max() < 60  # learned, and forgotten
-    assert found["LearningAccuracy"] == pytest.approx(learned.mean())
-    assert found["BWT"] == pytest.approx((matrix[-1, :-1] - learned[:-1]).mean())
-    assert found["Forgetting"] == pytest.approx(avalanche_sp.average_forgetting(matrix))
-    assert found["ACC"] == pytest.approx(matrix[-1].mean())
-
-
-def test_an_experience_that_is_trained_twice_leaves_accuracy_alone(split5):
-    metric = AccuracyMatrix()
-    strategy = strategy_with([], [metric])
-    for k in (0, 0, 1):
-        strategy.train(split5.train_stream[k])
-    assert set(measures(strategy.eval(split5.test_stream[:3]))) == {"ACC"}
+    evaluated = [split5.test_stream[j] for j in sorted(set(order))]
+    for j in order:
+        strategy.train(split5.train_stream[j])
+        found = measures(strategy.eval(evaluated))
+    matrix, learned = metric.result(), {j: row for row, j in enumerate(order)}
+    assert found["ACC"] == pytest.approx(np.nanmean(matrix[-1]))
+    assert found["LearningAccuracy"] == pytest.approx(np.mean([matrix[row, j] for j, row in learned.items()]))
+    earlier = [j for j in learned if j != order[-1]]
+    lost = [matrix[-1, j] - matrix[learned[j], j] for j in earlier]
+    assert found["BWT"] == pytest.approx(np.mean(lost)) and found["BWT"] < -20
+    assert found["Forgetting"] >= -found["BWT"]
+    metric.to_csv(tmp_path / "r.csv")
+    assert [line.split(",")[0] for line in (tmp_path / "r.csv").read_text().splitlines()[1:]] == [str(j) for j in order]
 
 
 def test_a_matrix_is_of_one_stream(split2):
@@ -255,6 +252,47 @@ def test_a_partial_evaluation_leaves_no_stale_score(split5):
     assert all(math.isnan(value) for value in found.values()) and len(found) == 4
     found = measures(strategy.eval(split5.test_stream[1:2]))  # the rest of it, by the same network
     assert found["ACC"] == pytest.approx(metric.result()[-1].mean()) and not math.isnan(found["BWT"])
+
+
+def test_an_online_stream_counts_as_the_one_it_was_split_from(split2):
+    metric = AccuracyMatrix()
+    strategy = strategy_with([], [metric])
+    for experience in split2.train_stream:
+        for part in split_online_stream([experience], experience_size=200):
+            strategy.train(part)
+        found = measures(strategy.eval(split2.test_stream))
+    r = metric.result()
+    assert r.shape == (6, 2) and found["LearningAccuracy"] == pytest.approx((r[2, 0] + r[5, 1]) / 2)
+    assert found["BWT"] == pytest.approx(r[5, 0] - r[2, 0]) == -found["Forgetting"]
+
+
+def test_a_warning_tells_why_acc_is_alone(split2, split5):
+    metric = AccuracyMatrix()
+    strategy = strategy_with([], [metric])
+    strategy.train(split_online_stream(split2.train_stream, experience_size=300))
+    with pytest.warns(UserWarning, match=r"not report BWT, Forgetting, LearningAccuracy: experience 0 was not eval"):
+        found = measures(strategy.eval(split2.test_stream))
+    assert found == {"ACC": pytest.approx(metric.result()[-1].mean())}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert measures(strategy.eval(split2.test_stream)) == found  # the warning comes once
+
+    strategy = strategy_with([], [AccuracyMatrix()])
+    strategy.train(split5.train_stream[:3])
+    with pytest.warns(UserWarning, match="that were trained are not those that were evaluated"):
+        assert set(measures(strategy.eval(split2.test_stream))) == {"ACC"}
+
+
+def test_a_warning_tells_of_a_stream_that_is_never_evaluated(split2):
+    strategy = strategy_with([], [AccuracyMatrix("valid"), AccuracyMatrix("train"), AccuracyMatrix()])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for experience in [*split2.train_stream, split2.train_stream[0]]:
+            strategy.train(experience)
+            strategy.eval(split2.test_stream)
+            strategy.eval(split2.train_stream)
+    told = [str(w.message) for w in caught if "AccuracyMatrix" in str(w.message)]
+    assert told == ["AccuracyMatrix('valid') has no entry. After training these streams were evaluated: test, train."]
 
 
 def test_a_row_is_of_one_network(split2):

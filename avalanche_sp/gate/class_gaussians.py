@@ -84,12 +84,9 @@ class ClassGaussians:
             ValueError: shapes that do not fit, or targets that are not classes.
             FloatingPointError: a feature is not finite. Nothing was changed.
         """
-        x = _checked(features, targets, before)
-        d = x.shape[1]
-        if self.means and (known := self.components.shape[1]) != d:
-            raise ValueError(f"Invalid features: {d} for each sample (allowed: {known}, as those before)")
+        rank = self.check(features, targets, before)
+        x, d = features.float(), features.shape[1]
         labels, which = targets.unique(return_inverse=True)
-        rank = self._rank(len(self.means.keys() | set(labels.tolist())), d)
         if before is not None and self.means:
             self._follow(before.float(), x, targets)
         counts = which.bincount()
@@ -106,6 +103,18 @@ class ClassGaussians:
         self.variance = self.variance.to(x) * old / total + sum(part.square().sum() for part in new)
         values, vectors = leading_eigenpairs(rows, rank)
         self.components = (vectors * values.sqrt()).T.contiguous()
+
+    def check(self, features: Tensor, targets: Tensor, before: Tensor | None = None) -> int:
+        """Raises what :meth:`remember` would raise for these arguments; changes nothing.
+
+        Returns:
+            The number of the covariance's directions that are kept at most.
+        """
+        _check(features, targets, before)
+        d = features.shape[1]
+        if self.means and (known := self.components.shape[1]) != d:
+            raise ValueError(f"Invalid features: {d} for each sample (allowed: {known}, as those before)")
+        return self._rank(len(self.means.keys() | set(targets.tolist())), d)
 
     @torch.no_grad()
     def readout(self, outputs: int) -> Tensor:
@@ -170,8 +179,7 @@ class ClassGaussians:
         return rank
 
 
-def _checked(features: Tensor, targets: Tensor, before: Tensor | None) -> Tensor:
-    """The features in single precision."""
+def _check(features: Tensor, targets: Tensor, before: Tensor | None) -> None:
     if features.dim() != 2 or len(features) != len(targets) or not len(features):
         raise ValueError(f"Invalid features: shape {tuple(features.shape)} (allowed: a row for each of the targets)")
     if before is not None and before.shape != features.shape:
@@ -180,4 +188,3 @@ def _checked(features: Tensor, targets: Tensor, before: Tensor | None) -> Tensor
         raise ValueError(f"Invalid targets: {targets.dtype} (allowed: class labels, integers of 0 or more)")
     if not (features.isfinite().all() and (before is None or before.isfinite().all())):
         raise FloatingPointError("a feature is not finite: nothing was remembered")
-    return features.float()

@@ -1,20 +1,21 @@
 """FeatureGaussians: Gaussians of classes at the readout's inputs, for any Avalanche strategy."""
 
 import warnings
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from avalanche.models import MultiTaskModule
 from avalanche.training.plugins import ReplayPlugin, SupervisedPlugin
-from torch import Tensor
+from torch import Tensor, nn
 
 from avalanche_sp.arguments import check_integer
 from avalanche_sp.gate import ClassGaussians, Settings
 from avalanche_sp.gate.layers import GatedLayer, gated_layers
-from avalanche_sp.gate.observe import after_each, evaluation_mode, observe
+from avalanche_sp.gate.observe import evaluation_mode, observe
 from avalanche_sp.gate.readout import ReadoutSamples
 from avalanche_sp.training.plugin import SelectivePlasticityPlugin
-from avalanche_sp.training.replay import forward_of, samples_of
+from avalanche_sp.training.replay import forward_of, memories_of, samples_of
 
 
 class FeatureGaussians(SupervisedPlugin):
@@ -40,10 +41,11 @@ class FeatureGaussians(SupervisedPlugin):
     Raises:
         ValueError: at construction for an argument out of range; at ``train`` if a
             :class:`~avalanche_sp.SelectivePlasticityPlugin` comes later in the list, for two plugins of this kind in a
-            strategy, for a head for each task, for a last layer that is not linear, trained and with a bias, and for a
-            ``max_bytes`` that the class means exceed.
-        TypeError: for targets that are not class labels, and if the last layer does not make the network's outputs.
-        FloatingPointError: at the end of an experience, for features that are not finite.
+            strategy, and for a head for each task; before an experience is trained, for a last layer that is not
+            linear, trained and with a bias, and for a ``max_bytes`` that the class means exceed.
+        TypeError: before an experience is trained, for targets that are not class labels, and if the last layer does
+            not make the network's outputs.
+        FloatingPointError: before an experience is trained, or at its end, for features that are not finite.
 
     Example::
 
@@ -66,6 +68,7 @@ class FeatureGaussians(SupervisedPlugin):
         self._other: tuple[str, Tensor] | None = None  # the readout's name, the weights and bias that it has not now
         self._discriminates = False  # whether the readout is the Gaussians', and the trained one the other
         self._evaluating = False  # whether it is that for one evaluation only
+        self._told_of_replay = False
 
     @property
     def state_bytes(self) -> int:
@@ -82,12 +85,6 @@ class FeatureGaussians(SupervisedPlugin):
             raise ValueError("Invalid plugins: FeatureGaussians first (allowed: after SelectivePlasticityPlugin)")
         if isinstance(strategy.model, MultiTaskModule):
             raise ValueError("Invalid model: a head for each task (allowed with FeatureGaussians: one readout)")
-        if any(isinstance(plugin, ReplayPlugin) for plugin in plugins):
-            warnings.warn(
-                "feature Gaussians: ReplayPlugin trains on earlier samples, so the features move as no linear map "
-                "says. The Gaussians can end far below replay alone: use one of the two.",
-                stacklevel=2,
-            )
 
     def before_train_dataset_adaptation(self, strategy, **kwargs):  # a head may grow after it
         if self._discriminates:
@@ -96,7 +93,20 @@ class FeatureGaussians(SupervisedPlugin):
 
     def before_training_exp(self, strategy, **kwargs):
         self._seen = samples_of(strategy.experience.dataset, self.samples)
-        self._before = self._observed(strategy).inputs[:, :-1] if self.gaussians.means else None
+        now = self._observed(strategy)  # of the first experience also: it raises for what cannot be remembered
+        self.gaussians.check(now.inputs[:, :-1], now.targets)
+        self._before = now.inputs[:, :-1] if self.gaussians.means else None
+
+    def before_training_epoch(self, strategy, **kwargs):  # only then does the strategy have its data loader
+        by_plugin = any(isinstance(plugin, ReplayPlugin) for plugin in strategy.plugins)
+        if not self._told_of_replay and (by_plugin or memories_of(strategy)):
+            self._told_of_replay = True
+            warnings.warn(
+                f"feature Gaussians: {'ReplayPlugin' if by_plugin else type(strategy).__name__} trains on earlier "
+                "samples, so the features move as no linear map says. The Gaussians can end far below replay alone: "
+                "use one of the two.",
+                stacklevel=2,
+            )
 
     def after_training_exp(self, strategy, **kwargs):
         now, known = self._observed(strategy), self.gaussians.means.keys()
@@ -137,20 +147,43 @@ class FeatureGaussians(SupervisedPlugin):
 
     def _observed(self, strategy) -> ReadoutSamples:
         """The readout's inputs (n, d + 1), the last of them the bias's, on the experience's samples."""
-        model, layers, called = strategy.model, gated_layers(strategy.model), list[str]()
-        with torch.no_grad(), evaluation_mode(model) as device:
-            with after_each(layers, lambda name, *_: called.append(name)):
-                (x, tasks), _ = next(iter(self._seen.batches))
-                forward_of(model, (x.to(device), tasks.to(device)))
+        model, name = strategy.model, self._last_layer(strategy.model)
+        layer = gated_layers(model)[name]
+        seen = observe(model, self._seen, {name: layer}, None, self.gaussians.settings, forward_of).classified
+        if seen is not None:
+            return seen
+        for _, y in self._seen.batches:
+            is_label = y.dim() == 1 and not y.is_floating_point() and y.dtype != torch.bool
+            if not (is_label and 0 <= y.min() <= y.max() < layer.units):
+                raise TypeError(
+                    f"Invalid targets: shape {tuple(y.shape)}, {y.dtype}, from {y.min()} to {y.max()} (allowed with "
+                    f"FeatureGaussians: class labels, integers from 0 to {layer.units - 1})"
+                )
+        raise TypeError(
+            f"Invalid model: its last layer, {name!r}, does not make the outputs (allowed with FeatureGaussians: its "
+            "outputs (n, classes), a multiple of them, or their softmax, log-softmax or sigmoid)"
+        )
+
+    def _last_layer(self, model: nn.Module) -> str:
+        """The name of the module with parameters that a forward pass ends with."""
+        called: list[str] = []
+        own = {name: module for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+        with torch.no_grad(), evaluation_mode(model) as device, ExitStack() as hooks:
+            for name, module in own.items():
+                hooks.callback(module.register_forward_hook(lambda *_, name=name: called.append(name)).remove)
+            (x, tasks), _ = next(iter(self._seen.batches))
+            forward_of(model, (x.to(device), tasks.to(device)))
         name = called[-1] if called else ""
-        if type(layers.get(name)) is not GatedLayer or layers[name].bias is None:
-            raise ValueError(
-                f"Invalid model: its last layer, {name!r}, is not a trained nn.Linear with bias (FeatureGaussians sets "
-                f"it; trained layers: {', '.join(layers)})"
-            )
-        seen = observe(model, self._seen, {name: layers[name]}, None, self.gaussians.settings, forward_of).classified
-        if seen is None:
-            raise TypeError(
-                f"Invalid targets or model: FeatureGaussians needs class labels, and layer {name} to make the outputs"
-            )
-        return seen
+        module, layer = own.get(name), gated_layers(model).get(name)
+        if module is not None and not all(p.requires_grad for p in module.parameters(recurse=False)):
+            what = "is frozen"
+        elif type(layer) is not GatedLayer:
+            what = f"is of type {type(module).__name__}"
+        elif layer.bias is None:
+            what = "has no bias"
+        else:
+            return name
+        raise ValueError(
+            f"Invalid model: its last layer, {name!r}, {what} (allowed with FeatureGaussians: a trained nn.Linear with "
+            "bias)"
+        )

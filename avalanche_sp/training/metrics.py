@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from avalanche.benchmarks import OnlineCLExperience
 from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
 from avalanche.evaluation.metric_utils import get_metric_name, stream_type
@@ -74,11 +76,18 @@ class _Metric(PluginMetric):
 class AccuracyMatrix(_Metric):
     """Accuracy matrix R of one stream in percent, and ACC, BWT, forgetting and learning accuracy.
 
-    Row i of R is evaluated after the i-th training and before any later one. An evaluation before any training is left
-    out. A measure is reported after an evaluation if R is square and has all the entries that the measure is made of:
-    one evaluation of all experiences at the end of training is enough for ACC. The other measures take the columns in
-    the order in which the experiences were trained; they need each experience trained once. A measure that an earlier
-    evaluation had, and that a later one lacks, is reported as NaN.
+    Each training on an experience adds a row. The row is evaluated after it and before any later training. An
+    evaluation before any training is left out. An experience of an online stream counts as the one that it was split
+    from.
+
+    The measures take the experiences in the order of their trainings. If an experience was trained several times, its
+    last training counts. A measure is reported after an evaluation if the trained experiences are those that were
+    evaluated, and if R has all the entries that the measure is made of: one evaluation of all experiences at the end of
+    training is enough for ACC. ACC is also reported if more experiences were trained than the stream has, and the last
+    evaluation is of the whole stream. A measure that an earlier evaluation had, and that a later one lacks, is reported
+    as NaN.
+
+    Warnings tell, once each, why only ACC is reported, and that evaluations followed a training but none of the stream.
 
     Args:
         stream: name of the stream (default "test"). Evaluations of other streams are left out.
@@ -88,10 +97,11 @@ class AccuracyMatrix(_Metric):
         super().__init__()
         self.stream = stream
         self._accuracy = Accuracy()
-        self._rows: list[dict[int, float]] = []
-        self._trained: list[int] = []  # the experience of each row
         self._evaluated = False  # the present evaluation has added to R
         self._reported: set[str] = set()
+        self._warned = False  # of measures that are left out
+        self._others: set[str] | None = set()  # streams evaluated since training; None once it needs no warning
+        self.reset()
 
     def result(self) -> np.ndarray:
         """R, shape (trainings, experiences evaluated on), NaN where not evaluated."""
@@ -103,9 +113,10 @@ class AccuracyMatrix(_Metric):
         return matrix
 
     def to_csv(self, path: str | Path) -> None:
-        """Writes R to a CSV file: a line for each experience trained on, a column for each one evaluated on.
+        """Writes R to a CSV file: a line for each training, a column for each experience evaluated on.
 
-        Experiences count from 0, as Avalanche's do. What was not evaluated is left empty.
+        A line begins with the experience trained on. Experiences count from 0, as Avalanche's do. What was not
+        evaluated is left empty.
 
         Args:
             path: the file. It is overwritten; its folder must be there.
@@ -117,19 +128,35 @@ class AccuracyMatrix(_Metric):
         with Path(path).open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["trained_on", *range(matrix.shape[1])])
-            for trained_on, row in zip(self._trained, matrix):
-                writer.writerow([trained_on, *("" if np.isnan(value) else float(value) for value in row)])
+            for trained, row in zip(self._trained, matrix):
+                writer.writerow([trained, *("" if np.isnan(value) else float(value) for value in row)])
 
     def reset(self) -> None:
-        self._rows.clear()
-        self._trained.clear()
+        self._rows: list[dict[int, float]] = []
+        self._trained: list[int | None] = []  # the experience of each row; None if an online stream does not tell it
+
+    def before_training(self, strategy) -> None:
+        if self._rows and self._others:
+            warnings.warn(
+                f"AccuracyMatrix({self.stream!r}) has no entry. After training these streams were evaluated: "
+                f"{', '.join(sorted(self._others))}.",
+                stacklevel=2,
+            )
+            self._others = None
 
     def before_training_exp(self, strategy) -> None:
+        experience = strategy.experience
+        if isinstance(experience, OnlineCLExperience):
+            experience = experience.origin_experience
+        self._trained.append(getattr(experience, "current_experience", None))
         self._rows.append({})
-        self._trained.append(strategy.experience.current_experience)
 
     def after_training_iteration(self, strategy) -> None:
         self._rows[-1].clear()  # it was another network's
+
+    def after_training(self, strategy) -> None:
+        if self._others is not None:
+            self._others.clear()  # an evaluation within training may be of the training stream alone
 
     def before_eval_exp(self, strategy) -> None:
         self._accuracy.reset()
@@ -138,34 +165,54 @@ class AccuracyMatrix(_Metric):
         self._accuracy.update(strategy.mb_output, strategy.mb_y)
 
     def after_eval_exp(self, strategy) -> None:
-        if self._rows and stream_type(strategy.experience) == self.stream:
+        if (stream := stream_type(strategy.experience)) != self.stream:
+            if self._others is not None:
+                self._others.add(stream)
+            return
+        self._others = None
+        if self._rows:
             self._rows[-1][strategy.experience.current_experience] = 100 * self._accuracy.result()
             self._evaluated = True
+            self._is_whole = len(self._rows[-1]) == len(strategy.experience.origin_stream)
 
     def after_eval(self, strategy) -> list[MetricValue]:
         if not self._evaluated:
             return []
         self._evaluated = False
-        matrix = self.result()
+        values, why = self._measures()
+        found = {name for name, value in values.items() if not np.isnan(value)}
+        if "ACC" in found and len(found) < len(values) and not self._warned:
+            self._warned = True
+            left = ", ".join(name for name in values if name not in found)
+            warnings.warn(f"AccuracyMatrix({self.stream!r}) does not report {left}: {why}.", stacklevel=2)
+        self._reported |= found
+        return [
+            MetricValue(self, f"{name}_Percent/eval_phase/{self.stream}_stream", value, strategy.clock.train_iterations)
+            for name, value in values.items()
+            if name in self._reported
+        ]
+
+    def _measures(self) -> tuple[dict[str, float], str]:
+        """The measures, NaN if R lacks an entry that they are made of, and why those but ACC can be NaN."""
         measures = {
             "ACC": average_accuracy,
             "BWT": backward_transfer,
             "Forgetting": average_forgetting,
             "LearningAccuracy": learning_accuracy,
         }
-        is_square = matrix.shape[0] == matrix.shape[1]
-        each_once = is_square and sorted(self._trained) == list(range(len(matrix)))
-        ordered = matrix[:, self._trained] if each_once else matrix
-        values = {name: f(ordered) if each_once else np.nan for name, f in measures.items()}
-        values["ACC"] = average_accuracy(matrix) if is_square else np.nan
-        self._reported.update(name for name, value in values.items() if not np.isnan(value))
-        return [
-            MetricValue(
-                self, f"{name}_Percent/eval_phase/{self.stream}_stream", values[name], strategy.clock.train_iterations
-            )
-            for name in measures
-            if name in self._reported
-        ]
+        last = {experience: i for i, experience in enumerate(self._trained)}
+        evaluated = set().union(*self._rows)
+        if evaluated != set(last):
+            values = dict.fromkeys(measures, np.nan)
+            if self._is_whole and (evaluated < set(last) or None in last):
+                values["ACC"] = float(np.mean(list(self._rows[-1].values())))
+            return values, "the experiences that were trained are not those that were evaluated"
+        order = sorted(evaluated, key=last.__getitem__)
+        matrix = self.result()[[last[j] for j in order]][:, order]
+        why = ""
+        for i, j in np.argwhere(np.isnan(np.tril(matrix)))[:1]:
+            why = f"experience {order[j]} was not evaluated after training on experience {order[i]}"
+        return {name: f(matrix) for name, f in measures.items()}, why
 
 
 class _LayerMetric(_Metric):
