@@ -338,6 +338,35 @@ def test_a_compiled_network_ends_where_the_network_does(tasks, late):
 # -- Losses ----------------------------------------------------------------------------------------------------------
 
 
+def test_parts_of_the_same_data_are_trained_without_the_gate_and_protected_from_new_classes(tasks):
+    order = torch.randperm(2400, generator=torch.Generator().manual_seed(0))
+    x, y = (torch.cat(part)[order] for part in zip(*tasks[:4]))
+    parts = list(zip(x.split(400), y.split(400)))
+
+    def learned(*tasks, gated=True, **settings):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            *(layer for n in (1, 32, 32) for layer in (nn.Conv2d(n, 32, 3, 2, 1), nn.ReLU())),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+        )  # fmt: skip
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+        gate, passed = PlasticityGate(model, optimizer, settings=Settings(**settings)) if gated else None, []
+        for task in tasks:
+            if gate is not None:
+                gate.prepare(batches(task), CROSS_ENTROPY)
+            trained(model, optimizer, task, epochs=3)
+            if gate is not None:
+                passed.append(min((s.openness for s in gate.statistics.values()), default=1.0))
+                gate.consolidate(batches(task), CROSS_ENTROPY)
+        return right(model, parts[5]), passed
+
+    plain, _ = learned(*parts[:5], gated=False)
+    closed, _ = learned(*parts[:5], same_shift=0)
+    kept, passed = learned(*parts[:5], tasks[4])
+    assert passed[:5] == [1] * 5 and passed[5] < 0.5
+    assert kept > max(plain, closed) + 0.05, (plain, closed, kept)
+
+
 def random_triplets(seed):
     generator = torch.Generator().manual_seed(seed)
 

@@ -46,15 +46,15 @@ def network(kind="mlp", classes=5):
     return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), convolution, nn.ReLU(), nn.Flatten(), nn.Linear(144, classes))
 
 
-def new_classes(settings, adam=None, times=1, kind="mlp"):
-    """The weights after two tasks with classes of their own, of which the second is remembered also.
+def new_classes(settings, adam=None, times=1, kind="mlp", second=(NEW[0], 5 + NEW[1])):
+    """The weights after two tasks, by default with classes of their own, of which the second is remembered also.
 
     Their images are there ``times`` times.
     """
     model = network(kind, classes=10)
     optimizer = adam(model.parameters()) if adam else torch.optim.SGD(model.parameters(), lr=0.02)
     gate = PlasticityGate(model, optimizer, settings=settings)
-    for x, y in (OLD, (NEW[0], 5 + NEW[1])):
+    for x, y in (OLD, second):
         x, y = x.repeat(times, *[1] * (x.dim() - 1)), y.repeat(times)
         gate.prepare(TensorDataset(x, y), cross_entropy)
         for rows in list(torch.arange(192).split(64)) * 8:
@@ -187,6 +187,7 @@ CASES = {
     "vectors": case(2000, 320, two_tasks, kind="cnn"),
     "observed_a_class": case(500, 9, two_tasks),
     "gated_vectors": case(32, 31, two_tasks),
+    "same_shift": case(0.2, 0, new_classes, second=OLD),
     "attention_openness": case(0, 1, two_tasks, kind="attention"),
     "look": case(8, 7, two_tasks),
     "largest_ratio": case(20, 21, two_tasks, samples=4),

@@ -1,6 +1,7 @@
 """The readout, solved for an experience with new classes: against plain linear algebra, and on real MNIST."""
 
 import itertools
+import math
 import warnings
 from collections import OrderedDict
 from dataclasses import replace
@@ -36,6 +37,7 @@ from avalanche_sp.gate.readout import (
     ReadoutSamples,
     agreement,
     class_roots,
+    class_shift,
     class_sums,
     drift_map,
     extended,
@@ -149,6 +151,19 @@ def test_classes_tell_the_old_loss_as_far_as_they_are_as_separable_as_in_one_exp
     assert told_by_classes(memory, readout_samples(x, y)) == pytest.approx(float(expected), rel=1e-3)
     single = x[:6], torch.arange(6)  # one sample a class
     assert 0 <= told_by_classes(remembered(*single), readout_samples(*single)) <= 1
+
+
+def test_the_shift_of_class_means_is_zero_for_equal_distributions_and_infinite_for_other_classes():
+    (x, y), (a, b) = (samples(seed, (0, 1, 2), size=20_000) for seed in (0, 1))
+    memory = remembered(x, y)
+    assert class_shift(memory, readout_samples(a, b)) < 0.01
+    moved = a + torch.nn.functional.one_hot(b, a.shape[1])  # each class by 1, in a direction of its own
+    means = torch.stack([moved[b == c].mean(0) for c in range(3)])[b]
+    expected = 1 / (means - moved.mean(0)).square().sum(1).mean()
+    assert class_shift(memory, readout_samples(moved, b)) == pytest.approx(float(expected), rel=0.1)
+    for kept in (b < 2, b < 3):
+        other = b[kept] + int(kept.all())
+        assert class_shift(memory, readout_samples(a[kept], other)) == math.inf
 
 
 def test_classes_with_other_inputs_in_each_experience_tell_little_of_the_old_loss():

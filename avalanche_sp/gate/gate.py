@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -56,6 +57,7 @@ from avalanche_sp.gate.readout import (
     PseudoSamples,
     ReadoutLoss,
     ReadoutSamples,
+    class_shift,
     curvature_at,
     old_quadratic,
     pseudo_samples,
@@ -384,12 +386,13 @@ class PlasticityGate:
                 statistics.start_epoch()
                 scale = self._prepared.scale.get(name, 1.0) if self._prepared is not None else 1.0
                 factor = self._stored.opening * (s.attention_openness if layer.projects_attention else 1.0)
-                gate = LayerGate.of(remembered, value_of(self.openness, name) * factor, s.gated_vectors, scale)
+                openness = math.inf if self._is_open else value_of(self.openness, name) * factor
+                gate = LayerGate.of(remembered, openness, s.gated_vectors, scale)
                 self._gated[name] = Gated(name, layer, remembered, gate, statistics, self._rate_of(layer))
         unknown = {name: layer for name, layer in self._protected.items() if name not in memory.layers}
         warn_of_thawed([name for name, layer in unknown.items() if layer.weight in self._at_rest])
         self._at_rest.difference_update(layer.weight for layer in unknown.values())
-        freezes = memory.layers and not stored
+        freezes = memory.layers and not stored and not self._is_open
         self._norms = [m for m in model.modules() if freezes and isinstance(m, NORMALISATION)]
         self._frozen = [p for norm in self._norms for p in norm.parameters(recurse=False)]
         if freezes and self.ungated == "freeze":
@@ -397,9 +400,8 @@ class PlasticityGate:
             self._frozen += [p for own in self._ungated_parameters().values() for p in own if p in trained]
         if self._prepared is not None and self._prepared.solved:
             self._frozen += self._protected[self._prepared.layer].trained_parameters
-        self._drift.begin(
-            self._gated.values(), memory.curvature, ratio, self._stored.penalty(ratio), 1 - self._stored.trust
-        )
+        strength = 0.0 if self._is_open else self._stored.penalty(ratio)
+        self._drift.begin(self._gated.values(), memory.curvature, ratio, strength, 1 - self._stored.trust)
         self._hook()
 
     def _begin_again(self) -> None:
@@ -411,10 +413,11 @@ class PlasticityGate:
 
         For new classes, or a new task's head, the readout is solved, and frozen until :meth:`consolidate`. So the
         layers below learn only the part of the loss that the readout cannot remove. The drift of old inputs is measured
-        then, and also without a new class if the loss is not quadratic. It does nothing for a quadratic loss without a
-        new class, or if stored samples stand for most of the old loss. The first experience needs a loss that is not
-        quadratic and an adaptive optimizer, such as Adam: for another optimizer the solved readout can make the loss
-        too sharp, and there is no earlier experience to compare it with.
+        then, and also without a new class if the loss is not quadratic. If the experience continues all earlier ones,
+        with their classes and with the class means where they were, the gate is open until :meth:`consolidate`. Else it
+        does nothing for a quadratic loss without a new class, or if stored samples stand for most of the old loss. The
+        first experience needs a loss that is not quadratic and an adaptive optimizer, such as Adam: for another
+        optimizer the solved readout can make the loss too sharp, and there is no earlier experience to compare it with.
 
         Args:
             data, criterion: as for :meth:`consolidate`; data that can be read again. Their samples are held until
@@ -449,7 +452,8 @@ class PlasticityGate:
             return
         observation = self._observed(samples, layers, criterion)
         self._loss_before, classified = observation.loss, observation.classified
-        if classified is None or not self._solves(observation):
+        continues = self._continues(classified)
+        if classified is None or not self._solves(observation, continues):
             return
         if self._memory_size and classified.layer not in self.memory.layers:
             return  # batches are of several tasks: no row is gated, and nothing bounds the sharpness of a solved head
@@ -477,7 +481,7 @@ class PlasticityGate:
         # Of a class that has many kinds of input, drawn inputs tell too little.
         entered = self._entered(observation, layers) if solved else None
         self._prepared = Preparation(
-            classified.layer, solved, inputs, targets, old, entered, vectors, weights, means, scale, step
+            classified.layer, solved, inputs, targets, old, entered, vectors, weights, means, scale, step, continues
         )
         self._begin_again()
 
@@ -548,7 +552,7 @@ class PlasticityGate:
         samples = self._read[1] if self._read is not None and self._read[0] is data else self._samples_of(data)
         self._read = None
         first = not self.memory.consolidations
-        if first and not self._memory_size:
+        if (first or self._is_open) and not self._memory_size:
             self._measure_norms(samples)
         observation = self._observed(samples, layers, criterion if self.measures_loss else None)
         before, self._loss_before = self._loss_before, None
@@ -905,7 +909,7 @@ class PlasticityGate:
         }
         classified, losses, solved = observation.classified, None, False
         memory, merged = self.memory, dict[str, LayerMemory]()  # self.memory stays until all has gone well
-        if classified is not None and criterion is not None and self._solves(observation):
+        if classified is not None and criterion is not None and self._solves(observation, self._is_open):
             name, start, prepared = classified.layer, None, self._prepared
             if prepared is not None and prepared.layer == name:
                 if not torch.equal(prepared.targets, classified.targets):
@@ -966,12 +970,24 @@ class PlasticityGate:
         eps = self._optimizer.defaults.get("eps")
         return isinstance(eps, float) and eps <= self.settings.adaptive_eps
 
-    def _solves(self, observation: Observation) -> bool:
+    @property
+    def _is_open(self) -> bool:
+        """Whether the present experience continues all earlier ones, so that nothing of it is held back."""
+        return self._prepared is not None and self._prepared.continues
+
+    def _continues(self, samples: ReadoutSamples | None) -> bool:
+        """Whether an experience continues all earlier ones: the same classes, whose means are where they were."""
+        old = None if samples is None else self.memory.layers.get(samples.layer)
+        if samples is None or old is None or old.class_counts is None:
+            return False
+        return class_shift(old, samples) < self.settings.same_shift
+
+    def _solves(self, observation: Observation, continues: bool) -> bool:
         """Whether the readout is solved for an experience.
 
-        A loss that is quadratic in the outputs takes the Newton step instead if the experience brings no new class, or
-        if stored samples stand for most of the old loss. In the first experience the readout is solved only for another
-        loss and an adaptive optimizer.
+        A loss that is quadratic in the outputs takes the Newton step instead if the experience brings no new class and
+        does not continue the earlier ones, or if stored samples stand for most of the old loss. In the first experience
+        the readout is solved only for another loss and an adaptive optimizer.
         """
         samples = observation.classified
         if samples is None or not self.readout_step:
@@ -981,7 +997,7 @@ class PlasticityGate:
             return bool(self.memory.layers) or (self._is_adaptive and observation.readout is None)
         if old.class_counts is None:
             return False
-        return observation.readout is None or (self.trust <= 0.5 and self._brings_classes(samples))
+        return observation.readout is None or (self.trust <= 0.5 and (continues or self._brings_classes(samples)))
 
     def _brings_classes(self, samples: ReadoutSamples) -> bool:
         """Whether an experience has a class that the readout's memory does not know, or a new task's head."""

@@ -77,6 +77,7 @@ class Preparation:
     Attributes:
         layer: the readout's name.
         solved: whether the readout has been solved for the experience, and is frozen until its end.
+        continues: whether the experience continues all earlier ones, so that the gate is open.
         inputs, targets: the readout's inputs (n, d) and their classes (n,).
         old: pseudo-samples of the old classes; None for a new task's head.
         entered: drawn inputs, on which the network has run; None if they are not known.
@@ -99,6 +100,7 @@ class Preparation:
     sensitivity: dict[str, Tensor]
     scale: dict[str, float]
     step: dict[str, float] = field(default_factory=dict)
+    continues: bool = False
 
     def state_dict(self) -> dict:
         """Tensors and numbers by field."""

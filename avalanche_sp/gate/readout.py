@@ -400,18 +400,48 @@ def told_by_classes(memory: LayerMemory, seen: ReadoutSamples) -> float:
         seen: samples of the experience.
     """
 
-    def between_and_within(sums: Tensor, counts: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
-        known = counts > 0
-        shares, means = counts[known] / counts.sum(), sums[known] / counts[known].unsqueeze(1)
-        of_means = (shares * means.square().sum(1)).sum()
-        return of_means - (shares @ means).square().sum(), (energy - of_means).clamp_min(0)
-
     assert memory.class_sums is not None and memory.class_counts is not None
     energy = memory.mean_eigenvalue * len(memory.vectors)
-    old_between, old_within = between_and_within(memory.class_sums, memory.class_counts, energy)
-    between, within = between_and_within(*class_sums(seen), seen.inputs.square().sum() / len(seen.inputs))
+    old_between, old_within = _between_and_within(memory.class_sums, memory.class_counts, energy)
+    between, within = _between_and_within(*class_sums(seen), seen.inputs.square().sum() / len(seen.inputs))
     least = torch.finfo(energy.dtype).tiny
     return float((old_between * within / (old_within * between).clamp_min(least)).clamp(0, 1))
+
+
+def class_shift(memory: LayerMemory, seen: ReadoutSamples) -> float:
+    r"""How far the class means of an experience are from those remembered, squared, in variances between classes.
+
+    .. math:: \max\Big(0, \sum_c p_c \big(\lVert \mu_c - m_c \rVert^2 - s^2 (1 / n_c + 1 / N_c)\big) / b\Big)
+
+    The shares :math:`p_c` of the classes, the variances :math:`s^2` within them and b between them are those of the
+    experience. What the numbers of samples :math:`n_c` and :math:`N_c` let expect of equal distributions is taken off.
+
+    Args:
+        memory: of a readout, with class sums.
+        seen: samples of the experience.
+
+    Returns:
+        Infinite if the experience lacks a known class, or has one that is not known.
+    """
+    assert memory.class_sums is not None and memory.class_counts is not None
+    sums, counts = class_sums(seen)
+    known = memory.class_counts.nonzero().flatten()
+    if not torch.equal(known, counts.nonzero().flatten()):
+        return float("inf")
+    between, within = _between_and_within(sums, counts, seen.inputs.square().sum() / len(seen.inputs))
+    shares, old_counts = counts[known] / counts.sum(), memory.class_counts[known]
+    moved = sums[known] / counts[known].unsqueeze(1) - memory.class_sums[known] / old_counts.unsqueeze(1)
+    expected = within * (shares * (1 / (shares * len(seen.inputs)) + 1 / old_counts)).sum()
+    shift = ((shares * moved.square().sum(1)).sum() - expected) / between.clamp_min(torch.finfo(between.dtype).tiny)
+    return max(float(shift), 0.0)
+
+
+def _between_and_within(sums: Tensor, counts: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
+    """The trace of the covariance between class means and of that within classes, 0-dim, of inputs of an energy."""
+    known = counts > 0
+    shares, means = counts[known] / counts.sum(), sums[known] / counts[known].unsqueeze(1)
+    of_means = (shares * means.square().sum(1)).sum()
+    return of_means - (shares @ means).square().sum(), (energy - of_means).clamp_min(0)
 
 
 def old_quadratic(memory: LayerMemory, present: Tensor, curvature: Tensor) -> Callable[[Tensor], Tensor]:

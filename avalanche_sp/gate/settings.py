@@ -39,6 +39,9 @@ class Settings:
     )
     # Gate.
     gated_vectors: int = _setting(32, "count", "leading eigenvectors gated in every step; the others at every look")
+    same_shift: float = _setting(
+        0.2, "not negative", "shift of the class means, in variances between classes, below which the gate is open"
+    )
     attention_openness: float = _setting(
         0, "not negative", "factor of the openness of an attention's query, key and value projections; 0 holds them"
     )
