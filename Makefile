@@ -1,5 +1,5 @@
-# make compare and make test, and for contributors make lint, make docs, make results (tables and figures from the stored
-# runs) and make results-rerun (hours: trains the missing runs first). All make the environment first,
+# make compare and make test, and for contributors make test-slow, make lint, make docs, make results (tables and figures
+# from the stored runs) and make results-rerun (hours: trains the missing runs first). All make the environment first,
 # and again if the text of setup.cfg or pyproject.toml changes.
 VENV ?= .venv
 PYTHON ?= python3
@@ -18,6 +18,9 @@ results-rerun: $(READY)
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n logical --dist loadfile
 
+test-slow: $(READY)
+	$(VENV)/bin/python -m pytest -n logical --dist loadfile -m slow
+
 lint: $(READY)
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m mypy
@@ -32,4 +35,4 @@ $(READY):
 	rm -f $(VENV)/.ready*
 	touch $@
 
-.PHONY: compare results results-rerun test lint docs
+.PHONY: compare results results-rerun test test-slow lint docs

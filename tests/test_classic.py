@@ -63,6 +63,7 @@ def test_images_equal_avalanches_bit_for_bit():
     assert_same_samples(ours, theirs)
 
 
+@pytest.mark.slow
 def test_permutations_equal_avalanches():
     ours = permuted_mnist(2, seed=3, dataset_root=MNIST)
     theirs = PermutedMNIST(2, seed=3, dataset_root=MNIST)

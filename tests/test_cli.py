@@ -139,6 +139,7 @@ def test_help_has_a_line_on_each_strategy_and_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_comparison_ends_with_a_table_and_figures(tmp_path, capsys):
     arguments = [*TINY, "--strategies", "naive-sgd,sp-replay", "--seeds", "2", "--first-seed", "3"]
     arguments += ["--output", str(tmp_path), "--against", "naive-sgd"]

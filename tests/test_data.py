@@ -117,6 +117,7 @@ def test_every_data_set_is_shipped_or_its_download_tested():
     assert {*SHIPPED, *DOWNLOADS} == set(DATA)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOWNLOADS)
 def test_a_downloaded_data_set_is_read_and_trained_on(name, tmp_path, monkeypatch):
     unchecked(monkeypatch)
@@ -172,6 +173,7 @@ def test_every_network_is_for_every_size_and_number_of_classes(network, data):
     assert heads(torch.zeros(2, *DATA[data].shape), torch.tensor([0, 1])).shape == (2, DATA[data].classes // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", OTHERS)
 @pytest.mark.parametrize("strategy", ["sp", "gpm"])
 def test_other_networks_train_on_other_data(network, strategy, monkeypatch):

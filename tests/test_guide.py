@@ -13,6 +13,8 @@ from avalanche_sp import SelectivePlasticityPlugin, split_mnist
 
 from conftest import MNIST, ROOT, sliced
 
+pytestmark = pytest.mark.slow
+
 GUIDE = (ROOT / "docs" / "guide.md").read_text()
 
 

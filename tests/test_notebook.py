@@ -47,6 +47,7 @@ def assert_clean(notebook):
     assert {output.name for output in outputs(notebook) if output.output_type == "stream"} == {"stdout"}  # no warning
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_with_few_images():
     notebook, accuracies = executed(1500)
     assert_clean(notebook)

@@ -24,6 +24,8 @@ from harness.settings import Run
 
 from conftest import MNIST, mlp, strategy_of
 
+pytestmark = pytest.mark.slow
+
 
 def images(experience, n=None):
     x, y, _ = experience.dataset.read_batch(list(range(n or len(experience.dataset))))

@@ -17,6 +17,8 @@ from harness.settings import Run
 
 from conftest import mlp, sliced, weights
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = 784 * 4 + 8  # bytes: an image and its label
 NETWORK = 4 * sum(p.numel() for p in mlp().parameters())
 BUFFER = 100

@@ -278,6 +278,7 @@ def test_every_study_is_of_strategies_and_settings_that_exist(name):
         assert key_of(run.settings()) == key_of(json.loads(json.dumps(run.settings())))
 
 
+@pytest.mark.slow
 def test_training_then_nothing_to_train(tmp_path, monkeypatch, capsys):
     study = dataclasses.replace(STUDY, rows=[Row("naive-sgd"), Row("sp"), Row("sp-replay")], buffers=(200,))
     monkeypatch.setitem(STUDIES, "a_study", study)

@@ -23,6 +23,8 @@ from harness.store import Store
 
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--benchmark", "permuted-mnist", "--tasks", "2", "--train-per-task", "200", "--seeds", "1", "--jobs", "1"]
 
 
@@ -42,7 +44,6 @@ def report_of(output):
     return best, ended
 
 
-@pytest.mark.slow
 def test_two_searches_on_one_study_of_which_one_is_killed(tmp_path):
     arguments = [*TINY, "--strategy", "sp-consolidated", "--output", str(tmp_path)]
     one, other = (started("hyperparameter_search.py", *arguments, "--trials", "10") for _ in range(2))

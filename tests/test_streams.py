@@ -9,6 +9,8 @@ from harness.streams import swaps
 
 from conftest import MNIST
 
+pytestmark = pytest.mark.slow
+
 
 def run_of(strategy="sp", **kwargs):
     return Run(**{"benchmark": "split-mnist", "strategy": strategy, "n_tasks": 5, "epochs": 1, "batch_size": 64,

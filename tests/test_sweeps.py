@@ -19,6 +19,8 @@ from harness.store import Store
 
 from conftest import MNIST, ROOT
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--tasks", "2", "--train-per-task", "200", "--strategies", "naive-sgd", "--jobs", "2"]
 
 
@@ -77,7 +79,6 @@ def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path, capsys):
     check(tmp_path, 4)
 
 
-@pytest.mark.slow
 def test_a_sweep_killed_three_times_ends_with_every_result_once(tmp_path):
     few, many = sorted(random.Random(0).sample(range(2, 11), 2))
     for finished, kill in ((0, os.killpg), (few, os.kill), (many, os.killpg)):
@@ -195,7 +196,6 @@ def test_a_sweep_runs_on_a_cluster(tmp_path, monkeypatch):
     assert alone["accuracy_matrix"] == frame.accuracy_matrix[1]
 
 
-@pytest.mark.slow
 def test_a_sweep_on_a_cluster_survives_the_death_of_a_worker(tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed")
     # As docs/sweeps.md says: the workers find the harness, one thread each.

@@ -18,6 +18,8 @@ from harness.store import Store
 
 from conftest import MNIST
 
+pytestmark = pytest.mark.slow
+
 NETWORK = "100-100"
 SHORT = {"si": {"strength": 10.0}}  # as it is tuned, so few images don't outweigh it
 
