@@ -130,6 +130,7 @@ def test_a_step_with_stored_samples_waits_for_nothing(split5):
         assert waits.found == []
 
 
+@pytest.mark.slow
 def test_overhead_measures_a_network_with_and_without_the_gate():
     timers = overhead.gated(
         overhead.Settings(dataset_root=MNIST, images=(256,)), "100-100", 256, "Adam", torch.optim.Adam, 64, False

@@ -148,6 +148,7 @@ def test_inputs_that_are_all_alike_or_not_finite_do_not_move():
         assert watch.moved < 1e-3
 
 
+@pytest.mark.slow
 def test_boundaries_are_found_and_what_was_learned_before_is_kept(stream):
     plugin = SelectivePlasticityPlugin(consolidate="surprise")
     found = trained(stream, [plugin])
@@ -160,6 +161,7 @@ def test_boundaries_are_found_and_what_was_learned_before_is_kept(stream):
         assert accuracy(found.model, stream, task) > accuracy(told.model, stream, task) - 0.05 > 0.6
 
 
+@pytest.mark.slow
 def test_a_task_that_comes_back_is_found_though_its_loss_is_low(stream):
     """Else what was learned since, of which nothing is consolidated yet, would be lost."""
     plugin = SelectivePlasticityPlugin(consolidate="surprise")
@@ -174,6 +176,7 @@ def test_a_task_that_comes_back_is_found_though_its_loss_is_low(stream):
     assert accuracy(unaware.model, stream, 1) < 0.5
 
 
+@pytest.mark.slow
 def test_inputs_that_drift_are_consolidated_though_no_iteration_is_surprising(stream):
     """Two pixels more change places every iteration; the detector finds nothing."""
     swaps = torch.randperm(784, generator=torch.Generator().manual_seed(0)).view(-1, 2)
@@ -217,6 +220,7 @@ def adaptive(parameters):
     return SelectivePlasticityOptimizer(parameters, lr=1e-3, plasticity_k=1, beta1=0.0, eps=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("consolidate, optimizer", zip(FOUND, [adaptive, partial(torch.optim.SGD, lr=0.05)]))
 def test_an_online_stream_is_the_same_to_it_as_whole_experiences(stream, consolidate, optimizer):
     """Bit for bit: the end of an experience means nothing."""
@@ -490,6 +494,7 @@ def test_bad_arguments_are_named(kwargs, words):
     assert words in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("consolidate, why", [("surprise", "none in 40 iterations"), ("continuous", "every 4096")])
 @pytest.mark.parametrize("is_online", [False, True])
 def test_new_classes_of_which_nothing_was_noticed_are_told_once(split5, consolidate, why, is_online):

@@ -286,6 +286,7 @@ def go_on(strategy, benchmark, stop_at=None):
     return began
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy, stops, starts",
     [

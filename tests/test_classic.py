@@ -29,6 +29,7 @@ def test_torchvision_and_avalanche_find_the_shipped_mnist_offline():
     assert len(SplitMNIST(2, dataset_root=MNIST).train_stream) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 5])
 def test_split_mnist_holds_every_image_once(n):
     benchmark = split_mnist(n, dataset_root=MNIST)

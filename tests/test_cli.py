@@ -154,6 +154,7 @@ def test_a_comparison_ends_with_a_table_and_figures(tmp_path, capsys):
     assert "4 of 4 runs are already in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_failed_run_ends_it_with_status_1(tmp_path, capsys):
     arguments = [*TINY, "--strategies", "sp", "--seeds", "1", "--set", "lr=1e30", "--output", str(tmp_path)]
     assert permuted_mnist.main(arguments) == 1

@@ -111,6 +111,7 @@ def test_the_weights_of_old_dendrites_are_frozen(package, split5):
     assert all(torch.equal(new, old) for new, old in zip(tops[3], tops[2]))
 
 
+@pytest.mark.slow
 def test_the_package_decides_on_held_out_samples(package, split2, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "files"
@@ -155,6 +156,7 @@ def test_runs_in_one_process_do_not_disturb_each_other(package, split2):
     assert package.pc is settings and len(weights(alone)) == len(weights(one.model))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_resumes(package, split5, tmp_path):
     def fresh():
         return strategy_of(mlp(), [DendritesPlugin(), SelectivePlasticityPlugin()])

@@ -104,6 +104,7 @@ def test_a_runs_settings_are_all_that_decides_it():
 # -- Runs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", strategies_of("permuted-mnist"))
 def test_every_strategy_runs_and_reports(strategy, tiny):
     row = execute(make_run(strategy, replay_buffer=50 if strategy in USES_REPLAY else 0), str(MNIST))

@@ -383,6 +383,7 @@ def hardest_triplets(z, y):
     return F.relu((distances * same).max(1)[0] - (distances + 1e6 * same).min(1)[0] + 1).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("criterion", [random_triplets, lambda seed: hardest_triplets], ids=["random", "hardest"])
 def test_a_trained_distance_is_no_worse_after_a_consolidation(tasks, criterion, seed):

@@ -152,6 +152,7 @@ def test_an_evaluation_after_an_interrupt_weighs_all_rows_alike(split5):
     strategy.eval(split5.test_stream[:1])
 
 
+@pytest.mark.slow
 def test_on_an_online_stream_it_follows_what_the_plugin_found(split5):
     """With mini-batches for experiences, the old is what was consolidated; until then it counts as one experience."""
     settings = Settings(stream_chunk=320, half_trust=25)

@@ -84,6 +84,7 @@ def test_grad_scaler_skips_overflow_and_changes_nothing_else(batch):
     torch.testing.assert_close(weights(scaled), weights(plain), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_the_same_step(batch):
     eager, compiled = mlp(), mlp()
     a, b = (SelectivePlasticityOptimizer(m.parameters(), warmup_steps=2) for m in (eager, compiled))

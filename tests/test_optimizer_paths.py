@@ -115,6 +115,7 @@ def test_a_bad_gradient_anywhere_raises_and_leaves_everything_untouched(path, da
 OTHERS = {"alignment_threshold": -1.0, "maximize": True, "weight_decay": 0.1, "beta1": 0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, kwargs, consolidate_at",
     [
@@ -198,6 +199,7 @@ def groups_of(compiled, seed=0):
     return params, SelectivePlasticityOptimizer(groups, warmup_steps=3)
 
 
+@pytest.mark.slow
 def test_the_compiled_path_follows_every_change_between_steps():
     """No setting, gradient or state of an earlier step is kept anywhere but in the groups and the state."""
     runs = []

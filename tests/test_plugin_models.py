@@ -69,6 +69,7 @@ def test_models_of_other_precision_remember(split2, dtype, replay):
     assert kept[0] < 0.4 < 0.6 < kept[1]
 
 
+@pytest.mark.slow
 def test_many_small_experiences_stay_stable(split2):
     """Each is a hundredth of what came before: the pull-back must not outrun the step size."""
     strategy = strategy_of(mlp(), [SelectivePlasticityPlugin(rank=10)], batch=5)

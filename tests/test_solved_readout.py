@@ -596,6 +596,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_each_short_experience_is_learned_and_the_old_ones_are_kept(split5, loss, optimizer):

@@ -88,6 +88,7 @@ for seed in range({first}, {first} + 100000):
 """
 
 
+@pytest.mark.slow
 def test_processes_that_append_together_and_are_killed_lose_no_whole_row(tmp_path):
     starts, store, deadline = (1_000_000, 2_000_000), Store(tmp_path), time.monotonic() + 60
     programs = [
