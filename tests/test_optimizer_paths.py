@@ -121,9 +121,9 @@ OTHERS = {"alignment_threshold": -1.0, "maximize": True, "weight_decay": 0.1, "b
     [
         (torch.float32, {}, None),
         (torch.float64, OTHERS, 2),
-        pytest.param(torch.float32, OTHERS, 2, marks=pytest.mark.slow),
-        pytest.param(torch.float64, {}, 2, marks=pytest.mark.slow),
-        pytest.param(torch.float64, OTHERS, None, marks=pytest.mark.slow),
+        (torch.float32, OTHERS, 2),
+        (torch.float64, {}, 2),
+        (torch.float64, OTHERS, None),
     ],
     ids=str,
 )

@@ -14,9 +14,9 @@ from avalanche_sp.gate.settings import Settings
 
 @runtime_checkable
 class ChangeDetector(Protocol):
-    """What finds a change in a series of numbers: a detector of `river.drift`, or an object of one's own.
+    """A detector of a change in a series of numbers: one of `river.drift`, or an object of one's own.
 
-    Those of `river.drift.binary` do not: they take truth values.
+    Detectors of `river.drift.binary` take truth values, and do not work.
     """
 
     @property

@@ -77,7 +77,6 @@ class Preparation:
     Attributes:
         layer: the readout's name.
         solved: whether the readout has been solved for the experience, and is frozen until its end.
-        continues: whether the experience continues all earlier ones, so that the gate is open.
         inputs, targets: the readout's inputs (n, d) and their classes (n,).
         old: pseudo-samples of the old classes; None for a new task's head.
         entered: drawn inputs, on which the network has run; None if they are not known.
@@ -87,6 +86,7 @@ class Preparation:
         scale: factors of what their gates let through, 0 to 1, so that the loss is no sharper than in the first
             experience, which was trained without a gate.
         step: factors of their gradients, 0 to 1, with stored samples, which pass the gate (:func:`stable_step`).
+        continues: whether the experience continues all earlier ones, so that the gate is open.
     """
 
     layer: str

@@ -399,7 +399,6 @@ def told_by_classes(memory: LayerMemory, seen: ReadoutSamples) -> float:
         memory: of a readout, with class sums.
         seen: samples of the experience.
     """
-
     assert memory.class_sums is not None and memory.class_counts is not None
     energy = memory.mean_eigenvalue * len(memory.vectors)
     old_between, old_within = _between_and_within(memory.class_sums, memory.class_counts, energy)
@@ -414,7 +413,8 @@ def class_shift(memory: LayerMemory, seen: ReadoutSamples) -> float:
     .. math:: \max\Big(0, \sum_c p_c \big(\lVert \mu_c - m_c \rVert^2 - s^2 (1 / n_c + 1 / N_c)\big) / b\Big)
 
     The shares :math:`p_c` of the classes, the variances :math:`s^2` within them and b between them are those of the
-    experience. What the numbers of samples :math:`n_c` and :math:`N_c` let expect of equal distributions is taken off.
+    experience. The subtracted term is the expected value for equal distributions, with :math:`n_c` samples of the
+    experience and :math:`N_c` of the memory.
 
     Args:
         memory: of a readout, with class sums.
@@ -431,7 +431,7 @@ def class_shift(memory: LayerMemory, seen: ReadoutSamples) -> float:
     between, within = _between_and_within(sums, counts, seen.inputs.square().sum() / len(seen.inputs))
     shares, old_counts = counts[known] / counts.sum(), memory.class_counts[known]
     moved = sums[known] / counts[known].unsqueeze(1) - memory.class_sums[known] / old_counts.unsqueeze(1)
-    expected = within * (shares * (1 / (shares * len(seen.inputs)) + 1 / old_counts)).sum()
+    expected = within * (len(known) / len(seen.inputs) + (shares / old_counts).sum())
     shift = ((shares * moved.square().sum(1)).sum() - expected) / between.clamp_min(torch.finfo(between.dtype).tiny)
     return max(float(shift), 0.0)
 

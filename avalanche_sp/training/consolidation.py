@@ -29,9 +29,10 @@ class ConsolidatedEligibility:
         return {"_kept": self._kept}
 
     def note(self, strategy) -> None:
-        """Keeps what the optimizer holds, before Avalanche adapts the model and the optimizer.
+        """Keeps the optimizer's consolidated eligibility, before Avalanche adapts the model and the optimizer.
 
-        A new optimizer for the same model adds to what was kept. In all other cases only the optimizer counts.
+        If the optimizer is new and the model is the same, parameters without an eligibility in the optimizer keep the
+        earlier one. In all other cases the earlier eligibility is dropped.
         """
         model, optimizer = strategy.model, strategy.optimizer
         is_new_optimizer = model is self._model() and optimizer is not self._optimizer()

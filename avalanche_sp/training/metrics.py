@@ -115,8 +115,8 @@ class AccuracyMatrix(_Metric):
     def to_csv(self, path: str | Path) -> None:
         """Writes R to a CSV file: a line for each training, a column for each experience evaluated on.
 
-        A line begins with the experience trained on. Experiences count from 0, as Avalanche's do. What was not
-        evaluated is left empty.
+        A line begins with the experience trained on. Experiences count from 0, as Avalanche's do. Entries that were
+        not evaluated are empty.
 
         Args:
             path: the file. It is overwritten; its folder must be there.
