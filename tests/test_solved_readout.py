@@ -668,6 +668,99 @@ def test_a_readout_whose_outputs_the_network_changes_in_a_known_way_is_solved(sp
     assert sum(accuracy(model.eval(), small, task) for task in range(5)) / 5 > 0.65
 
 
+class LastStep(nn.Module):
+    """A recurrent network: the readout of its last state, or the last one of the readouts of all states."""
+
+    def __init__(self, form, batch_first=True):
+        super().__init__()
+        self.rnn, self.readout, self.form = nn.GRU(28, 32, batch_first=batch_first), nn.Linear(32, 10), form
+
+    def forward(self, x):
+        x = x.view(-1, 28, 28)
+        if not self.rnn.batch_first:
+            states = self.rnn(x.transpose(0, 1))[0]
+            return self.readout(states)[-1] if self.form == "late" else self.readout(states[-1])
+        states = self.rnn(x)[0]
+        return self.readout(states)[:, -1] if self.form == "late" else self.readout(states[:, -1])
+
+
+class FirstOf(nn.Module):
+    """One state of a sequence, at another place for each sample, as the last token before the padding is."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.states, self.readout, self.form = nn.Sequential(nn.Linear(112, 32), nn.ReLU()), nn.Linear(32, 10), form
+
+    def forward(self, x):
+        x = x.view(-1, 7, 112)
+        place, rows = x[:, 3].argmax(1) % 7, torch.arange(len(x))
+        states = self.states(x)
+        return self.readout(states)[rows, place] if self.form == "late" else self.readout(states[rows, place])
+
+
+class Mean(nn.Module):
+    """A convolutional network: the readout of the mean, or the mean of a convolution with a unit a class."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.body, self.form = nn.Sequential(nn.Unflatten(1, (1, 28)), nn.Conv2d(1, 16, 5, 3), nn.ReLU()), form
+        self.readout = nn.Conv2d(16, 10, 1) if form == "late" else nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.body(x.view(-1, 28, 28))
+        return self.readout(x).mean((2, 3)) if self.form == "late" else self.readout(x.mean((2, 3)))
+
+
+class Biased(nn.Module):
+    """The bias of the readout: its own, or another parameter."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.body, self.readout = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU()), nn.Linear(64, 10, False)
+        self.form, self.bias = form, nn.Parameter(torch.zeros(10), requires_grad=form == "late")
+
+    def forward(self, x):
+        return self.readout(self.body(x)) + self.bias
+
+
+class Wide(nn.Module):
+    """A readout of ten units, or the first ten of forty."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU())
+        self.readout = nn.Linear(64, 40 if form == "late" else 10)
+
+    def forward(self, x):
+        return self.readout(self.body(x))[:, :10]
+
+
+FORMS = {
+    "a last step": (LastStep, 0.01),
+    "a last step, time first": (partial(LastStep, batch_first=False), 0.01),
+    "a place of its own": (FirstOf, 0.01),
+    "a mean": (Mean, 0.01),
+    "a bias": (Biased, 0.05),
+    "the first units": (Wide, 0.05),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_network_written_in_two_ways_learns_as_much(split5, form):
+    small, (network, margin), kept = sliced(split5, train=416, test=200), FORMS[form], {}
+    for name in ("early", "late"):
+        torch.manual_seed(0)
+        model = network(name)
+        step = torch.optim.Adam(model.parameters())
+        strategy = strategy_of(model, [SelectivePlasticityPlugin()], optimizer=step, criterion=nn.CrossEntropyLoss())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "cannot solve the last layer")
+            for experience in small.train_stream:
+                strategy.train(experience)
+        kept[name] = sum(accuracy(model.eval(), small, task) for task in range(5)) / 5
+    assert kept["late"] > kept["early"] - margin and kept["early"] > 0.25
+
+
 def test_a_warning_says_that_the_readout_cannot_be_solved(split5):
     small = sliced(split5, train=416, test=200)
     for last, warned in ((nn.Tanh(), True), (nn.Identity(), False), (nn.LogSoftmax(1), False)):

@@ -686,7 +686,7 @@ def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
 def ungated_parameters(model: nn.Module, gated: Iterable[GatedLayer]) -> dict[str, list[nn.Parameter]]:
     """All other trainable parameters but those of normalisation layers, by name.
 
-    The name is the module's, or the parameter's if others of the module are gated.
+    The name is the module's, or the parameter's if it is the network's own or if others of the module are gated.
     """
     known, found = {p for layer in gated for p in layer.parameters}, dict[str, list[nn.Parameter]]()
     for name, module in model.named_modules():
@@ -695,6 +695,6 @@ def ungated_parameters(model: nn.Module, gated: Iterable[GatedLayer]) -> dict[st
         own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
         others = {n: p for n, p in own.items() if p not in known}
         for n, p in others.items():
-            path = name if len(others) == len(own) else f"{name}.{n}".lstrip(".")
+            path = name if name and len(others) == len(own) else f"{name}.{n}".lstrip(".")
             found.setdefault(path.split(".parametrizations")[0], []).append(p)
     return found

@@ -8,13 +8,23 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
 
 from avalanche_sp.gate.functional import leading_eigenvalue, loss_derivatives
 from avalanche_sp.gate.layers import GatedLayer
-from avalanche_sp.gate.readout import Criterion, ReadoutLoss, ReadoutSamples, linked, unlinked, with_gradient
+from avalanche_sp.gate.readout import (
+    Criterion,
+    Link,
+    ReadoutLoss,
+    ReadoutSamples,
+    close,
+    linked,
+    unlinked,
+    with_gradient,
+)
 from avalanche_sp.gate.settings import Settings
 
 BATCH = 256  # samples a forward pass
@@ -281,11 +291,15 @@ def observe(
     called: list[tuple[str, GatedLayer, Tensor | None]] = []
     count, most, whole, some, link = 0, 0, None, None, None
     of_first: dict[str, int] = {}  # input vectors of the first batch
+    a_sample: dict[str, float] = {}  # input vectors that a sample gives a weight, if outputs are pooled
+    latest = torch.zeros(0)  # input of the layer that was called last
 
     def record(name, layer, x, output):
+        nonlocal latest
         called.append((name, layer, output if layer.per_row and isinstance(output, Tensor) else None))
         if len(called) > 1 and not _is_row_a_sample(called[-2][2]):
             called.pop(-2)  # its output need not be held
+        latest = x
         x, vectors = some_inputs(layer, x, most)
         inputs.setdefault(name, []).append(x)
         vectors_seen[name] = vectors_seen.get(name, 0) + vectors
@@ -303,18 +317,22 @@ def observe(
                 called.clear()
                 outputs = forward(model, x)
                 of_first = of_first or dict(vectors_seen)
-                last, outputs, link = output_layer(called, outputs)
+                if called and (pooled := _pooled(*called[-1][1:], latest, outputs)) is not None:
+                    which, layer, _ = called[-1]
+                    inputs[which][-1], called[-1] = pooled[0], (which, layer, pooled[1])
+                    a_sample[which] = 1.0
+                last, outputs, link = output_layer(called, outputs, link)
                 units.append(_masked_units(outputs, y, last))
                 targets.append(y)
                 if criterion is not None:
                     check_outputs(outputs)
                     quadratic = errors[0][0] is not None if errors else None
-                    loss, curvature, name, error = output_derivatives(
-                        linked(criterion, link), outputs, y, last, quadratic
+                    loss, curvature, solvable, error = output_derivatives(
+                        criterion, outputs, y, last, link, quadratic
                     )
                     curvatures.append(curvature)
                     losses.append(loss * len(y))
-                    errors.append((name, error))
+                    errors.append((solvable, error))
         if not count:
             raise ValueError("Invalid data: no sample has a label (allowed: one or more)")
         two = _first(some, 2, min(len(targets[0]), _SENSITIVITY))
@@ -333,14 +351,14 @@ def observe(
     observed = {}
     for name, parts in inputs.items():
         shared = two is not some and len(targets[0]) > 2 and of_first.get(name) == of_two[name]
-        rows = vectors_seen[name] / (len(targets) if shared else count)
+        rows = a_sample.get(name) or vectors_seen[name] / (len(targets) if shared else count)
         x = torch.stack(parts).sum(0) / max(vectors_seen[name], 1) if layers[name].of_rows else torch.cat(parts)
         observed[name] = LayerObservation(x, rows, None, name in given, shared)
     curvature = torch.stack(curvatures).mean() if curvatures else torch.zeros(())
     readout, names = None, {name for name, _ in errors}
-    if len(names) == 1 and (name := names.pop()) is not None:
-        x, error = observed[name].inputs, torch.cat([error for _, error in errors])
-        readout = _readout_loss(name, layers[name], x, error.to(x.dtype), curvature, samples.total)
+    if len(names) == 1 and (last_name := names.pop()) is not None:
+        x, error = observed[last_name].inputs, torch.cat([error for _, error in errors])
+        readout = _readout_loss(last_name, layers[last_name], x, error.to(x.dtype), curvature, samples.total)
     classified = None
     if units and (found := units[-1]) is not None and all(u is not None and u[0] == found[0] for u in units):
         x = observed[found[0]].inputs
@@ -354,15 +372,58 @@ def _is_row_a_sample(output: Tensor | None) -> TypeGuard[Tensor]:
     return output is not None and output.dim() == 2
 
 
+def _pooled(layer: GatedLayer, made: Tensor | None, x: Tensor, outputs: Any) -> tuple[Tensor, Tensor] | None:
+    """Input vectors (n, d) and outputs (n, out) of a layer whose outputs are pooled over the places of a sample.
+
+    Examples are a convolution with a unit a class and a mean over the image, and logits for each token of which those
+    of the last one are chosen. The map is linear. So pooled inputs give pooled outputs.
+
+    Args:
+        made: the layer's output at each place; samples in its first dimension, or in the second of three.
+        x: the layer's input.
+        outputs: the network's: a mean over the places, those of one place, or a function of such (``unlinked``).
+
+    Returns:
+        None if the layer has one place a sample, or pools in another way.
+    """
+    if made is None or made.dim() < 3 or layer.groups > 1 or not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        return None
+    n = len(outputs)
+    if n not in made.shape[: 2 if made.dim() == 3 else 1]:
+        return None
+
+    def by_sample(rows: Tensor) -> Tensor:  # (n, places, ...)
+        return rows.unflatten(0, (n, -1)) if len(made) == n else rows.unflatten(0, (-1, n)).transpose(0, 1)
+
+    rows = by_sample(layer.postsynaptic(made))
+    places = rows.shape[1]
+    last, first = torch.eye(places).to(rows)[[-1, 0]].unsqueeze(1).expand(-1, n, -1)
+    weights = [torch.full_like(last, 1 / places), last, first]
+    if rows.shape[2] == outputs.shape[1]:
+        same = close(rows, outputs.unsqueeze(1)).all(2)
+        if same.any(1).all():
+            weights.insert(0, F.one_hot(same.int().argmax(1), places).to(rows))
+    for weight in weights:
+        pooled = (weight.unsqueeze(1) @ rows).squeeze(1)
+        if pooled.shape == outputs.shape:
+            pooled = torch.where(close(pooled, outputs).all(0), outputs, pooled)  # without rounding
+        before, link = unlinked(pooled, outputs)
+        if link is not None or (before.shape == pooled.shape and (before == pooled).all(0).any()):
+            inputs = by_sample(layer.presynaptic(x.float()))
+            return (weight.to(inputs).unsqueeze(1) @ inputs).squeeze(1), pooled
+    return None
+
+
 def output_layer(
-    called: Sequence[tuple[str, GatedLayer, Tensor | None]], outputs: Any
-) -> tuple[tuple[str, GatedLayer, Tensor] | None, Any, Callable[[Tensor], Tensor] | None]:
+    called: Sequence[tuple[str, GatedLayer, Tensor | None]], outputs: Any, known: Link | None = None
+) -> tuple[tuple[str, GatedLayer, Tensor] | None, Any, Link | None]:
     """The layer that makes a network's outputs; the outputs before the function after it, and the function.
 
     Args:
         called: layers in the order of the forward pass, by name, with their outputs (n, out); None for an output that
             is not the layer's alone.
         outputs: the network's.
+        known: the function, if other samples have told.
 
     Returns:
         The last layer, if no layer is known to make the outputs; None if its output is not its own.
@@ -371,7 +432,7 @@ def output_layer(
         for name, layer, made in reversed(called):
             if not _is_row_a_sample(made):
                 continue
-            before, link = unlinked(made, outputs)
+            before, link = unlinked(made, outputs, known)
             if link is not None or (made.shape == outputs.shape and (made == outputs).all(0).any()):
                 return (name, layer, made), before, link
     last = None
@@ -460,6 +521,7 @@ def output_derivatives(
     outputs: Tensor,
     targets: Tensor,
     last: tuple[str, GatedLayer, Tensor] | None,
+    link: Link | None = None,
     quadratic: bool | None = None,
 ) -> tuple[Tensor, Tensor, str | None, Tensor]:
     """The loss and its mean curvature in the outputs, 0-dim; the readout's name; the gradient in the readout's output.
@@ -468,19 +530,23 @@ def output_derivatives(
     the loss is not quadratic and convex in the outputs.
 
     Args:
-        criterion: of these outputs and the targets, a mean over samples.
-        outputs: the network's (n, C), before a softmax, for instance (:func:`~avalanche_sp.gate.readout.unlinked`).
+        criterion: of the network's outputs and the targets, a mean over samples.
+        outputs: the network's (n, C), before ``link``.
         targets: the samples' targets.
         last: of the layer that makes the outputs (:func:`output_layer`): its name before and its output after it.
+        link: the function after the layer, such as a softmax (:func:`~avalanche_sp.gate.readout.unlinked`).
         quadratic: whether the loss is quadratic and convex in the outputs, if another batch has told.
     """
+    criterion = linked(criterion, link)
     with torch.enable_grad():
         varied = outputs.detach().requires_grad_()
         value = criterion(varied, targets)
         if not isinstance(value, Tensor) or value.numel() != 1:
             what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
             raise ValueError(f"Invalid criterion: its value is of {what} (allowed: one number, the mean over samples)")
-        error, curvature = loss_derivatives(varied, value, _units(outputs, targets))
+        error, curvature = loss_derivatives(
+            varied, value, _units(outputs if link is None else link(outputs), targets)
+        )
         loss = value.detach()
     if last is None:
         return loss, curvature, None, outputs

@@ -23,6 +23,8 @@ from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.settings import Settings
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
+Link = Callable[[Tensor], Tensor]
+_MASKED = -1000.0  # an output that is none, as in Avalanche's incremental heads
 _LOST = 0.5  # share of the present weights' gain over outputs of zero, at most, that a solution may lose
 LINKS = (partial(F.log_softmax, dim=1), partial(F.softmax, dim=1), torch.sigmoid, F.logsigmoid)
 
@@ -117,26 +119,49 @@ def newton_readout(
     return ((gradient + step @ hessian) / (total + kept)).to(kind)
 
 
-def unlinked(made: Tensor, outputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+def unlinked(made: Tensor, outputs: Tensor, known: Link | None = None) -> tuple[Tensor, Link | None]:
     """A network's outputs before the function that makes them from a layer's, and that function.
 
     Args:
         made: the layer's outputs (n, out).
-        outputs: the network's, (n, out), or (n,) of a single unit.
+        outputs: the network's, (n, out), (n, k) of its first k units, or (n,) of a single unit.
+        known: the function, if other samples have told; it is tried first.
 
     Returns:
-        ``made`` and one of ``LINKS``, a multiple, or the removal of the single unit's dimension; ``outputs`` and None
-        if no unit needs one, or none is known.
+        ``made`` and one of ``LINKS``, a multiple, the removal of the single unit's dimension, an affine function of
+        each unit, or the first units, of which all others are masked; ``outputs`` and None if no unit needs one, or
+        none is known.
     """
     if outputs.dim() == 1 and made.shape == (len(outputs), 1) and torch.equal(made[:, 0], outputs):
         return made.detach(), partial(torch.squeeze, dim=1)
-    if made.shape != outputs.shape or made.dim() != 2 or (outputs == made).all(0).any():
+    if made.dim() != 2 or outputs.dim() != 2 or len(made) != len(outputs) or made.shape[1] < outputs.shape[1]:
         return outputs, None
     made, outputs = made.detach(), outputs.detach()
+    if made.shape != outputs.shape:
+        first = partial(torch.narrow, dim=1, start=0, length=outputs.shape[1])
+        if not torch.equal(first(made), outputs):
+            return outputs, None
+        return torch.cat([outputs, torch.full_like(made[:, outputs.shape[1] :], _MASKED)], 1), first
+    if (outputs == made).all(0).any():
+        return outputs, None
     scale = partial(torch.mul, (made * outputs).sum() / made.square().sum())
-    links = (f for f in (*LINKS, scale) if torch.allclose(f(made), outputs, rtol=1e-3, atol=1e-4))
-    link = next(links, None)
+    candidates: list[Link | None] = [known, *LINKS, scale, _affine(made, outputs) if len(made) > 2 else None]
+    link = next((f for f in candidates if f is not None and close(f(made), outputs).all()), None)
     return (outputs if link is None else made), link
+
+
+def close(one: Tensor, other: Tensor) -> Tensor:
+    """Whether outputs are the same, to rounding."""
+    return torch.isclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+def _affine(made: Tensor, outputs: Tensor) -> Link:
+    """The function of each unit, a x + b, that is nearest to the outputs of several samples."""
+    deviations = made - made.mean(0)
+    slope = (deviations * outputs).sum(0) / deviations.square().sum(0)
+    slope = torch.where(slope.isfinite(), slope, 1.0)
+    shift = outputs.mean(0) - slope * made.mean(0)
+    return lambda x: slope * x + shift
 
 
 def in_dtype(criterion: Criterion, dtype: torch.dtype) -> Criterion:
@@ -148,9 +173,15 @@ def in_dtype(criterion: Criterion, dtype: torch.dtype) -> Criterion:
     return deepcopy(criterion).to(dtype)
 
 
-def linked(criterion: Criterion, link: Callable[[Tensor], Tensor] | None) -> Criterion:
+def linked(criterion: Criterion, link: Link | None) -> Criterion:
     """The loss of (the readout's outputs, targets)."""
     return criterion if link is None else lambda outputs, targets: criterion(link(outputs), targets)
+
+
+def units_of(link: Link | None, outputs: Tensor) -> int:
+    """The number of a readout's units (n, out) that the network returns."""
+    made = outputs if link is None else link(outputs)
+    return made.shape[1] if made.dim() > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -171,7 +202,7 @@ class ReadoutSamples:
     targets: Tensor
     masked: Tensor
     weight: float
-    link: Callable[[Tensor], Tensor] | None = None
+    link: Link | None = None
 
 
 def class_sums(samples: ReadoutSamples) -> tuple[Tensor, Tensor]:
@@ -567,7 +598,7 @@ def curvature_at(weights: Tensor, samples: ReadoutSamples, criterion: Criterion)
     """Mean curvature of a loss in the outputs of a readout with these weights (out, d), 0-dim."""
     outputs = (samples.inputs @ weights.T).requires_grad_()
     loss = linked(in_dtype(criterion, outputs.dtype), samples.link)(outputs, samples.targets)
-    return loss_derivatives(outputs, loss, len(weights))[1]
+    return loss_derivatives(outputs, loss, units_of(samples.link, outputs))[1]
 
 
 @torch.enable_grad()

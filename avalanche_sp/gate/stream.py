@@ -15,7 +15,7 @@ from avalanche_sp.gate.observe import (
     output_layer,
     some_inputs,
 )
-from avalanche_sp.gate.readout import ReadoutLoss, linked
+from avalanche_sp.gate.readout import ReadoutLoss
 from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.settings import Settings
 from avalanche_sp.gate.warn import warn_of_unobserved
@@ -226,9 +226,7 @@ class StreamWatch:
         """The readout, and its outputs for the stream's samples at the minimum of the loss, if that is quadratic."""
         called = [(name, layer, made if made is None else stream.of(made)) for name, layer, _, made in self._called]
         last, outputs, link = output_layer(called, outputs)
-        _, self._curvature, readout, errors = output_derivatives(
-            linked(criterion, link), outputs, self._targets, last
-        )
+        _, self._curvature, readout, errors = output_derivatives(criterion, outputs, self._targets, last, link)
         if readout is None or last is None:
             return None, None
         self.readout = readout

@@ -34,10 +34,10 @@ def warn_of_ungated(
         ungated: what happens to these, as of the gate: ``"freeze"`` or ``"train"``.
     """
     parameters = {p for name, p in model.named_parameters() if name in trained}
-    names = [name or "the model" for name, own in others.items() if parameters.intersection(own)]
+    names = [name for name, own in others.items() if parameters.intersection(own)]
     if names:
         share = sum(p.numel() for p in parameters.intersection(gated)) / sum(p.numel() for p in parameters)
-        kinds = {name: type(module).__name__ for name, module in model.named_modules() if name in others and name}
+        kinds = {name: type(module).__name__ for name, module in model.named_modules() if name in others}
         named = ", ".join(f"{name} ({kinds[name]})" if name in kinds else name for name in names)
         freezes = ungated == "freeze"
         happens = "They are frozen from now on" if freezes else "They train ungated and may forget"
