@@ -10,7 +10,7 @@ from torch import nn
 from avalanche_sp import JointReplayLoss, OneHotMSELoss, SelectivePlasticityPlugin, Settings
 from avalanche_sp.training.replay import memory_size, stream_rows
 
-from conftest import mlp, sliced, strategy_of, weights
+from conftest import accuracy, mlp, sliced, strategy_of, weights
 
 
 def test_one_hot_squared_error_by_hand():
@@ -77,10 +77,44 @@ def test_a_criterion_that_is_no_mean_is_refused(wrong, error, split2):
         assert torch.equal(weights(model), before)
 
 
-def test_a_loss_without_a_second_derivative_trains(split2):
+def absolute_error(outputs, targets):
+    return (outputs - nn.functional.one_hot(targets, 10)).abs().sum(1).mean()
+
+
+def power_of_probability(outputs, targets):
+    """Generalised cross-entropy. Its second derivative is infinite where a probability is 0."""
+    chosen = outputs.softmax(1).gather(1, targets[:, None])
+    return ((1 - chosen**0.7) / 0.7).mean()
+
+
+@pytest.mark.parametrize(
+    "criterion, least",
+    [
+        (nn.MultiMarginLoss(), 0.75),
+        (nn.MultiMarginLoss(p=2), 0.75),
+        (absolute_error, 0.3),
+        (power_of_probability, 0.75),
+    ],
+)
+def test_new_classes_are_learned_with_a_loss_that_is_not_curved_everywhere(split5, criterion, least):
+    small, model = sliced(split5, train=416, test=200), mlp(64)
+    step = torch.optim.Adam(model.parameters())
+    strategy = strategy_of(model, [SelectivePlasticityPlugin()], optimizer=step, criterion=criterion)
+    torch.manual_seed(0)
+    for experience in small.train_stream:
+        strategy.train(experience)
+    assert sum(accuracy(model.eval(), small, task) for task in range(5)) / 5 > least
+
+
+def test_a_loss_whose_solution_is_worse_than_the_trained_readout_leaves_it(split2):
+    """From outputs of zero this loss has no gradient."""
+
+    def flat_at_zero(outputs, targets):
+        return nn.functional.relu(1 + outputs.square().mean() - outputs.gather(1, targets[:, None]).square()).mean()
+
     model, plugin = mlp(), SelectivePlasticityPlugin()
-    strategy = strategy_of(model, [plugin], criterion=nn.MultiMarginLoss())
-    with pytest.warns(UserWarning, match="layer 5 cannot be solved for this loss"):
+    strategy = strategy_of(model, [plugin], criterion=flat_at_zero)
+    with pytest.warns(UserWarning, match="layer 5 is not solved for this loss"):
         for experience in sliced(split2, 96, 20).train_stream:
             before = model[5].weight.detach().clone()
             strategy.train(experience)

@@ -269,7 +269,8 @@ def loss_derivatives(outputs: Tensor, loss: Tensor, units: int) -> tuple[Tensor,
         if "is not implemented" not in str(error):
             raise
         return gradient.detach(), outputs.new_zeros(())
-    return gradient.detach(), ((product * signs).sum() / units).clamp_min(0)
+    known = (product * signs).nan_to_num(0.0, 0.0, 0.0)  # infinite where a root's argument is 0, for instance
+    return gradient.detach(), (known.sum() / units).clamp_min(0)
 
 
 def leading_eigenvalue(activity: Tensor, through: Callable[[Tensor], Tensor] | None = None) -> Tensor:

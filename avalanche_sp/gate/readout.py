@@ -520,9 +520,10 @@ def solve_readout(
     pseudo-samples; :math:`\kappa` is the loss's curvature at outputs of zero. It starts at the present weights, or at
     a Newton step from zero with the curvature :math:`\kappa` where the loss is lower there. For squared error and all
     eigenvectors the solution is the ridge regression on all data, if the old inputs have not moved. It does not depend
-    on the optimizer, its learning rate or the number of its steps. A loss without curvature leaves the weights as they
-    are, and False is returned. So does a solution that loses more than half of the present weights' gain over outputs
-    of zero: the curvature at zero says too little of such a loss, for instance of a distance.
+    on the optimizer, its learning rate or the number of its steps. For a loss without curvature, such as a hinge,
+    :math:`\kappa` is that of :func:`curvature_to_zero`. A loss without a gradient at outputs of zero leaves the weights
+    as they are, and False is returned. So does a solution that loses more than half of the present weights' gain over
+    outputs of zero: the curvature at zero says too little of such a loss, for instance of a distance.
 
     Args:
         layer: the network's last, a linear one.
@@ -554,6 +555,8 @@ def solve_readout(
     start = layer.weights_and_bias()
     curvature = curvature_at(torch.zeros_like(start), new, criterion)
     criterion = linked(in_dtype(criterion, new.inputs.dtype), new.link)
+    if not curvature > 0:  # piecewise linear, as a hinge
+        curvature = curvature_to_zero(torch.zeros_like(new.inputs @ start.T), new.targets, criterion)
     if not curvature > 0:  # nothing bounds the weights
         return False
 
@@ -599,6 +602,21 @@ def curvature_at(weights: Tensor, samples: ReadoutSamples, criterion: Criterion)
     outputs = (samples.inputs @ weights.T).requires_grad_()
     loss = linked(in_dtype(criterion, outputs.dtype), samples.link)(outputs, samples.targets)
     return loss_derivatives(outputs, loss, units_of(samples.link, outputs))[1]
+
+
+def curvature_to_zero(outputs: Tensor, targets: Tensor, criterion: Criterion) -> Tensor:
+    r"""Curvature of the quadratic that falls from a loss to zero along its gradient, 0-dim.
+
+    .. math:: \frac{1}{n} \sum_i \lVert g_i \rVert^2 / (2 L)
+
+    The step to its minimum is B. Polyak's (Introduction to Optimization, 1987). A squared error has this curvature.
+
+    Args:
+        outputs: (n, out), at which the loss is L and has the gradient g of each sample.
+        targets, criterion: a mean over samples.
+    """
+    loss, gradient = with_gradient(lambda z: criterion(z, targets), outputs)
+    return torch.nan_to_num(gradient.square().sum() * len(outputs) / (2 * loss), nan=0.0, posinf=0.0)
 
 
 @torch.enable_grad()

@@ -95,17 +95,18 @@ def warn_of_unsolved(observation: Observation) -> None:
     if observation.layers and observation.classified is None and observation.readout is None:
         _warn(
             " cannot solve the last layer for old and new classes together, and gates it as any other. It is solved if "
-            "the whole layer trains, the network returns its outputs (n, classes), a multiple of them, or their "
-            "softmax, log-softmax or sigmoid, and the targets are class labels or the loss is a squared error."
+            "the whole layer trains, the network returns its outputs (n, classes), a mean of them over places or "
+            "those of one place, an affine function of each, or their softmax, log-softmax or sigmoid, and the targets "
+            "are class labels or the loss is a squared error."
         )
 
 
 def warn_of_left(layer: str) -> None:
     """Says so if the readout was not solved."""
     _warn(
-        f": layer {layer} cannot be solved for this loss, and is gated as any other, so new classes are learned less. "
-        "A loss of class labels can be solved if it is curved at outputs of zero, as cross-entropy is and a hinge, an "
-        "absolute error or a distance is not. With readout_step=False there is no attempt, nor this warning."
+        f": layer {layer} is not solved for this loss, and is gated as any other, so new classes are learned less. The "
+        "search starts at outputs of zero. There the loss has no gradient, or the search ends at a higher loss than "
+        "training did. With readout_step=False there is no attempt, nor this warning."
     )
 
 
