@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -365,6 +366,40 @@ def test_parts_of_the_same_data_are_trained_without_the_gate_and_protected_from_
     kept, passed = learned(*parts[:5], tasks[4])
     assert passed[:5] == [1] * 5 and passed[5] < 0.5
     assert kept > max(plain, closed) + 0.05, (plain, closed, kept)
+
+
+def test_only_an_adaptive_optimizer_goes_on_from_the_solved_readout(tasks):
+    order = torch.randperm(2400, generator=torch.Generator().manual_seed(0))
+    x, y = (torch.cat(part)[order] for part in zip(*tasks[:4]))
+    parts = list(zip(x.split(400), y.split(400)))
+    parts[3] = tuple(part[parts[3][1] < 2] for part in parts[3])  # too few classes to continue all the others
+    for optimizer_of, adapts in ((sgd, False), (partial(torch.optim.Adam, lr=0.001), True)):
+        torch.manual_seed(0)
+        model = mlp()
+        optimizer = optimizer_of(model.parameters()) if adapts else optimizer_of(model)
+        gate, left = PlasticityGate(model, optimizer), None
+        for number, task in enumerate(parts):
+            before = model[-1].weight.detach().clone()
+            gate.prepare(batches(task), CROSS_ENTROPY)
+            if number in (2, 4, 5) and not adapts:  # from the last that continued the others, after another also
+                assert torch.equal(model[-1].weight, left) and not torch.equal(before, left)
+            elif number not in (0, 3):
+                assert torch.equal(model[-1].weight, before)
+            trained(model, optimizer, task)
+            if number != 3:
+                left = model[-1].weight.detach().clone()
+            gate.consolidate(batches(task), CROSS_ENTROPY)
+            assert number == 0 or not torch.equal(model[-1].weight, left)
+            if number == 4:  # in a checkpoint too
+                state = copy.deepcopy(gate.state_dict())
+                gate.close()
+                gate = PlasticityGate(model, optimizer)
+                gate.load_state_dict(state)
+    new = x[:64], torch.full((64,), 9)
+    gate.prepare(batches(new), CROSS_ENTROPY)
+    trained(model, optimizer, new)
+    gate.consolidate(batches(new), CROSS_ENTROPY)
+    assert all(layer.trained is None for layer in gate.memory.layers.values())
 
 
 def random_triplets(seed):

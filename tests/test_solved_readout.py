@@ -153,7 +153,7 @@ def test_classes_tell_the_old_loss_as_far_as_they_are_as_separable_as_in_one_exp
     assert 0 <= told_by_classes(remembered(*single), readout_samples(*single)) <= 1
 
 
-def test_the_shift_of_class_means_is_zero_for_equal_distributions_and_infinite_for_other_classes():
+def test_the_shift_of_class_means_is_zero_for_equal_distributions_and_infinite_for_new_classes():
     (x, y), (a, b) = (samples(seed, (0, 1, 2), size=20_000) for seed in (0, 1))
     memory = remembered(x, y)
     assert class_shift(memory, readout_samples(a, b)) < 0.01
@@ -161,9 +161,12 @@ def test_the_shift_of_class_means_is_zero_for_equal_distributions_and_infinite_f
     means = torch.stack([moved[b == c].mean(0) for c in range(3)])[b]
     expected = 1 / (means - moved.mean(0)).square().sum(1).mean()
     assert class_shift(memory, readout_samples(moved, b)) == pytest.approx(float(expected), rel=0.1)
-    for kept in (b < 2, b < 3):
-        other = b[kept] + int(kept.all())
-        assert class_shift(memory, readout_samples(a[kept], other)) == math.inf
+    assert class_shift(memory, readout_samples(a, b + 1)) == math.inf
+    lacking = class_shift(memory, readout_samples(a[b < 2], b[b < 2]))
+    assert lacking == pytest.approx(float((y == 2).float().mean()), abs=0.01)
+    fewer = replace(memory, class_sums=memory.class_sums[:3], class_counts=memory.class_counts[:3])
+    assert class_shift(fewer, readout_samples(a, b)) < 0.01  # a head that has grown since
+    assert class_shift(fewer, readout_samples(a, b + 1)) == math.inf
 
 
 def test_classes_with_other_inputs_in_each_experience_tell_little_of_the_old_loss():

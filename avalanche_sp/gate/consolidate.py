@@ -20,6 +20,7 @@ def consolidate(
     observation: Observation,
     layers: Mapping[str, GatedLayer],
     merged: Mapping[str, LayerMemory],
+    trained: Mapping[str, Tensor],
     rank_of: Callable[[str, int, bool], float],
     remembers_weights: Collection[str],
     settings: Settings,
@@ -32,6 +33,7 @@ def consolidate(
     Args:
         layers: the network's gated layers by name; their weights become the anchors.
         merged: second moments that are merged already, by layer.
+        trained: weights from which the next experience is trained if it continues this one, by layer.
         rank_of: eigenvectors to keep, by layer name, number of inputs, and whether it makes the network's outputs.
         remembers_weights: the layers whose weights are remembered along all directions, at four bits each.
         stored: losses of stored samples in the readout's weights; None takes no step of the readout.
@@ -74,6 +76,7 @@ def consolidate(
             class_counts=counts,
             class_roots=roots,
             data_sums=data_sums,
+            trained=trained.get(name),
             sharpness=old.sharpness if old is not None else None,
             fed_by_data=seen.fed_by_data,
         )
@@ -136,6 +139,7 @@ def inherited(memory: LayerMemory, layer: GatedLayer) -> LayerMemory:
         class_sums=None,
         class_counts=None,
         class_roots=None,
+        trained=None,
     )
 
 

@@ -414,7 +414,9 @@ class PlasticityGate:
         For new classes, or a new task's head, the readout is solved, and frozen until :meth:`consolidate`. So the
         layers below learn only the part of the loss that the readout cannot remove. The drift of old inputs is measured
         then, and also without a new class if the loss is not quadratic. If the experience continues all earlier ones,
-        with their classes and with the class means where they were, the gate is open until :meth:`consolidate`. Else it
+        with their classes and with the class means where they were, the gate is open until :meth:`consolidate`. For an
+        optimizer whose steps grow with the sharpness, as SGD's do, the readout then has the weights that training left
+        it: the solved ones make the loss too sharp. Else it
         does nothing for a quadratic loss without a new class, or if stored samples stand for most of the old loss. The
         first experience needs a loss that is not quadratic and an adaptive optimizer, such as Adam: for another
         optimizer the solved readout can make the loss too sharp, and there is no earlier experience to compare it with.
@@ -457,6 +459,8 @@ class PlasticityGate:
             return
         if self._memory_size and classified.layer not in self.memory.layers:
             return  # batches are of several tasks: no row is gated, and nothing bounds the sharpness of a solved head
+        if continues and (trained := self.memory.layers[classified.layer].trained) is not None:
+            layers[classified.layer].set_weights(trained)
         merged, old = self._merged(self.memory, classified), self._pseudo_samples(classified)
         solved = self._brings_classes(classified)
         if solved and not self._solve(classified, old, layers, merged, criterion):
@@ -909,6 +913,7 @@ class PlasticityGate:
         }
         classified, losses, solved = observation.classified, None, False
         memory, merged = self.memory, dict[str, LayerMemory]()  # self.memory stays until all has gone well
+        trained = dict[str, Tensor]()
         if classified is not None and criterion is not None and self._solves(observation, self._is_open):
             name, start, prepared = classified.layer, None, self._prepared
             if prepared is not None and prepared.layer == name:
@@ -921,6 +926,11 @@ class PlasticityGate:
             else:
                 old = self._pseudo_samples(classified)
             merged = {name: self._merged(memory, classified, start)}
+            known = self.memory.layers.get(name)
+            if self._is_open and not self._is_adaptive:
+                trained = {name: layers[name].weights_and_bias()}
+            elif known is not None and known.trained is not None and not self._brings_classes(classified):
+                trained = {name: known.trained}
             solved = self._solve(classified, old, layers, merged[name], criterion)
         if self.readout_step and not solved:
             losses = self._stored_losses(observation, layers, criterion)
@@ -929,6 +939,7 @@ class PlasticityGate:
             observation,
             layers,
             merged,
+            trained,
             self.rank_of,
             remembers,
             self.settings,

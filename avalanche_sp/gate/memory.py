@@ -37,6 +37,8 @@ class LayerMemory:
             part of its covariance. None if the loss is quadratic, which needs no more than the shared second moment.
         data_sums: (out, d), of the input vectors by class, for the one layer that data feed; None for other layers, if
             the loss is quadratic, for several heads, and if there are more classes than the layer has units.
+        trained: (out, d), the weights as training left them before the readout was solved, after the last experience
+            that continued all earlier ones, if the optimizer's steps grow with the sharpness; None after new classes.
         sharpness: leading eigenvalue of the Gauss-Newton matrix in the layer's weights at the end of the first
             experience, without the loss's curvature, 0-dim; None if it was not measured.
         fed_by_data: True if no trained layer makes this layer's input.
@@ -54,6 +56,7 @@ class LayerMemory:
     class_counts: Tensor | None = None
     class_roots: Tensor | None = None
     data_sums: Tensor | None = None
+    trained: Tensor | None = None
     sharpness: Tensor | None = None
     fed_by_data: bool = False
 
@@ -194,18 +197,18 @@ class LayerMemory:
         return closed, claim(self.rest, self.mean_eigenvalue, openness)
 
     def leading(self, n: int) -> LayerMemory:
-        """The memory with its n leading eigenvectors only, n >= 1, without rough anchor, class roots and data sums.
+        """The memory with its n leading eigenvectors only, n >= 1, without what :meth:`Memory.within` drops first.
 
         The mean eigenvalue stays, so that the energy of the others counts to the rest. An embedding has no rest: its
         other rows are forgotten as if they were never used.
         """
         along = {k: getattr(self, k)[..., -n:].clone() for k in ("eigenvalues", "vectors", "anchor")}
-        return replace(self, rough_anchor=None, class_roots=None, data_sums=None, **along)
+        return replace(self, rough_anchor=None, class_roots=None, data_sums=None, trained=None, **along)
 
     @property
     def state_bytes(self) -> int:
         tensors = [self.eigenvalues, self.vectors, self.mean_eigenvalue, self.anchor]
-        known = (self.residual, self.class_sums, self.class_counts, self.class_roots, self.data_sums)
+        known = (self.residual, self.class_sums, self.class_counts, self.class_roots, self.data_sums, self.trained)
         tensors += [t for t in known if t is not None]
         rough = self.rough_anchor.state_bytes if self.rough_anchor is not None else 0
         return rough + sum(t.numel() * t.element_size() for t in tensors)
@@ -251,9 +254,9 @@ class Memory:
     def within(self, budget: int | None) -> Memory:
         """The memory in at most ``budget`` bytes; None is no bound.
 
-        The rough anchors, class roots and data sums are dropped first. Then the eigenvectors with the lowest
-        eigenvalues are dropped, in units of the layer's mean eigenvalue and over all layers. The leading one of each
-        layer stays.
+        The rough anchors, class roots, data sums and trained weights are dropped first. Then the eigenvectors with the
+        lowest eigenvalues are dropped, in units of the layer's mean eigenvalue and over all layers. The leading one of
+        each layer stays.
 
         Raises:
             ValueError: the rest takes more than the budget.

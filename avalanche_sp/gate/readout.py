@@ -441,30 +441,33 @@ def told_by_classes(memory: LayerMemory, seen: ReadoutSamples) -> float:
 def class_shift(memory: LayerMemory, seen: ReadoutSamples) -> float:
     r"""How far the class means of an experience are from those remembered, squared, in variances between classes.
 
-    .. math:: \max\Big(0, \sum_c p_c \big(\lVert \mu_c - m_c \rVert^2 - s^2 (1 / n_c + 1 / N_c)\big) / b\Big)
+    .. math::
+        \max\Big(0, \sum_c p_c \big(\lVert \mu_c - m_c \rVert^2 - s^2 (1 / n_c + 1 / N_c)\big) / b\Big) + \sum_a N_a / N
 
     The shares :math:`p_c` of the classes, the variances :math:`s^2` within them and b between them are those of the
     experience. The subtracted term is the expected value for equal distributions, with :math:`n_c` samples of the
-    experience and :math:`N_c` of the memory.
+    experience and :math:`N_c` of the memory. A class a that the experience lacks counts as moved by one such variance.
 
     Args:
         memory: of a readout, with class sums.
         seen: samples of the experience.
 
     Returns:
-        Infinite if the experience lacks a known class, or has one that is not known.
+        Infinite if the experience has a class that is not known.
     """
     assert memory.class_sums is not None and memory.class_counts is not None
     sums, counts = class_sums(seen)
-    known = memory.class_counts.nonzero().flatten()
-    if not torch.equal(known, counts.nonzero().flatten()):
+    here, old_counts = counts > 0, torch.zeros_like(counts)
+    old_counts[: len(memory.class_counts)] = memory.class_counts  # fewer where a head has grown
+    if (old_counts[here] == 0).any():
         return float("inf")
+    known, lacking = here.nonzero().flatten(), old_counts[~here].sum() / old_counts.sum()
     between, within = _between_and_within(sums, counts, seen.inputs.square().sum() / len(seen.inputs))
-    shares, old_counts = counts[known] / counts.sum(), memory.class_counts[known]
+    shares, old_counts = counts[known] / counts.sum(), old_counts[known]
     moved = sums[known] / counts[known].unsqueeze(1) - memory.class_sums[known] / old_counts.unsqueeze(1)
     expected = within * (len(known) / len(seen.inputs) + (shares / old_counts).sum())
     shift = ((shares * moved.square().sum(1)).sum() - expected) / between.clamp_min(torch.finfo(between.dtype).tiny)
-    return max(float(shift), 0.0)
+    return max(float(shift), 0.0) + float(lacking)
 
 
 def _between_and_within(sums: Tensor, counts: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
