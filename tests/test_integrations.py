@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from avalanche_sp import split_mnist
+from avalanche_sp.gate import PlasticityGate
 
 from conftest import MNIST, ROOT, mlp
 
@@ -120,3 +121,36 @@ def test_hugging_faces_data_without_a_length(tmp_path):
         warnings.simplefilter("ignore")
         transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
     assert callback.gate.memory.samples == 80
+
+
+@pytest.mark.slow
+def test_gpt2s_readout_of_the_last_token_before_the_padding_is_solved():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2, num_labels=6, pad_token_id=0, eos_token_id=0
+    )
+    model = transformers.GPT2ForSequenceClassification(config)
+
+    def sentences(first):
+        generator = torch.Generator().manual_seed(first)
+        y = torch.randint(2, (300,), generator=generator) + first
+        x = torch.randint(1, 64, (300, 12), generator=generator)
+        x[:, 3], x[:, 5] = 10 + y, 20 + y
+        x[torch.arange(12) >= torch.randint(7, 13, (300, 1), generator=generator)] = 0
+        return list(zip(x.split(16), y.split(16)))
+
+    def outputs(model, x):
+        return model(input_ids=x, attention_mask=(x != 0).long()).logits
+
+    optimizer, criterion = torch.optim.Adam(model.parameters(), lr=0.002), torch.nn.CrossEntropyLoss()
+    gate, tasks = PlasticityGate(model, optimizer, forward=outputs), [sentences(first) for first in (0, 2, 4)]
+    for task in tasks:
+        gate.prepare(task, criterion)
+        for x, y in task * 4:
+            optimizer.zero_grad()
+            criterion(outputs(model, x), y).backward()
+            optimizer.step()
+        gate.consolidate(task, criterion)
+    right = [torch.cat([outputs(model, x).argmax(1) == y for x, y in task]).float().mean() for task in tasks]
+    assert min(right) > 0.65 and sum(right) / 3 > 0.8, right
