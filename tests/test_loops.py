@@ -339,6 +339,7 @@ def test_a_compiled_network_ends_where_the_network_does(tasks, late):
 # -- Losses ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_parts_of_the_same_data_are_trained_without_the_gate_and_protected_from_new_classes(tasks):
     order = torch.randperm(2400, generator=torch.Generator().manual_seed(0))
     x, y = (torch.cat(part)[order] for part in zip(*tasks[:4]))

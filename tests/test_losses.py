@@ -91,7 +91,7 @@ def power_of_probability(outputs, targets):
     "criterion, least",
     [
         (nn.MultiMarginLoss(), 0.75),
-        (nn.MultiMarginLoss(p=2), 0.75),
+        pytest.param(nn.MultiMarginLoss(p=2), 0.75, marks=pytest.mark.slow),
         (absolute_error, 0.3),
         (power_of_probability, 0.75),
     ],

@@ -748,7 +748,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(f, marks=() if f in ("a mean", "a bias") else pytest.mark.slow) for f in FORMS]
+)
 def test_one_network_written_in_two_ways_learns_as_much(split5, form):
     small, (network, margin), kept = sliced(split5, train=416, test=200), FORMS[form], {}
     for name in ("early", "late"):

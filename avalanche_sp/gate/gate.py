@@ -414,12 +414,13 @@ class PlasticityGate:
         For new classes, or a new task's head, the readout is solved, and frozen until :meth:`consolidate`. So the
         layers below learn only the part of the loss that the readout cannot remove. The drift of old inputs is measured
         then, and also without a new class if the loss is not quadratic. If the experience continues all earlier ones,
-        with their classes and with the class means where they were, the gate is open until :meth:`consolidate`. For an
-        optimizer whose steps grow with the sharpness, as SGD's do, the readout then has the weights that training left
-        it: the solved ones make the loss too sharp. Else it
-        does nothing for a quadratic loss without a new class, or if stored samples stand for most of the old loss. The
-        first experience needs a loss that is not quadratic and an adaptive optimizer, such as Adam: for another
-        optimizer the solved readout can make the loss too sharp, and there is no earlier experience to compare it with.
+        with no new class and with the class means where they were, the gate is open until :meth:`consolidate`. An
+        optimizer whose steps grow with the sharpness, as SGD's do, then goes on from the readout that it trained,
+        because a solved one can make the loss too sharp.
+
+        Nothing is done for a quadratic loss without a new class, or if stored samples stand for most of the old loss.
+        The first experience needs a loss that is not quadratic and an adaptive optimizer, such as Adam: for another
+        one a solved readout can be too sharp, and there is no earlier experience to compare it with.
 
         Args:
             data, criterion: as for :meth:`consolidate`; data that can be read again. Their samples are held until

@@ -22,6 +22,7 @@ from avalanche_sp.gate.readout import (
     ReadoutSamples,
     close,
     linked,
+    units_of,
     unlinked,
     with_gradient,
 )
@@ -544,9 +545,7 @@ def output_derivatives(
         if not isinstance(value, Tensor) or value.numel() != 1:
             what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
             raise ValueError(f"Invalid criterion: its value is of {what} (allowed: one number, the mean over samples)")
-        error, curvature = loss_derivatives(
-            varied, value, _units(outputs if link is None else link(outputs), targets)
-        )
+        error, curvature = loss_derivatives(varied, value, units_of(outputs, targets, link))
         loss = value.detach()
     if last is None:
         return loss, curvature, None, outputs
@@ -560,13 +559,6 @@ def output_derivatives(
         quadratic = bool(curved <= _QUADRATIC * error.abs().max() and (nothing != twice).any())
     is_readout = kept.any() and quadratic and curvature > 0
     return loss, curvature, name if is_readout else None, error * kept * len(outputs)
-
-
-def _units(outputs: Tensor, targets: Tensor) -> int:
-    """Number of output units: they stand in the second dimension if each of their places has a class label."""
-    if outputs.dim() > 2 and targets.shape == (len(outputs), *outputs.shape[2:]):
-        return outputs.shape[1]
-    return outputs.shape[-1] if outputs.dim() > 1 else 1
 
 
 def _fed_by_data(

@@ -159,7 +159,7 @@ def _affine(made: Tensor, outputs: Tensor) -> Link:
     """The function of each unit, a x + b, that is nearest to the outputs of several samples."""
     deviations = made - made.mean(0)
     slope = (deviations * outputs).sum(0) / deviations.square().sum(0)
-    slope = torch.where(slope.isfinite(), slope, 1.0)
+    slope = torch.where(slope.isfinite() & (slope != 0), slope, 1.0)
     shift = outputs.mean(0) - slope * made.mean(0)
     return lambda x: slope * x + shift
 
@@ -178,10 +178,15 @@ def linked(criterion: Criterion, link: Link | None) -> Criterion:
     return criterion if link is None else lambda outputs, targets: criterion(link(outputs), targets)
 
 
-def units_of(link: Link | None, outputs: Tensor) -> int:
-    """The number of a readout's units (n, out) that the network returns."""
-    made = outputs if link is None else link(outputs)
-    return made.shape[1] if made.dim() > 1 else 1
+def units_of(outputs: Tensor, targets: Tensor, link: Link | None) -> int:
+    """Number of a network's output units, from its outputs before a link.
+
+    They stand in the second dimension if each of their places has a class label.
+    """
+    outputs = outputs if link is None else link(outputs)
+    if outputs.dim() > 2 and targets.shape == (len(outputs), *outputs.shape[2:]):
+        return outputs.shape[1]
+    return outputs.shape[-1] if outputs.dim() > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -604,7 +609,7 @@ def curvature_at(weights: Tensor, samples: ReadoutSamples, criterion: Criterion)
     """Mean curvature of a loss in the outputs of a readout with these weights (out, d), 0-dim."""
     outputs = (samples.inputs @ weights.T).requires_grad_()
     loss = linked(in_dtype(criterion, outputs.dtype), samples.link)(outputs, samples.targets)
-    return loss_derivatives(outputs, loss, units_of(samples.link, outputs))[1]
+    return loss_derivatives(outputs, loss, units_of(outputs, samples.targets, samples.link))[1]
 
 
 def curvature_to_zero(outputs: Tensor, targets: Tensor, criterion: Criterion) -> Tensor:
