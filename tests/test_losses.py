@@ -106,9 +106,7 @@ def test_new_classes_are_learned_with_a_loss_that_is_not_curved_everywhere(split
     assert sum(accuracy(model.eval(), small, task) for task in range(5)) / 5 > least
 
 
-def test_a_loss_whose_solution_is_worse_than_the_trained_readout_leaves_it(split2):
-    """From outputs of zero this loss has no gradient."""
-
+def test_a_loss_without_a_gradient_at_outputs_of_zero_trains(split2):
     def flat_at_zero(outputs, targets):
         return nn.functional.relu(1 + outputs.square().mean() - outputs.gather(1, targets[:, None]).square()).mean()
 

@@ -687,7 +687,7 @@ class LastStep(nn.Module):
         return self.readout(states)[:, -1] if self.form == "late" else self.readout(states[:, -1])
 
 
-class FirstOf(nn.Module):
+class OnePlace(nn.Module):
     """One state of a sequence, at another place for each sample, as the last token before the padding is."""
 
     def __init__(self, form):
@@ -741,7 +741,7 @@ class Wide(nn.Module):
 FORMS = {
     "a last step": (LastStep, 0.01),
     "a last step, time first": (partial(LastStep, batch_first=False), 0.01),
-    "a place of its own": (FirstOf, 0.01),
+    "a place of its own": (OnePlace, 0.01),
     "a mean": (Mean, 0.01),
     "a bias": (Biased, 0.05),
     "the first units": (Wide, 0.05),
@@ -764,6 +764,24 @@ def test_one_network_written_in_two_ways_learns_as_much(split5, form):
                 strategy.train(experience)
         kept[name] = sum(accuracy(model.eval(), small, task) for task in range(5)) / 5
     assert kept["late"] > kept["early"] - margin and kept["early"] > 0.25
+
+
+@pytest.mark.parametrize("pools", [False, True])
+def test_a_bias_after_the_readout_is_known_in_a_last_batch_of_one_sample(split5, pools):
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.readout, self.shift = nn.Linear(28 if pools else 784, 10), nn.Parameter(torch.randn(10))
+
+        def forward(self, x):
+            outputs = self.readout(x.view(len(x), 28, 28)).mean(1) if pools else self.readout(x.flatten(1))
+            return outputs + self.shift
+
+    torch.manual_seed(0)
+    model, x, y = Shifted(), *split5.train_stream[0].dataset.read_batch(list(range(257)))[:2]
+    gate = PlasticityGate(model, torch.optim.Adam(model.parameters()))
+    gate.consolidate(list(zip(x.split(256), y.split(256))), nn.CrossEntropyLoss())
+    assert gate.memory.layers["readout"].class_counts is not None
 
 
 def test_a_warning_says_that_the_readout_cannot_be_solved(split5):

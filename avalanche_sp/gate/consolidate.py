@@ -20,7 +20,7 @@ def consolidate(
     observation: Observation,
     layers: Mapping[str, GatedLayer],
     merged: Mapping[str, LayerMemory],
-    trained: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor | None],
     rank_of: Callable[[str, int, bool], float],
     remembers_weights: Collection[str],
     settings: Settings,

@@ -914,7 +914,7 @@ class PlasticityGate:
         }
         classified, losses, solved = observation.classified, None, False
         memory, merged = self.memory, dict[str, LayerMemory]()  # self.memory stays until all has gone well
-        trained = dict[str, Tensor]()
+        trained = dict[str, Tensor | None]()
         if classified is not None and criterion is not None and self._solves(observation, self._is_open):
             name, start, prepared = classified.layer, None, self._prepared
             if prepared is not None and prepared.layer == name:
@@ -927,11 +927,8 @@ class PlasticityGate:
             else:
                 old = self._pseudo_samples(classified)
             merged = {name: self._merged(memory, classified, start)}
-            known = self.memory.layers.get(name)
-            if self._is_open and not self._is_adaptive:
-                trained = {name: layers[name].weights_and_bias()}
-            elif known is not None and known.trained is not None and not self._brings_classes(classified):
-                trained = {name: known.trained}
+            if not (self._is_adaptive or self._brings_classes(classified)):
+                trained[name] = layers[name].weights_and_bias() if self._is_open else memory.layers[name].trained
             solved = self._solve(classified, old, layers, merged[name], criterion)
         if self.readout_step and not solved:
             losses = self._stored_losses(observation, layers, criterion)

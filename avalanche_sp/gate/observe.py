@@ -292,7 +292,7 @@ def observe(
     called: list[tuple[str, GatedLayer, Tensor | None]] = []
     count, most, whole, some, link = 0, 0, None, None, None
     of_first: dict[str, int] = {}  # input vectors of the first batch
-    a_sample: dict[str, float] = {}  # input vectors that a sample gives a weight, if outputs are pooled
+    pooled_layers: set[str] = set()  # a sample gives their weights one input vector
     latest = torch.zeros(0)  # input of the layer that was called last
 
     def record(name, layer, x, output):
@@ -318,22 +318,20 @@ def observe(
                 called.clear()
                 outputs = forward(model, x)
                 of_first = of_first or dict(vectors_seen)
-                if called and (pooled := _pooled(*called[-1][1:], latest, outputs)) is not None:
+                if called and (pooled := _pooled(*called[-1][1:], latest, outputs, link)) is not None:
                     which, layer, _ = called[-1]
                     inputs[which][-1], called[-1] = pooled[0], (which, layer, pooled[1])
-                    a_sample[which] = 1.0
+                    pooled_layers.add(which)
                 last, outputs, link = output_layer(called, outputs, link)
                 units.append(_masked_units(outputs, y, last))
                 targets.append(y)
                 if criterion is not None:
                     check_outputs(outputs)
                     quadratic = errors[0][0] is not None if errors else None
-                    loss, curvature, solvable, error = output_derivatives(
-                        criterion, outputs, y, last, link, quadratic
-                    )
+                    loss, curvature, name, error = output_derivatives(criterion, outputs, y, last, link, quadratic)
                     curvatures.append(curvature)
                     losses.append(loss * len(y))
-                    errors.append((solvable, error))
+                    errors.append((name, error))
         if not count:
             raise ValueError("Invalid data: no sample has a label (allowed: one or more)")
         two = _first(some, 2, min(len(targets[0]), _SENSITIVITY))
@@ -352,14 +350,14 @@ def observe(
     observed = {}
     for name, parts in inputs.items():
         shared = two is not some and len(targets[0]) > 2 and of_first.get(name) == of_two[name]
-        rows = a_sample.get(name) or vectors_seen[name] / (len(targets) if shared else count)
+        rows = 1.0 if name in pooled_layers else vectors_seen[name] / (len(targets) if shared else count)
         x = torch.stack(parts).sum(0) / max(vectors_seen[name], 1) if layers[name].of_rows else torch.cat(parts)
         observed[name] = LayerObservation(x, rows, None, name in given, shared)
     curvature = torch.stack(curvatures).mean() if curvatures else torch.zeros(())
     readout, names = None, {name for name, _ in errors}
-    if len(names) == 1 and (last_name := names.pop()) is not None:
-        x, error = observed[last_name].inputs, torch.cat([error for _, error in errors])
-        readout = _readout_loss(last_name, layers[last_name], x, error.to(x.dtype), curvature, samples.total)
+    if len(names) == 1 and (name := names.pop()) is not None:
+        x, error = observed[name].inputs, torch.cat([error for _, error in errors])
+        readout = _readout_loss(name, layers[name], x, error.to(x.dtype), curvature, samples.total)
     classified = None
     if units and (found := units[-1]) is not None and all(u is not None and u[0] == found[0] for u in units):
         x = observed[found[0]].inputs
@@ -373,7 +371,16 @@ def _is_row_a_sample(output: Tensor | None) -> TypeGuard[Tensor]:
     return output is not None and output.dim() == 2
 
 
-def _pooled(layer: GatedLayer, made: Tensor | None, x: Tensor, outputs: Any) -> tuple[Tensor, Tensor] | None:
+def _before_link(made: Tensor, outputs: Tensor, known: Link | None) -> tuple[Tensor, Link | None] | None:
+    """As ``unlinked``; None if the network's outputs are not made of a layer's (n, out)."""
+    before, link = unlinked(made, outputs, known)
+    is_made = link is not None or (made.shape == outputs.shape and bool((made == outputs).all(0).any()))
+    return (before, link) if is_made else None
+
+
+def _pooled(
+    layer: GatedLayer, made: Tensor | None, x: Tensor, outputs: Any, known: Link | None
+) -> tuple[Tensor, Tensor] | None:
     """Input vectors (n, d) and outputs (n, out) of a layer whose outputs are pooled over the places of a sample.
 
     Examples are a convolution with a unit a class and a mean over the image, and logits for each token of which those
@@ -383,6 +390,7 @@ def _pooled(layer: GatedLayer, made: Tensor | None, x: Tensor, outputs: Any) -> 
         made: the layer's output at each place; samples in its first dimension, or in the second of three.
         x: the layer's input.
         outputs: the network's: a mean over the places, those of one place, or a function of such (``unlinked``).
+        known: the function, if other samples have told.
 
     Returns:
         None if the layer has one place a sample, or pools in another way.
@@ -408,8 +416,7 @@ def _pooled(layer: GatedLayer, made: Tensor | None, x: Tensor, outputs: Any) -> 
         pooled = (weight.unsqueeze(1) @ rows).squeeze(1)
         if pooled.shape == outputs.shape:
             pooled = torch.where(close(pooled, outputs).all(0), outputs, pooled)  # without rounding
-        before, link = unlinked(pooled, outputs)
-        if link is not None or (before.shape == pooled.shape and (before == pooled).all(0).any()):
+        if _before_link(pooled, outputs, known) is not None:
             inputs = by_sample(layer.presynaptic(x.float()))
             return (weight.to(inputs).unsqueeze(1) @ inputs).squeeze(1), pooled
     return None
@@ -431,11 +438,8 @@ def output_layer(
     """
     if isinstance(outputs, Tensor):
         for name, layer, made in reversed(called):
-            if not _is_row_a_sample(made):
-                continue
-            before, link = unlinked(made, outputs, known)
-            if link is not None or (made.shape == outputs.shape and (made == outputs).all(0).any()):
-                return (name, layer, made), before, link
+            if _is_row_a_sample(made) and (found := _before_link(made, outputs, known)) is not None:
+                return (name, layer, made), *found
     last = None
     if called and (made := called[-1][2]) is not None:
         last = (called[-1][0], called[-1][1], made)

@@ -564,7 +564,7 @@ def solve_readout(
     curvature = curvature_at(torch.zeros_like(start), new, criterion)
     criterion = linked(in_dtype(criterion, new.inputs.dtype), new.link)
     if not curvature > 0:  # piecewise linear, as a hinge
-        curvature = curvature_to_zero(torch.zeros_like(new.inputs @ start.T), new.targets, criterion)
+        curvature = curvature_to_zero(new.inputs.new_zeros(len(new.inputs), len(start)), new.targets, criterion)
     if not curvature > 0:  # nothing bounds the weights
         return False
 
