@@ -64,7 +64,7 @@ SI = {"SI": (SynapticIntelligence, {"si_lambda": 1.0})}
 MIR = {"MIR": (MIR, {"mem_size": 40, "subsample": 30, "batch_size_mem": 13})}
 OTHERS = {"GenerativeReplay": (GenerativeReplay, {}), "CWRStar": (CWRStar, {"cwr_layer_name": "5"})}
 STRATEGIES = {"Naive": (Naive, {}), **KEEPS_SAMPLES, **PENALISES_CHANGE, **MIR, **SI, **OTHERS}
-NOT_GATED = ("Joint", "GDumb")  # one experience; another network in each
+NOT_GATED = ("Joint", "GDumb", "Cumulative")  # one experience; another network in each; all samples in each
 
 
 def build(cls, kwargs, model, plugins):
@@ -161,6 +161,23 @@ def test_the_plugin_says_that_it_does_not_know_stored_samples_in_a_mixture(cls, 
         strategy.train(benchmark.train_stream[1])
     assert len(plugin.layers) == 2
     assert all(statistics.energy == 0 for statistics in plugin.gate.statistics.values())  # of rows that were gated
+
+
+@pytest.mark.parametrize("name", ["Joint", "GDumb", "Cumulative"])
+def test_the_readout_is_solved_on_all_that_a_strategy_trains_on(name, split2):
+    """On the experience's own samples alone, the classes of the other experience were lost."""
+    small = sliced(split2, train=300, test=200)
+    cls, kwargs = STRATEGIES[name]
+    plugin, model = SelectivePlasticityPlugin(), mlp()
+    strategy = build(cls, kwargs, model, [plugin])
+    strategy.optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for experiences in [small.train_stream] if cls is JointTraining else small.train_stream:
+            strategy.train(experiences)
+    assert plugin.gate.memory.samples == (40 if cls is GDumb else 600)
+    assert min(accuracy(strategy.model, experience) for experience in small.test_stream) > 40
 
 
 @pytest.mark.parametrize("cls", [DER, ER_ACE])

@@ -332,7 +332,7 @@ class PlasticityGate:
                 "dropped, and nothing protects it.",
                 stacklevel=2,
             )
-            self.memory, self._prepared = Memory(), None
+            self.forget()
         self._model, self._optimizer = model, optimizer
         if not goes_on:
             self._batches_seen = batches_seen(model)
@@ -596,6 +596,10 @@ class PlasticityGate:
             raise ValueError(f"Invalid name value: {name!r} (allowed: a trainable nn.Linear or nn.Conv2d layer)")
         layers = {**self.memory.layers, name: inherited(self.memory.layers[like], layer)}
         self.memory = replace(self.memory, layers=layers).within(self.memory_budget)
+
+    def forget(self) -> None:
+        """Drops the memory, between two experiences: nothing is protected, and the next experience is the first."""
+        self.memory, self._prepared = Memory(), None
 
     def close(self) -> None:
         """Takes all hooks off the model and the optimizer. The memory stays."""

@@ -92,7 +92,7 @@ class FeatureGaussians(SupervisedPlugin):
         self._other, self._evaluating = None, False
 
     def before_training_exp(self, strategy, **kwargs):
-        self._seen = samples_of(strategy.experience.dataset, self.samples)
+        self._seen = samples_of(strategy.adapted_dataset, self.samples)
         now = self._observed(strategy)  # of the first experience also: it raises for what cannot be remembered
         self.gaussians.check(now.inputs[:, :-1], now.targets)
         self._before = now.inputs[:, :-1] if self.gaussians.means else None

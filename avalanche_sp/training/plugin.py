@@ -159,17 +159,21 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
 
     def before_training_epoch(self, strategy, **kwargs):
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
-        if is_mixture(strategy) and self.gate.memory.layers and not self._told_of_mixture:
-            self._told_of_mixture = True
-            warnings.warn(
-                f"selective plasticity: {type(strategy).__name__} mixes stored samples with those of the experience. "
-                "The plugin does not know which are new. It gates none of them.",
-                stacklevel=2,
-            )
+        begins, data = not strategy.clock.train_exp_epochs, strategy.adapted_dataset  # all that is trained on
+        if begins and is_mixture(strategy) and self.gate.memory.layers:
+            self.gate.forget()
+            if not self._told_of_mixture:
+                self._told_of_mixture = True
+                warnings.warn(
+                    f"selective plasticity: {type(strategy).__name__} mixes stored samples with those of the "
+                    "experience. The plugin does not know which are new. It gates none of them, and remembers the "
+                    "mixture in place of what it remembered before.",
+                    stacklevel=2,
+                )
         stored = [samples_of(memory, self.gate.consolidation_samples) for memory in memories_of(strategy)]
-        self.gate.begin(len(strategy.experience.dataset), stored)
-        if not strategy.clock.train_exp_epochs:
-            self._samples = self._samples_of(strategy.experience.dataset)
+        self.gate.begin(len(data), stored)
+        if begins:
+            self._samples = self._samples_of(data)
             self.gate.prepare(self._samples, strategy._criterion)
 
     def _samples_of(self, dataset) -> Samples:
@@ -234,7 +238,7 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
                     stacklevel=2,
                 )
         elif self.gate.boundaries == "experience" and self.gate.active:
-            samples = self._samples or self._samples_of(strategy.experience.dataset)
+            samples = self._samples or self._samples_of(strategy.adapted_dataset)
             self._samples = None
             self.gate.consolidate(samples, strategy._criterion)
             self._note_consolidation(strategy, strategy.clock.train_iterations)

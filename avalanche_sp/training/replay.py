@@ -74,11 +74,8 @@ def memories_of(strategy) -> list:
     """The datasets of stored samples that the strategy trains on, as far as they are known.
 
     Those that the present data loader replays, or that a strategy such as ER_ACE and DER draws from a buffer of its
-    own; none without replay. If a strategy mixes stored samples with the experience's (:func:`is_mixture`), the whole
-    mixture.
+    own; none without replay.
     """
-    if is_mixture(strategy):
-        return [strategy.adapted_dataset]
     return _replayed(strategy) or _drawn(strategy)
 
 
@@ -88,7 +85,7 @@ def memory_size(strategy) -> int:
 
 
 def is_mixture(strategy) -> bool:
-    """Whether stored samples are in any place among the experience's, as in Cumulative and iCaRL."""
+    """Whether the strategy trains on one dataset of the experience's and earlier samples, as Cumulative and iCaRL."""
     is_apart = isinstance(strategy.dataloader, ReplayDataLoader)
     return not is_apart and len(strategy.adapted_dataset) > len(strategy.experience.dataset)
 
@@ -140,11 +137,9 @@ def stored_rows(strategy) -> Tensor:
     """True for each row of the present training mini-batch that is a stored sample, shape (batch,).
 
     A multi-task model computes the tasks of a mini-batch one after another, so its layers' rows are not known. If there
-    are several tasks, all rows count as stored samples: none is gated. So it is if stored samples are in any place
-    (:func:`is_mixture`). The samples that DER, MIR, GenerativeReplay and A-GEM store or generate count as the stream's:
-    that is no worse than to tell them apart (``docs/guide.md``).
+    are several tasks, all rows count as stored samples: none is gated. The samples that DER, MIR, GenerativeReplay and
+    A-GEM store or generate count as the stream's: that is no worse than to tell them apart (``docs/guide.md``).
     """
-    several_tasks = isinstance(strategy.model, MultiTaskModule) and len(strategy.mb_task_id.unique()) > 1
-    if several_tasks or is_mixture(strategy):
+    if isinstance(strategy.model, MultiTaskModule) and len(strategy.mb_task_id.unique()) > 1:
         return torch.ones(len(strategy.mb_x), dtype=torch.bool)
     return torch.arange(len(strategy.mb_x)) >= stream_rows(strategy)
