@@ -15,7 +15,7 @@ from avalanche_sp.gate.layers import GatedLayer, gated_layers
 from avalanche_sp.gate.observe import evaluation_mode, observe
 from avalanche_sp.gate.readout import ReadoutSamples
 from avalanche_sp.training.plugin import SelectivePlasticityPlugin
-from avalanche_sp.training.replay import forward_of, memories_of, samples_of
+from avalanche_sp.training.replay import forward_of, is_mixture, memories_of, samples_of
 
 
 class FeatureGaussians(SupervisedPlugin):
@@ -99,7 +99,7 @@ class FeatureGaussians(SupervisedPlugin):
 
     def before_training_epoch(self, strategy, **kwargs):  # only then does the strategy have its data loader
         by_plugin = any(isinstance(plugin, ReplayPlugin) for plugin in strategy.plugins)
-        if not self._told_of_replay and (by_plugin or memories_of(strategy)):
+        if not self._told_of_replay and (by_plugin or is_mixture(strategy) or memories_of(strategy)):
             self._told_of_replay = True
             warnings.warn(
                 f"feature Gaussians: {'ReplayPlugin' if by_plugin else type(strategy).__name__} trains on earlier "

@@ -6,6 +6,7 @@ from typing import Literal
 
 from avalanche.training import SCR
 from avalanche.training.plugins import SupervisedPlugin
+from avalanche.training.templates import SupervisedMetaLearningTemplate
 from torch import Tensor
 
 from avalanche_sp.gate import ChangeDetector, LayerMemory, PlasticityGate, Samples, Settings
@@ -158,6 +159,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
             self._eligibility.restore(strategy)
 
     def before_training_epoch(self, strategy, **kwargs):
+        if isinstance(strategy, SupervisedMetaLearningTemplate):
+            return  # it tells no plugin of its steps: after_training_exp says so
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
         begins, data = not strategy.clock.train_exp_epochs, strategy.adapted_dataset  # all that is trained on
         if begins and is_mixture(strategy) and self.gate.memory.layers:
