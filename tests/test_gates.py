@@ -115,6 +115,18 @@ def test_merge_eigenspace_keeps_as_many_as_have_a_share_of_the_energy(n, d, shar
     assert silent.tolist() == [0.0]  # no energy at all
 
 
+def test_transfer_is_the_share_of_the_earlier_gain_that_a_new_experience_has():
+    def share(*losses):
+        return gates.transfer(*torch.tensor(losses).double())
+
+    assert share(0.3, 0.1, 0.9) == pytest.approx(0.75)
+    assert share(-2.0, -4.0, 0.0) == 0.5  # a loss can be negative
+    assert share(0.1, 0.1, 0.9) == share(0.05, 0.1, 0.9) == 1
+    assert share(0.9, 0.1, 0.9) == share(5.0, 0.1, 0.9) == 0
+    assert share(0.5, 0.9, 0.9) == share(0.5, 1.2, 0.9) == 0  # nothing was learned before
+    assert share(float("nan"), 0.1, 0.9) == share(float("inf"), 0.1, 0.9) == share(0.1, 0.1, float("inf")) == 0
+
+
 def test_likeness_is_high_for_the_same_input_and_zero_for_a_random_one():
     torch.manual_seed(0)
     d, r = 60, 8

@@ -369,6 +369,50 @@ def test_parts_of_the_same_data_are_trained_without_the_gate_and_protected_from_
     assert kept > max(plain, closed) + 0.05, (plain, closed, kept)
 
 
+def test_without_class_labels_the_gate_opens_with_what_was_learned_before(tasks):
+    """A convolutional autoencoder that had hardly learned its first digits could learn no others."""
+    criterion, ended = nn.BCEWithLogitsLoss(), []
+    pairs = [(x, (x > 0.5).float()) for x, _ in tasks]
+    for gated in (False, True):
+        torch.manual_seed(0)
+        down = nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 8, 3, 2, 1), nn.ReLU()
+        model = nn.Sequential(*down, nn.ConvTranspose2d(8, 16, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(16, 1, 4, 2, 1))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.002)
+        gate = PlasticityGate(model, optimizer)
+        for pair in pairs:
+            if gated:
+                gate.prepare(batches(pair), criterion)
+            trained(model, optimizer, pair, criterion)
+            if gated:
+                gate.consolidate(batches(pair), criterion)
+        ended.append(sum(criterion(model(x), y).item() for x, y in pairs) / len(pairs))
+    assert ended[1] < 1.3 * ended[0]
+
+
+def test_how_far_a_gate_has_opened_is_in_its_state(tasks):
+    x, y = tasks[0][0].flatten(1), tasks[0][1].float()
+    permuted, criterion = x[:, torch.randperm(784, generator=torch.Generator().manual_seed(0))], nn.MSELoss()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 1), nn.Flatten(0))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+    gate = PlasticityGate(model, optimizer)
+    trained(model, optimizer, (x[:400], y[:400]), criterion, epochs=5)
+    gate.consolidate(batches((x[:400], y[:400])), criterion)
+    share = {}
+    for name, inputs in {"permuted": permuted, "same": x[400:]}.items():
+        gate.prepare(batches((inputs, y[-len(inputs) :])), criterion)
+        share[name] = gate.state_dict()["transfer"]
+    assert 0 <= share["permuted"] < 0.5 < share["same"] <= 1
+
+    resumed = copy.deepcopy(model)
+    its_optimizer = torch.optim.Adam(resumed.parameters(), lr=0.003)
+    its_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    PlasticityGate(resumed, its_optimizer).load_state_dict(copy.deepcopy(gate.state_dict()))
+    trained(model, optimizer, (x[400:], y[400:]), criterion)
+    trained(resumed, its_optimizer, (x[400:], y[400:]), criterion)
+    assert torch.equal(weights(model), weights(resumed))
+
+
 def test_only_an_adaptive_optimizer_goes_on_from_the_solved_readout(tasks):
     order = torch.randperm(2400, generator=torch.Generator().manual_seed(0))
     x, y = (torch.cat(part)[order] for part in zip(*tasks[:4]))

@@ -60,6 +60,24 @@ def remainder(eigenvalues: Tensor, mean_eigenvalue: Tensor, inputs: int | Tensor
     return (inputs * mean_eigenvalue - eigenvalues.sum()).clamp_min(0) / max(beyond, 1)
 
 
+def transfer(before: Tensor, learned: Tensor, zero: Tensor) -> float:
+    """The share of what was learned before that helps with a new experience, before that is trained.
+
+        f = (L_0 - L) / (L_0 - L_old),   clipped to [0, 1]
+
+    It is the forward transfer of D. Lopez-Paz and M. Ranzato (Gradient episodic memory for continual learning, NeurIPS
+    2017), of a loss and as a share. 1 if the new loss is as low as the old one was. 0 if it is not below that of
+    outputs of zero, or if a loss is not finite.
+
+    Args:
+        before: L, the loss of the new experience, 0-dim.
+        learned: L_old, of earlier experiences when they had been learned, 0-dim.
+        zero: L_0, of outputs of zero for the new experience, 0-dim.
+    """
+    share = ((zero - before) / (zero - learned)) if zero > learned else torch.zeros(())
+    return float(share.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1))
+
+
 def likeness(
     power: Tensor, energy: Tensor, eigenvalues: Tensor, mean_eigenvalue: Tensor, inputs: int | Tensor
 ) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from avalanche_sp.arguments import check_integer
 from avalanche_sp.gate.consolidate import check_fits, consolidate, inherited, least_bytes
 from avalanche_sp.gate.detection import ChangeDetector, RunningSurprise, page_hinkley
-from avalanche_sp.gate.functional import unanswered
+from avalanche_sp.gate.functional import transfer, unanswered
 from avalanche_sp.gate.layer_gate import LayerGate, StreamStatistics
 from avalanche_sp.gate.layers import (
     NORMALISATION,
@@ -272,6 +272,7 @@ class PlasticityGate:
         self._loaded: Mapping[str, Any] | None = None  # a state that waits for a model
         # For the present experience.
         self._prepared: Preparation | None = None
+        self._transfer = 0.0  # of earlier experiences to the present one; 1 if it continues them
         self._loss_before: Tensor | None = None  # on its samples
         self._read: tuple[Any, Samples] | None = None  # data of the last call of prepare, and their samples
         # For the present epoch.
@@ -386,7 +387,7 @@ class PlasticityGate:
                 statistics.start_epoch()
                 scale = self._prepared.scale.get(name, 1.0) if self._prepared is not None else 1.0
                 factor = self._stored.opening * (s.attention_openness if layer.projects_attention else 1.0)
-                openness = math.inf if self._is_open else value_of(self.openness, name) * factor
+                openness = math.inf if self._is_open else value_of(self.openness, name) * factor / (1 - self._transfer)
                 gate = LayerGate.of(remembered, openness, s.gated_vectors, scale)
                 self._gated[name] = Gated(name, layer, remembered, gate, statistics, self._rate_of(layer))
         unknown = {name: layer for name, layer in self._protected.items() if name not in memory.layers}
@@ -400,7 +401,7 @@ class PlasticityGate:
             self._frozen += [p for own in self._ungated_parameters().values() for p in own if p in trained]
         if self._prepared is not None and self._prepared.solved:
             self._frozen += self._protected[self._prepared.layer].trained_parameters
-        strength = 0.0 if self._is_open else self._stored.penalty(ratio)
+        strength = self._stored.penalty(ratio) * (1 - self._transfer)
         self._drift.begin(self._gated.values(), memory.curvature, ratio, strength, 1 - self._stored.trust)
         self._hook()
 
@@ -416,11 +417,13 @@ class PlasticityGate:
         then, and also without a new class if the loss is not quadratic. If the experience continues all earlier ones,
         with no new class and with the class means where they were, the gate is open until :meth:`consolidate`. An
         optimizer whose steps grow with the sharpness, as SGD's do, then goes on from the readout that it trained,
-        because a solved one can make the loss too sharp.
+        because a solved one can make the loss too sharp. Where the readout cannot be solved, as without class labels,
+        the gate opens with the share of what was learned before that helps with the experience
+        (:func:`~avalanche_sp.gate.functional.transfer`).
 
-        Nothing is done for a quadratic loss without a new class, or if stored samples stand for most of the old loss.
-        The first experience needs a loss that is not quadratic and an adaptive optimizer, such as Adam: for another
-        one a solved readout can be too sharp, and there is no earlier experience to compare it with.
+        Otherwise nothing is done for a quadratic loss without a new class, or if stored samples stand for most of the
+        old loss. The first experience needs a loss that is not quadratic and an adaptive optimizer, such as Adam: for
+        another one a solved readout can be too sharp, and there is no earlier experience to compare it with.
 
         Args:
             data, criterion: as for :meth:`consolidate`; data that can be read again. Their samples are held until
@@ -439,8 +442,8 @@ class PlasticityGate:
             )
         if self._read is not None and self._drift.steps:
             warn_of_unconsolidated()
-        if self._prepared is not None:
-            self._prepared = None
+        if self._prepared is not None or self._transfer:
+            self._prepared, self._transfer = None, 0.0
             self._begin_again()
         self._loss_before = self._read = None
         if not (self.active and self.readout_step) or self._stream:
@@ -455,6 +458,10 @@ class PlasticityGate:
             return
         observation = self._observed(samples, layers, criterion)
         self._loss_before, classified = observation.loss, observation.classified
+        if self.memory.layers and observation.loss is not None and observation.zero_loss is not None:
+            self._transfer = transfer(observation.loss, self.memory.loss, observation.zero_loss)
+            if self._transfer:
+                self._begin_again()
         continues = self._continues(classified)
         if classified is None or not self._solves(observation, continues):
             return
@@ -486,8 +493,9 @@ class PlasticityGate:
         # Of a class that has many kinds of input, drawn inputs tell too little.
         entered = self._entered(observation, layers) if solved else None
         self._prepared = Preparation(
-            classified.layer, solved, inputs, targets, old, entered, vectors, weights, means, scale, step, continues
+            classified.layer, solved, inputs, targets, old, entered, vectors, weights, means, scale, step
         )
+        self._transfer = float(continues)
         self._begin_again()
 
     def check_outputs(self, outputs: Any) -> None:
@@ -599,7 +607,7 @@ class PlasticityGate:
 
     def forget(self) -> None:
         """Drops the memory, between two experiences: nothing is protected, and the next experience is the first."""
-        self.memory, self._prepared = Memory(), None
+        self.memory, self._prepared, self._transfer = Memory(), None, 0.0
 
     def close(self) -> None:
         """Takes all hooks off the model and the optimizer. The memory stays."""
@@ -675,6 +683,7 @@ class PlasticityGate:
             "trained": sorted(self._trained),
             "batches_seen": self._batches_seen,
             "prepared": self._prepared.state_dict() if self._prepared is not None else None,
+            "transfer": self._transfer,
             "loss_before": self._loss_before,
             "surprise": self._running_surprise.state_dict(),
             "statistics": {name: vars(s).copy() for name, s in self.statistics.items()},
@@ -696,7 +705,7 @@ class PlasticityGate:
         self._trained, self._batches_seen = set(state["trained"]), state["batches_seen"]
         prepared = state["prepared"]
         self._prepared = None if prepared is None else Preparation.from_state_dict(prepared)
-        self._loss_before, self._read = state["loss_before"], None
+        self._transfer, self._loss_before, self._read = state["transfer"], state["loss_before"], None
         self._saw_steps = state["drift"]["steps"] > 0
         self._running_surprise.load_state_dict(state["surprise"])
         self.begin(*state["epoch"])
@@ -949,7 +958,7 @@ class PlasticityGate:
             self.trust,
             damping,
         ).within(self.memory_budget)
-        self._prepared = None
+        self._prepared, self._transfer = None, 0.0
         self._drift.forget()
         parameters = dict(self._attached().named_parameters())
         self._at_rest = {p for p in parameters.values() if not p.requires_grad}
@@ -986,7 +995,7 @@ class PlasticityGate:
     @property
     def _is_open(self) -> bool:
         """Whether the present experience continues all earlier ones, so that nothing of it is held back."""
-        return self._prepared is not None and self._prepared.continues
+        return self._transfer == 1
 
     def _continues(self, samples: ReadoutSamples | None) -> bool:
         """Whether an experience continues all earlier ones: the same classes, whose means are where they were."""

@@ -91,6 +91,7 @@ class Observation:
             output, or if the targets are not class labels.
         inputs: the network's, of at most 100 samples, on its device; None for a stream.
         loss: mean over samples, 0-dim; None without a loss, and for a stream.
+        zero_loss: of outputs of zero, 0-dim; None without a loss, for a stream, and if ``classified`` is known.
         readout: the loss in the last layer's weights; None if the last layer does not make the network's output, or if
             the loss is not quadratic and convex in it.
     """
@@ -103,6 +104,7 @@ class Observation:
     classified: ReadoutSamples | None = None
     inputs: Any = None
     loss: Tensor | None = None
+    zero_loss: Tensor | None = None
 
     @property
     def entrance(self) -> str | None:
@@ -286,6 +288,7 @@ def observe(
     vectors_seen: dict[str, int] = {}
     curvatures: list[Tensor] = []
     losses: list[Tensor] = []
+    zero_losses: list[Tensor] = []
     errors: list[tuple[str | None, Tensor]] = []
     targets: list[Tensor] = []
     units: list[tuple[str, Tensor] | None] = []
@@ -322,6 +325,7 @@ def observe(
                     which, layer, _ = called[-1]
                     inputs[which][-1], called[-1] = pooled[0], (which, layer, pooled[1])
                     pooled_layers.add(which)
+                network_outputs = outputs
                 last, outputs, link = output_layer(called, outputs, link)
                 units.append(_masked_units(outputs, y, last))
                 targets.append(y)
@@ -332,6 +336,8 @@ def observe(
                     curvatures.append(curvature)
                     losses.append(loss * len(y))
                     errors.append((name, error))
+                    if layers and units[-1] is None:
+                        zero_losses.append(criterion(torch.zeros_like(network_outputs), y).detach() * len(y))
         if not count:
             raise ValueError("Invalid data: no sample has a label (allowed: one or more)")
         two = _first(some, 2, min(len(targets[0]), _SENSITIVITY))
@@ -363,8 +369,10 @@ def observe(
         x = observed[found[0]].inputs
         labels = torch.cat(targets).long()
         classified = ReadoutSamples(found[0], x, labels, found[1], samples.total, link)
+    of_zero = torch.stack(zero_losses).sum() / count if len(zero_losses) == len(losses) > 0 else None
     mean_loss = torch.stack(losses).sum() / count if losses else None
-    return Observation(observed, samples.total, samples.classes, curvature, readout, classified, some, mean_loss)
+    known = readout, classified, some, mean_loss, of_zero
+    return Observation(observed, samples.total, samples.classes, curvature, *known)
 
 
 def _is_row_a_sample(output: Tensor | None) -> TypeGuard[Tensor]:

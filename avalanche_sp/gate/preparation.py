@@ -86,7 +86,6 @@ class Preparation:
         scale: factors of what their gates let through, 0 to 1, so that the loss is no sharper than in the first
             experience, which was trained without a gate.
         step: factors of their gradients, 0 to 1, with stored samples, which pass the gate (:func:`stable_step`).
-        continues: whether the experience continues all earlier ones, so that the gate is open.
     """
 
     layer: str
@@ -100,7 +99,6 @@ class Preparation:
     sensitivity: dict[str, Tensor]
     scale: dict[str, float]
     step: dict[str, float] = field(default_factory=dict)
-    continues: bool = False
 
     def state_dict(self) -> dict:
         """Tensors and numbers by field."""
