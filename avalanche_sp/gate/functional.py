@@ -63,7 +63,7 @@ def remainder(eigenvalues: Tensor, mean_eigenvalue: Tensor, inputs: int | Tensor
 def transfer(before: Tensor, learned: Tensor, zero: Tensor) -> float:
     """The share of what was learned before that helps with a new experience, before that is trained.
 
-        f = (L_0 - L) / (L_0 - L_old),   clipped to [0, 1]
+        t = (L_0 - L) / (L_0 - L_old),   clipped to [0, 1]
 
     It is the forward transfer of D. Lopez-Paz and M. Ranzato (Gradient episodic memory for continual learning, NeurIPS
     2017), of a loss and as a share. 1 if the new loss is as low as the old one was. 0 if it is not below that of
