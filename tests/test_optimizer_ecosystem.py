@@ -345,6 +345,7 @@ def one_process(rank, port, x, y, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_on_the_whole_batch(batch, tmp_path):
     model = mlp()
     optimizer = SelectivePlasticityOptimizer(model.parameters(), lr=1e-3, warmup_steps=2)
