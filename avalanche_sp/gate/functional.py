@@ -61,7 +61,7 @@ def remainder(eigenvalues: Tensor, mean_eigenvalue: Tensor, inputs: int | Tensor
 
 
 def transfer(before: Tensor, learned: Tensor, zero: Tensor) -> float:
-    """The share of what was learned before that helps with a new experience, before that is trained.
+    """Forward transfer of earlier experiences to a new one before its training: the share of their drop in loss.
 
         t = (L_0 - L) / (L_0 - L_old),   clipped to [0, 1]
 
@@ -74,7 +74,7 @@ def transfer(before: Tensor, learned: Tensor, zero: Tensor) -> float:
         learned: L_old, of earlier experiences when they had been learned, 0-dim.
         zero: L_0, of outputs of zero for the new experience, 0-dim.
     """
-    share = ((zero - before) / (zero - learned)) if zero > learned else torch.zeros(())
+    share = (zero - before) / (zero - learned) if zero > learned else torch.zeros(())
     return float(share.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1))
 
 

@@ -272,7 +272,7 @@ class PlasticityGate:
         self._loaded: Mapping[str, Any] | None = None  # a state that waits for a model
         # For the present experience.
         self._prepared: Preparation | None = None
-        self._transfer = 0.0  # of earlier experiences to the present one; 1 if it continues them
+        self._transfer = 0.0  # of earlier experiences to the present one; 1 if the present one continues them
         self._loss_before: Tensor | None = None  # on its samples
         self._read: tuple[Any, Samples] | None = None  # data of the last call of prepare, and their samples
         # For the present epoch.
@@ -418,8 +418,7 @@ class PlasticityGate:
         with no new class and with the class means where they were, the gate is open until :meth:`consolidate`. An
         optimizer whose steps grow with the sharpness, as SGD's do, then goes on from the readout that it trained,
         because a solved one can make the loss too sharp. Where the readout cannot be solved, as without class labels,
-        the gate opens with the share of what was learned before that helps with the experience
-        (:func:`~avalanche_sp.gate.functional.transfer`).
+        the gate opens by the forward transfer of earlier experiences (:func:`~avalanche_sp.gate.functional.transfer`).
 
         Otherwise nothing is done for a quadratic loss without a new class, or if stored samples stand for most of the
         old loss. The first experience needs a loss that is not quadratic and an adaptive optimizer, such as Adam: for
@@ -998,7 +997,7 @@ class PlasticityGate:
         return self._transfer == 1
 
     def _continues(self, samples: ReadoutSamples | None) -> bool:
-        """Whether an experience continues all earlier ones: the same classes, whose means are where they were."""
+        """Whether an experience continues all earlier ones: no new class, and the class means where they were."""
         old = None if samples is None else self.memory.layers.get(samples.layer)
         if samples is None or old is None or old.class_counts is None:
             return False

@@ -369,10 +369,11 @@ def observe(
         x = observed[found[0]].inputs
         labels = torch.cat(targets).long()
         classified = ReadoutSamples(found[0], x, labels, found[1], samples.total, link)
-    of_zero = torch.stack(zero_losses).sum() / count if len(zero_losses) == len(losses) > 0 else None
     mean_loss = torch.stack(losses).sum() / count if losses else None
-    known = readout, classified, some, mean_loss, of_zero
-    return Observation(observed, samples.total, samples.classes, curvature, *known)
+    zero_loss = torch.stack(zero_losses).sum() / count if len(zero_losses) == len(losses) > 0 else None
+    return Observation(
+        observed, samples.total, samples.classes, curvature, readout, classified, some, mean_loss, zero_loss
+    )
 
 
 def _is_row_a_sample(output: Tensor | None) -> TypeGuard[Tensor]:

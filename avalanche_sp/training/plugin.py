@@ -160,17 +160,18 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
 
     def before_training_epoch(self, strategy, **kwargs):
         if isinstance(strategy, SupervisedMetaLearningTemplate):
-            return  # it tells no plugin of its steps: after_training_exp says so
+            return  # such a strategy tells no plugin of its steps: after_training_exp says so
         # Here, and not before_training_exp, as ReplayPlugin may come later in the list.
-        begins, data = not strategy.clock.train_exp_epochs, strategy.adapted_dataset  # all that is trained on
+        begins = not strategy.clock.train_exp_epochs
+        data = strategy.adapted_dataset  # Cumulative adds stored samples to it; in GDumb it is the buffer
         if begins and is_mixture(strategy) and self.gate.memory.layers:
             self.gate.forget()
             if not self._told_of_mixture:
                 self._told_of_mixture = True
                 warnings.warn(
                     f"selective plasticity: {type(strategy).__name__} mixes stored samples with those of the "
-                    "experience. The plugin does not know which are new. It gates none of them, and remembers the "
-                    "mixture in place of what it remembered before.",
+                    "experience. The plugin does not know which are new. It gates none of them. The memory of "
+                    "earlier experiences is dropped, and the mixture is remembered.",
                     stacklevel=2,
                 )
         stored = [samples_of(memory, self.gate.consolidation_samples) for memory in memories_of(strategy)]
