@@ -1,9 +1,9 @@
-"""Rows kept in four bits."""
+"""Rows kept in four bits, and columns in eight and sixteen."""
 
 import pytest
 import torch
 
-from avalanche_sp.gate.packed import PackedRows
+from avalanche_sp.gate.packed import PackedColumns, PackedRows
 
 
 @pytest.mark.parametrize("columns", [1, 6, 7])
@@ -23,3 +23,14 @@ def test_rows_of_zeros_and_extremes():
     unpacked = PackedRows.of(rows).unpacked()
     assert torch.equal(unpacked[:2], rows[:2])
     assert unpacked.isfinite().all() and unpacked[2].abs().max() < 1e-43
+
+
+@pytest.mark.parametrize("precise", [0, 2, 5, 9])
+def test_the_last_columns_are_kept_in_half_precision_and_the_others_at_eight_bits(precise):
+    torch.manual_seed(0)
+    columns = torch.randn(50, 5) * torch.tensor([1e-3, 1e3, 1.0, 1e9, 0.0])  # half precision alone ends at 65504
+    packed, rough = PackedColumns.of(columns, precise), max(5 - precise, 0)
+    errors = (packed.unpacked() - columns).abs() / columns.abs().amax(0).clamp_min(1e-30)
+    assert packed.unpacked().shape == columns.shape
+    assert (errors[:, :rough] <= 0.501 / 127).all() and (errors[:, rough:] <= 2**-11).all()
+    assert packed.state_bytes == PackedColumns.bytes_of(50, 5, precise) == 50 * (rough + 2 * (5 - rough)) + 4 * 5

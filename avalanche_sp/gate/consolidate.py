@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from avalanche_sp.gate.layers import GatedLayer
-from avalanche_sp.gate.memory import LayerMemory, Memory
+from avalanche_sp.gate.memory import LayerMemory, Memory, packed_bytes
 from avalanche_sp.gate.observe import Observation
 from avalanche_sp.gate.packed import PackedRows
 from avalanche_sp.gate.readout import ReadoutLoss, class_roots, class_sums, newton_readout
@@ -95,24 +95,27 @@ def consolidate(
 
 
 def least_bytes(memory: Memory, layers: Mapping[str, GatedLayer]) -> int:
-    """Bytes that the memory of a network takes at least, with one eigenvector a layer.
+    """Bytes that the memory of a network takes at least: rounded, with one eigenvector a layer.
 
     Args:
         memory: so far. Layers that have left the network stay in it.
         layers: the network's gated layers by name. If no readout is known so far, the last layer counts as the readout.
             A layer without memory counts as another head if its number of inputs is that of a known readout.
     """
-    total = sum(known.leading(1).state_bytes for name, known in memory.layers.items() if name not in layers)
+    left = [known for name, known in memory.layers.items() if name not in layers]
+    total = sum(known.leading(1).rounded().state_bytes for known in left)
     readouts = {n: m for n, m in memory.layers.items() if m.residual is not None or m.class_sums is not None}
     widths, last = {len(known.vectors) for known in readouts.values()}, list(layers)[-1:]
     for name, layer in layers.items():
         units, inputs = layer.units, layer.inputs + (layer.bias is not None)
         is_new_head = name not in memory.layers and (inputs in widths if widths else name in last)
-        # Eigenvalue, mean eigenvalue, anchor, and eigenvector; an embedding's is a place of eight bytes.
-        numbers = 2 + units + (2 if layer.of_rows else inputs)
-        if name in readouts or is_new_head:
-            numbers += units * (2 * inputs + 1)  # residual, class sums and class counts
-        total += 4 * numbers
+        total += 8  # eigenvalue and mean eigenvalue; then the eigenvector, an embedding's is a place, and the anchor
+        if layer.of_rows:
+            total += 8 + 4 * units
+        else:
+            total += packed_bytes("vectors", inputs, 1) + packed_bytes("anchor", units, 1)
+        if name in readouts or is_new_head:  # residual, class counts and class sums
+            total += 4 * units * (inputs + 1) + packed_bytes("class_sums", units, inputs)
     return total
 
 
@@ -140,6 +143,7 @@ def inherited(memory: LayerMemory, layer: GatedLayer) -> LayerMemory:
         class_counts=None,
         class_roots=None,
         trained=None,
+        packed={},
     )
 
 

@@ -45,6 +45,7 @@ from avalanche_sp.gate.per_layer import PerLayer, check_patterns, per_layer, pro
 from avalanche_sp.gate.preparation import (
     DrawnInputs,
     Preparation,
+    bears_steps,
     draw_inputs,
     features_of,
     follow_drift,
@@ -163,9 +164,10 @@ class PlasticityGate:
             boundaries). A float below 1 is the share of the energy, the second moment's trace, that the kept ones have;
             only if boundaries are told.
         memory_budget: upper bound on the bytes of the memory, ``gate.memory.state_bytes``; what follows a stream
-            without told boundaries is not counted. If it is too small for the rank, the weights at four bits each are
-            not kept, and then fewer eigenvectors are kept (:meth:`~avalanche_sp.gate.memory.Memory.within`). A loaded
-            memory is bounded from the next consolidation on. Default None: no bound.
+            without told boundaries is not counted. If it is too small, the memory is rounded, then the weights at four
+            bits each are not kept, and then fewer eigenvectors are
+            (:meth:`~avalanche_sp.gate.memory.Memory.within`). A loaded memory is bounded from the next consolidation
+            on. Default None: no bound.
         consolidation_samples: samples of an experience that are run through the network, evenly spread over it, at
             most (default 2000), 1 or more. These are 500 of each class, or half of all if that is more.
         consolidate: ``"experience"`` (default): :meth:`consolidate` is called at the end of every experience.
@@ -469,8 +471,12 @@ class PlasticityGate:
         if continues and (trained := self.memory.layers[classified.layer].trained) is not None:
             layers[classified.layer].set_weights(trained)
         merged, old = self._merged(self.memory, classified), self._pseudo_samples(classified)
-        solved = self._brings_classes(classified)
+        solved, readout = self._brings_classes(classified), layers[classified.layer]
+        unsolved = readout.weights_and_bias()
         if solved and not self._solve(classified, old, layers, merged, criterion):
+            return
+        if not self.memory.layers and not self._bears_steps(samples, readout, criterion):
+            readout.set_weights(unsolved)
             return
         below = {n: layers[n] for n in self._gated if n != classified.layer and n in observation.layers}
         weights = {name: layer.weights_and_bias() for name, layer in below.items()}
@@ -496,6 +502,15 @@ class PlasticityGate:
         )
         self._transfer = float(continues)
         self._begin_again()
+
+    def _bears_steps(self, samples: Samples, readout: GatedLayer, criterion: Criterion) -> bool:
+        """Whether the layers below a solved readout can be trained by the optimizer (:func:`bears_steps`)."""
+        model, optimizer, solved = self._attached(), self._optimizer, set(readout.parameters)
+        assert optimizer is not None
+        groups = [(p, float(group["lr"])) for group in optimizer.param_groups for p in group["params"]]
+        rates = {p: rate for p, rate in groups if p.requires_grad and p not in solved}
+        with self._not_listening():
+            return not rates or bears_steps(model, samples.few(), rates, criterion, self._forward)
 
     def check_outputs(self, outputs: Any) -> None:
         """Raises TypeError if the loss is to be measured on a network's outputs and they are not one tensor."""

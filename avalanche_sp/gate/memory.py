@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from avalanche_sp.gate.functional import claim, likeness, merge_eigenspace, remainder
-from avalanche_sp.gate.packed import PackedRows
+from avalanche_sp.gate.packed import PackedColumns, PackedRows
+
+# If a budget is too small for single precision: columns of each matrix, the last ones, that are kept in half precision;
+# the others are kept at eight bits. Of the sums all are.
+_PRECISE = {"vectors": 16, "anchor": 0, "class_sums": None, "data_sums": None}
+_COUNTED = (
+    *("eigenvalues", "vectors", "mean_eigenvalue", "anchor", "residual"),
+    *("class_sums", "class_counts", "class_roots", "data_sums", "trained"),
+)
 
 
 def check_budget(budget: int, least: int) -> None:
@@ -42,6 +50,7 @@ class LayerMemory:
         sharpness: leading eigenvalue of the Gauss-Newton matrix in the layer's weights at the end of the first
             experience, without the loss's curvature, 0-dim; None if it was not measured.
         fed_by_data: True if no trained layer makes this layer's input.
+        packed: of a memory that :meth:`rounded` has made, the matrices as a checkpoint holds them, by field.
     """
 
     eigenvalues: Tensor
@@ -59,6 +68,7 @@ class LayerMemory:
     trained: Tensor | None = None
     sharpness: Tensor | None = None
     fed_by_data: bool = False
+    packed: Mapping[str, PackedColumns] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, inputs: int, like: Tensor) -> LayerMemory:
@@ -142,9 +152,8 @@ class LayerMemory:
     def _to_be_merged(self, roots: Tensor, mean: Tensor, sums: Tensor | None, own: Tensor | None) -> LayerMemory:
         values = roots.square().sum(1)
         vectors = (roots / values.sqrt().clamp_min(torch.finfo(roots.dtype).tiny).unsqueeze(1)).T
-        return replace(
-            self, eigenvalues=values, vectors=vectors, mean_eigenvalue=mean, class_sums=sums, class_roots=own
-        )
+        moved = replace(self, eigenvalues=values, vectors=vectors, mean_eigenvalue=mean, class_sums=sums)
+        return replace(moved, class_roots=own, packed={})
 
     @property
     def roots(self) -> Tensor:
@@ -203,25 +212,65 @@ class LayerMemory:
         other rows are forgotten as if they were never used.
         """
         along = {k: getattr(self, k)[..., -n:].clone() for k in ("eigenvalues", "vectors", "anchor")}
-        return replace(self, rough_anchor=None, class_roots=None, data_sums=None, trained=None, **along)
+        fewer = replace(self, rough_anchor=None, class_roots=None, data_sums=None, trained=None, **along)
+        return fewer.rounded() if self.packed else fewer
+
+    def rounded(self) -> LayerMemory:
+        """The memory with its vectors, anchor and sums in half precision or at eight bits a number.
+
+        They are held as numbers of single precision also, which training uses. An embedding's stay as they are.
+        """
+        if self.of_rows:
+            return self
+        known = {name: getattr(self, name) for name in _PRECISE if getattr(self, name) is not None}
+        packed = {name: PackedColumns.of(t, _precise(name, t.shape[1])) for name, t in known.items()}
+        matrices: dict = {name: columns.unpacked() for name, columns in packed.items()}
+        return replace(self, packed=packed, **matrices)
+
+    def bytes_along(self, n: int) -> int:
+        """Bytes of n eigenvectors, their eigenvalues, and the weights along them."""
+        total = n * self.eigenvalues.element_size()
+        for name, matrix in {"vectors": self.vectors, "anchor": self.anchor}.items():
+            if name in self.packed:
+                total += packed_bytes(name, len(matrix), n)
+            else:
+                total += n * matrix[..., :1].nbytes
+        return total
 
     @property
     def state_bytes(self) -> int:
-        tensors = [self.eigenvalues, self.vectors, self.mean_eigenvalue, self.anchor]
-        known = (self.residual, self.class_sums, self.class_counts, self.class_roots, self.data_sums, self.trained)
-        tensors += [t for t in known if t is not None]
         rough = self.rough_anchor.state_bytes if self.rough_anchor is not None else 0
-        return rough + sum(t.numel() * t.element_size() for t in tensors)
+        return rough + sum(self._bytes(name) for name in _COUNTED)
+
+    def _bytes(self, name: str) -> int:
+        if name in self.packed:
+            return self.packed[name].state_bytes
+        value = getattr(self, name)
+        return 0 if value is None else value.nbytes
 
     def state_dict(self) -> dict:
-        """Tensors and numbers by field."""
-        rough = self.rough_anchor
-        return vars(self) | {"rough_anchor": None if rough is None else vars(rough).copy()}
+        """Tensors and numbers by field; of packed matrices these alone."""
+        rough, packed = self.rough_anchor, {name: vars(columns).copy() for name, columns in self.packed.items()}
+        state: dict = vars(self) | dict.fromkeys(packed)
+        return state | {"rough_anchor": None if rough is None else vars(rough).copy(), "packed": packed}
 
     @classmethod
     def from_state_dict(cls, state: Mapping) -> LayerMemory:
         rough = state["rough_anchor"]
-        return cls(**{**state, "rough_anchor": None if rough is None else PackedRows(**rough)})
+        packed = {name: PackedColumns(**columns) for name, columns in state.get("packed", {}).items()}
+        own = {"rough_anchor": None if rough is None else PackedRows(**rough), "packed": packed}
+        return cls(**{**state, **own, **{name: columns.unpacked() for name, columns in packed.items()}})
+
+
+def _precise(name: str, columns: int) -> int:
+    """How many of a field's columns are packed in half precision."""
+    precise = _PRECISE[name]
+    return columns if precise is None else precise
+
+
+def packed_bytes(name: str, rows: int, columns: int) -> int:
+    """Bytes of a field's packed columns (rows, columns)."""
+    return PackedColumns.bytes_of(rows, columns, _precise(name, columns))
 
 
 @dataclass(frozen=True)
@@ -254,28 +303,30 @@ class Memory:
     def within(self, budget: int | None) -> Memory:
         """The memory in at most ``budget`` bytes; None is no bound.
 
-        The rough anchors, class roots, data sums and trained weights are dropped first. Then the eigenvectors with the
-        lowest eigenvalues are dropped, in units of the layer's mean eigenvalue and over all layers. The leading one of
-        each layer stays.
+        The matrices are rounded first (:meth:`LayerMemory.rounded`). Then the rough anchors, class roots, data sums and
+        trained weights are dropped, and then the eigenvectors with the lowest eigenvalues, in units of the layer's mean
+        eigenvalue and over all layers. The leading one of each layer stays.
 
         Raises:
             ValueError: the rest takes more than the budget.
         """
         if budget is None or self.state_bytes <= budget:
             return self
+        rounded = replace(self, layers={name: layer.rounded() for name, layer in self.layers.items()})
+        if rounded.state_bytes <= budget:
+            return rounded
         ranks = {name: len(layer.eigenvalues) for name, layer in self.layers.items()}
-        layers = {name: layer.leading(ranks[name]) for name, layer in self.layers.items()}
+        layers = {name: layer.leading(ranks[name]) for name, layer in rounded.layers.items()}
         excess = sum(layer.state_bytes for layer in layers.values()) - budget
         droppable = []
         for name, layer in layers.items():
-            size = (layer.state_bytes - layer.leading(1).state_bytes) // max(ranks[name] - 1, 1)
             relative = (layer.eigenvalues[:-1] / layer.mean_eigenvalue).nan_to_num(0.0)
-            droppable += [(value, name, size) for value in relative.tolist()]
-        for _, name, size in sorted(droppable):
+            droppable += [(value, name) for value in relative.tolist()]
+        for _, name in sorted(droppable):
             if excess <= 0:
                 break
+            excess -= layers[name].bytes_along(ranks[name]) - layers[name].bytes_along(ranks[name] - 1)
             ranks[name] -= 1
-            excess -= size
         check_budget(budget, budget + excess)
         return replace(self, layers={name: layer.leading(ranks[name]) for name, layer in layers.items()})
 

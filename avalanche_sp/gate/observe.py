@@ -174,6 +174,14 @@ class Samples:
             raise ValueError("Invalid data: no sample (allowed: one or more)")
         return cls(_rebatched(batches, largest), sum(len(y) for _, y in batches), total, _classes(batches))
 
+    def few(self) -> list[tuple[Any, Tensor]]:
+        """As many samples as a batch has, from all batches; the first batch if the inputs have no row a sample."""
+        batches = list(self.batches)
+        number = len(batches)
+        if not all(has_rows(x, len(y)) for x, y in batches):
+            return batches[:1]
+        return [(each_tensor(x, lambda tensor: tensor[::number].contiguous()), y[::number]) for x, y in batches]
+
 
 def _classes(batches: list[tuple[Any, Tensor]]) -> int:
     return len(torch.cat([y.flatten().unique() for _, y in batches]).unique()) if batches else 0

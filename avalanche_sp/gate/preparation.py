@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +15,7 @@ from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory, Memory
 from avalanche_sp.gate.observe import (
     BATCH,
+    Criterion,
     Forward,
     LayerObservation,
     Observation,
@@ -22,6 +23,7 @@ from avalanche_sp.gate.observe import (
     each_tensor,
     evaluation_mode,
     has_rows,
+    on_device,
     some_rows,
 )
 from avalanche_sp.gate.readout import (
@@ -205,6 +207,44 @@ def stable_step(rate: float, curvature: Tensor, weight: float, sharp: Tensor) ->
     """
     steepest = float(rate * curvature * weight / (1 + weight) * sharp)
     return min(1.0, 2 / steepest) if steepest > 0 else 1.0
+
+
+def bears_steps(
+    model: nn.Module,
+    samples: Sequence[tuple[Any, Tensor]],
+    rates: Mapping[nn.Parameter, float],
+    criterion: Criterion,
+    forward: Forward,
+) -> bool:
+    """Whether a network stays better than outputs of zero for two steps of an adaptive optimizer.
+
+    A step is the learning rate times the sign of the gradient, as Adam's first one (D. P. Kingma, J. Ba: Adam, ICLR
+    2015). With a sharp loss the first step overshoots; the second may make up for it. The weights are left as they are.
+
+    Args:
+        samples: batches of inputs and targets.
+        rates: learning rates of the weights that are trained.
+        criterion: of (outputs, targets).
+        forward: computes the outputs from model and inputs.
+    """
+    before = {p: p.detach().clone() for p in rates}
+    with torch.enable_grad(), evaluation_mode(model) as device, torch.backends.cudnn.flags(enabled=False):
+        batches = [(on_device(device, x), y.to(device)) for x, y in samples]
+
+        def loss(scale: float) -> Tensor:  # of the outputs, scaled
+            return sum((len(y) * criterion(scale * forward(model, x), y) for x, y in batches), torch.zeros(()))
+
+        try:
+            for _ in range(2):
+                gradients = torch.autograd.grad(loss(1.0), list(rates), allow_unused=True)
+                for (p, rate), gradient in zip(rates.items(), gradients):
+                    if gradient is not None:
+                        p.data.sub_(gradient.sign(), alpha=rate)
+            with torch.no_grad():
+                return bool(loss(1.0) < loss(0.0))
+        finally:
+            for p, weights in before.items():
+                p.data.copy_(weights)
 
 
 @torch.no_grad()

@@ -58,8 +58,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
         ungated: what happens to weights that can't be gated, after the first experience: ``"freeze"`` (default) or
             ``"train"``. With stored samples they train on. A warning names them.
         settings: all other constants.
-        memory_budget: upper bound on the bytes of the memory, without what follows a stream. If it is too small for
-            the rank, fewer eigenvectors are kept. Default None: no bound.
+        memory_budget: upper bound on the bytes of the memory, without what follows a stream. If it is too small, the
+            memory is rounded, and then fewer eigenvectors are kept. Default None: no bound.
 
     ``openness``, ``pull_back`` and ``rank`` take one value for all layers, or a mapping from patterns of layer names
     to values: ``docs/guide.md``.
