@@ -909,7 +909,7 @@ def test_two_steps_against_the_signs_of_the_gradient(scale):
         weights = (weights - rate * gradient.sign()).detach().requires_grad_()
     better = bool(criterion(x @ weights.T, y) < criterion(torch.zeros(len(x), 6), y))
     parts = list(zip(x.split(150), y.split(150)))
-    bears = bears_steps(model, parts, {model.weight: rate}, criterion, lambda network, rows: network(rows))
+    bears = bears_steps(model, parts, {model.weight: rate}, 2, criterion, lambda network, rows: network(rows))
     assert bears == better == (scale < 100)
     assert not model.weight.any() and model.weight.grad is None and model.training
 

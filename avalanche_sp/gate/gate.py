@@ -424,7 +424,8 @@ class PlasticityGate:
 
         Otherwise nothing is done for a quadratic loss without a new class, or if stored samples stand for most of the
         old loss. The first experience needs a loss that is not quadratic and an adaptive optimizer, such as Adam: for
-        another one a solved readout can be too sharp, and there is no earlier experience to compare it with.
+        another one a solved readout can be too sharp, and there is no earlier experience to compare it with. It is left
+        if the optimizer's first steps would overshoot (:func:`~avalanche_sp.gate.preparation.bears_steps`).
 
         Args:
             data, criterion: as for :meth:`consolidate`; data that can be read again. Their samples are held until
@@ -508,9 +509,9 @@ class PlasticityGate:
         model, optimizer, solved = self._attached(), self._optimizer, set(readout.parameters)
         assert optimizer is not None
         groups = [(p, float(group["lr"])) for group in optimizer.param_groups for p in group["params"]]
-        rates = {p: rate for p, rate in groups if p.requires_grad and p not in solved}
+        rates, steps = {p: r for p, r in groups if p.requires_grad and p not in solved}, self.settings.solve_trial
         with self._not_listening():
-            return not rates or bears_steps(model, samples.few(), rates, criterion, self._forward)
+            return not rates or bears_steps(model, samples.few(), rates, steps, criterion, self._forward)
 
     def check_outputs(self, outputs: Any) -> None:
         """Raises TypeError if the loss is to be measured on a network's outputs and they are not one tensor."""

@@ -213,10 +213,11 @@ def bears_steps(
     model: nn.Module,
     samples: Sequence[tuple[Any, Tensor]],
     rates: Mapping[nn.Parameter, float],
+    steps: int,
     criterion: Criterion,
     forward: Forward,
 ) -> bool:
-    """Whether a network stays better than outputs of zero for two steps of an adaptive optimizer.
+    """Whether a network is still better than outputs of zero after a few steps of an adaptive optimizer.
 
     A step is the learning rate times the sign of the gradient, as Adam's first one (D. P. Kingma, J. Ba: Adam, ICLR
     2015). With a sharp loss the first step overshoots; the second may make up for it. The weights are left as they are.
@@ -224,6 +225,7 @@ def bears_steps(
     Args:
         samples: batches of inputs and targets.
         rates: learning rates of the weights that are trained.
+        steps: number of steps.
         criterion: of (outputs, targets).
         forward: computes the outputs from model and inputs.
     """
@@ -235,7 +237,7 @@ def bears_steps(
             return sum((len(y) * criterion(scale * forward(model, x), y) for x, y in batches), torch.zeros(()))
 
         try:
-            for _ in range(2):
+            for _ in range(steps):
                 gradients = torch.autograd.grad(loss(1.0), list(rates), allow_unused=True)
                 for (p, rate), gradient in zip(rates.items(), gradients):
                     if gradient is not None:
