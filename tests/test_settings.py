@@ -202,7 +202,7 @@ CASES = {
     "solve_samples": case(2000, 1990, new_classes, times=11),
     "solve_steps": case(20, 2, new_classes),
     "solve_tolerance": case(1e-3, 0.1, new_classes),
-    "solve_trial": case(2, 1, new_classes, adam=partial(torch.optim.Adam, lr=0.03)),
+    "solve_trial": case(3, 4, new_classes, adam=partial(torch.optim.Adam, lr=0.05)),
     "class_rank": case(8, 7, new_classes),
     "class_vectors": case(1024, 50, new_classes),
     "adaptive_eps": case(1e-6, 1e-7, new_classes, adam=partial(torch.optim.Adam, lr=1e-4, eps=1e-6)),

@@ -4,6 +4,7 @@ import itertools
 import math
 import warnings
 from collections import OrderedDict
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -885,33 +886,35 @@ def test_a_first_readout_that_the_optimizers_steps_would_overshoot_is_left(kind,
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(13, 20), nn.ReLU(), nn.Linear(20, 6))
     with torch.no_grad():
-        model[0].weight.mul_(0.01), model[0].bias.mul_(0.01)
+        model[0].weight.mul_(0.1), model[0].bias.mul_(0.1)
     before = [p.detach().clone() for p in model.parameters()]
     gate = PlasticityGate(model, getattr(torch.optim, kind)(model.parameters(), lr=rate))
-    gate.prepare(TensorDataset(*samples(0, (0, 1))), nn.CrossEntropyLoss())
+    gate.prepare(TensorDataset(*samples(0, (0, 1, 2, 3))), nn.CrossEntropyLoss())
     assert [torch.equal(p, was) for p, was in zip(model.parameters(), before)] == [True, True, not solved, not solved]
     assert model[2].weight.requires_grad and (gate._prepared is not None) == solved
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("scale", [1.0, 1000.0])
-def test_two_steps_against_the_signs_of_the_gradient(scale):
-    """Held against signs written out for a linear network; the network comes back bit for bit."""
+@pytest.mark.parametrize("rate, expected", [(0.01, True), (10.0, False)])
+def test_steps_of_adam_are_tried_on_all_samples_and_taken_back(rate, expected):
+    """Held against a copy that torch's Adam trains; weights and gradients come back bit for bit."""
     x, y = samples(0, (0, 3))
     y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]  # which large steps cannot fit
     model, criterion = nn.Linear(13, 6), nn.CrossEntropyLoss()
-    weights = torch.zeros(6, 13, requires_grad=True)
     with torch.no_grad():
         model.weight.zero_(), model.bias.zero_()
-    rate = 0.01 * scale
-    for _ in range(2):
-        (gradient,) = torch.autograd.grad(criterion(x @ weights.T, y), weights)
-        weights = (weights - rate * gradient.sign()).detach().requires_grad_()
-    better = bool(criterion(x @ weights.T, y) < criterion(torch.zeros(len(x), 6), y))
+    model.weight.grad = gradient = torch.randn(6, 13)
+    copied = deepcopy(model)
+    adam = torch.optim.Adam([copied.weight], lr=rate)
+    for _ in range(3):
+        adam.zero_grad()
+        criterion(copied(x), y).backward()
+        adam.step()
+    better = bool(criterion(copied(x), y) < criterion(torch.zeros(len(x), 6), y))
     parts = list(zip(x.split(150), y.split(150)))
-    bears = bears_steps(model, parts, {model.weight: rate}, 2, criterion, lambda network, rows: network(rows))
-    assert bears == better == (scale < 100)
-    assert not model.weight.any() and model.weight.grad is None and model.training
+    bears = bears_steps(model, parts, {model.weight: rate}, 3, criterion, lambda network, rows: network(rows))
+    assert bears == better == expected
+    assert not model.weight.any() and model.weight.grad is gradient and model.training
 
 
 def test_the_leading_eigenvalue_is_that_of_the_gated_second_moment():

@@ -217,10 +217,10 @@ def bears_steps(
     criterion: Criterion,
     forward: Forward,
 ) -> bool:
-    """Whether a network is still better than outputs of zero after a few steps of an adaptive optimizer.
+    """Whether a network is still better than outputs of zero after a few steps of Adam on some samples.
 
-    A step is the learning rate times the sign of the gradient, as Adam's first one (D. P. Kingma, J. Ba: Adam, ICLR
-    2015). With a sharp loss the first step overshoots; the second may make up for it. The weights are left as they are.
+    With a sharp loss the first step overshoots, as it is as long as the rate says (D. P. Kingma, J. Ba: Adam, ICLR
+    2015). The next ones may make up for it. Weights and gradients are left as they are.
 
     Args:
         samples: batches of inputs and targets.
@@ -229,24 +229,27 @@ def bears_steps(
         criterion: of (outputs, targets).
         forward: computes the outputs from model and inputs.
     """
-    before = {p: p.detach().clone() for p in rates}
+    before = {p: (p.detach().clone(), p.grad) for p in rates}
+    adam = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in rates.items()])
     with torch.enable_grad(), evaluation_mode(model) as device, torch.backends.cudnn.flags(enabled=False):
         batches = [(on_device(device, x), y.to(device)) for x, y in samples]
+        total = sum(len(y) for _, y in batches)
 
         def loss(scale: float) -> Tensor:  # of the outputs, scaled
-            return sum((len(y) * criterion(scale * forward(model, x), y) for x, y in batches), torch.zeros(()))
+            of_each = [len(y) / total * criterion(scale * forward(model, x), y) for x, y in batches]
+            return torch.stack(of_each).sum()
 
         try:
             for _ in range(steps):
-                gradients = torch.autograd.grad(loss(1.0), list(rates), allow_unused=True)
-                for (p, rate), gradient in zip(rates.items(), gradients):
-                    if gradient is not None:
-                        p.data.sub_(gradient.sign(), alpha=rate)
+                for p, gradient in zip(rates, torch.autograd.grad(loss(1.0), list(rates), allow_unused=True)):
+                    p.grad = gradient
+                adam.step()
             with torch.no_grad():
                 return bool(loss(1.0) < loss(0.0))
         finally:
-            for p, weights in before.items():
+            for p, (weights, own) in before.items():
                 p.data.copy_(weights)
+                p.grad = own
 
 
 @torch.no_grad()

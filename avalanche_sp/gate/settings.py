@@ -62,7 +62,7 @@ class Settings:
     solve_steps: int = _setting(20, "count", "iterations of L-BFGS, at most")
     solve_tolerance: float = _setting(1e-3, "positive", "least gain of an iteration, in losses of zero outputs")
     solve_trial: int = _setting(
-        2, "count", "steps of an adaptive optimizer that a readout solved before the first experience has to bear"
+        3, "count", "steps of Adam that a readout solved before the first experience has to bear"
     )
     class_rank: int = _setting(8, "count", "eigenvectors kept of each class's own covariance, at most")
     class_vectors: int = _setting(1024, "count", "the same of all classes together, at most")
