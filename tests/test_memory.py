@@ -128,7 +128,7 @@ def test_a_head_for_each_task_is_counted_before_it_is_trained(split5):
 
 
 def test_matrices_are_rounded_first(split5):
-    """They are what a checkpoint holds. All else, and each layer's rank, stays."""
+    """A checkpoint holds the rounded matrices. Other fields and the ranks stay."""
     gate = gated(mlp())
     train(gate, images(split5, 0))
     memory = gate.memory

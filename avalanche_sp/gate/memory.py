@@ -212,8 +212,7 @@ class LayerMemory:
         other rows are forgotten as if they were never used.
         """
         along = {k: getattr(self, k)[..., -n:].clone() for k in ("eigenvalues", "vectors", "anchor")}
-        fewer = replace(self, rough_anchor=None, class_roots=None, data_sums=None, trained=None, **along)
-        return fewer.rounded() if self.packed else fewer
+        return replace(self, rough_anchor=None, class_roots=None, data_sums=None, trained=None, packed={}, **along)
 
     def rounded(self) -> LayerMemory:
         """The memory with its vectors, anchor and sums in half precision or at eight bits a number.
@@ -316,7 +315,7 @@ class Memory:
         if rounded.state_bytes <= budget:
             return rounded
         ranks = {name: len(layer.eigenvalues) for name, layer in self.layers.items()}
-        layers = {name: layer.leading(ranks[name]) for name, layer in rounded.layers.items()}
+        layers = {name: layer.leading(ranks[name]).rounded() for name, layer in self.layers.items()}
         excess = sum(layer.state_bytes for layer in layers.values()) - budget
         droppable = []
         for name, layer in layers.items():
@@ -328,7 +327,7 @@ class Memory:
             excess -= layers[name].bytes_along(ranks[name]) - layers[name].bytes_along(ranks[name] - 1)
             ranks[name] -= 1
         check_budget(budget, budget + excess)
-        return replace(self, layers={name: layer.leading(ranks[name]) for name, layer in layers.items()})
+        return replace(self, layers={name: m.leading(ranks[name]).rounded() for name, m in self.layers.items()})
 
     def state_dict(self) -> dict:
         """Tensors and numbers, for ``torch.save``; ``torch.load(..., weights_only=True)`` takes them."""

@@ -175,7 +175,7 @@ class Samples:
         return cls(_rebatched(batches, largest), sum(len(y) for _, y in batches), total, _classes(batches))
 
     def few(self) -> list[tuple[Any, Tensor]]:
-        """As many samples as a batch has, from all batches; the first batch if the inputs have no row a sample."""
+        """Samples of all batches, in number one batch; the first batch if the inputs have no row a sample."""
         batches = list(self.batches)
         number = len(batches)
         if not all(has_rows(x, len(y)) for x, y in batches):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -130,6 +130,15 @@ class Sensitivity:
     leading: Tensor
 
 
+@contextmanager
+def _gradients_in_evaluation(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode with gradients. Recurrent layers run without cuDNN, whose layers have no backward pass in it."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    without_cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+    with torch.enable_grad(), evaluation_mode(model) as device, without_cudnn:
+        yield device
+
+
 def output_sensitivity(
     model: nn.Module, inputs: Any, layers: Mapping[str, GatedLayer], forward: Forward, shared: Collection[str] = ()
 ) -> dict[str, Sensitivity]:
@@ -152,10 +161,8 @@ def output_sensitivity(
             squares_of_x = layer.energy(x) if layer.of_rows else x.detach().float().square().sum()
             energy[name] = energy.get(name, 0) + squares_of_x
 
-    # cuDNN's recurrent layers have no backward pass in evaluation mode.
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with torch.enable_grad(), evaluation_mode(model) as device:
-        with after_each(layers, note), torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
+    with _gradients_in_evaluation(model) as device:
+        with after_each(layers, note):
             outputs = forward(model, inputs)
         signs = torch.randint(0, 2, outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs) * 2 - 1
         varied = {name: output for name, output in made.items() if output.requires_grad}
@@ -231,7 +238,7 @@ def bears_steps(
     """
     before = {p: (p.detach().clone(), p.grad) for p in rates}
     adam = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in rates.items()])
-    with torch.enable_grad(), evaluation_mode(model) as device, torch.backends.cudnn.flags(enabled=False):
+    with _gradients_in_evaluation(model) as device:
         batches = [(on_device(device, x), y.to(device)) for x, y in samples]
         total = sum(len(y) for _, y in batches)
 
