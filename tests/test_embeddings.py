@@ -99,7 +99,7 @@ def test_its_gradient_is_the_gradient_times_the_gate_matrix(texts):
     gate = trained(model, texts[:1])
     cross_entropy(model(new), labels).backward()
     before = model.embedding.weight.grad.double()
-    gate._gate_gradients(gate._optimizer)
+    gate._hooks._gate_gradients(gate._optimizer)
     values, vectors, mean = reference.merged_eigenpairs([one_hot(x.flatten(), WORDS)], WORDS)
     matrix = reference.gate_matrix(values, vectors, mean, 0.5 / LENGTH)
     torch.testing.assert_close(model.embedding.weight.grad.double(), matrix @ before, atol=1e-8, rtol=1e-4)

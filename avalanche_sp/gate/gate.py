@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,14 +12,14 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from avalanche_sp.arguments import check_integer
 from avalanche_sp.gate.consolidate import check_fits, consolidate, inherited, least_bytes
 from avalanche_sp.gate.detection import ChangeDetector, RunningSurprise, page_hinkley
-from avalanche_sp.gate.functional import transfer, unanswered
+from avalanche_sp.gate.functional import transfer
+from avalanche_sp.gate.hooks import Epoch, StepHooks, parameters_of
 from avalanche_sp.gate.layer_gate import LayerGate, StreamStatistics
 from avalanche_sp.gate.layers import (
     NORMALISATION,
@@ -53,7 +52,7 @@ from avalanche_sp.gate.preparation import (
     sharpness,
     stable_step,
 )
-from avalanche_sp.gate.processes import mean_over_processes, several_processes
+from avalanche_sp.gate.processes import mean_over_processes
 from avalanche_sp.gate.readout import (
     PseudoSamples,
     ReadoutLoss,
@@ -84,13 +83,6 @@ from avalanche_sp.gate.warn import (
 
 def _model_of_inputs(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
-
-
-_GATES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by optimizer, the gate that was last attached to it
-
-
-def _parameters_of(optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:
-    return {p for group in optimizer.param_groups for p in group["params"]}
 
 
 class PlasticityGate:
@@ -250,10 +242,6 @@ class PlasticityGate:
         self.settings = settings
         self.memory = Memory()
         """The memory of the consolidated experiences."""
-        self.listening = True
-        """Whether forward passes are those of training; set it False around other forward passes with gradients."""
-        self.gating = True
-        """Whether backward passes are those of training; set it False around other backward passes."""
         self._forward = forward
         self.measures_loss = readout_step or max(values_of(self.pull_back)) > 0
         """Whether a consolidation measures the loss."""
@@ -266,11 +254,9 @@ class PlasticityGate:
         longest = settings.look if self._stream is None else settings.stream_look
         self._drift = Drift(self.pull_back, longest, settings)
         self._running_surprise = RunningSurprise(settings.surprise_decay, settings.surprise_full)
+        self._hooks = StepHooks(self._drift, self._stream, self._after_step)
         self._model: nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
-        self._handles: list = []
-        self._sees_steps = False  # of the optimizer; also if the hooks rest
-        self._saw_steps = False  # of the present experience
         self._loaded: Mapping[str, Any] | None = None  # a state that waits for a model
         # For the present experience.
         self._prepared: Preparation | None = None
@@ -282,22 +268,10 @@ class PlasticityGate:
         self._replays: Sequence[Samples] = ()  # stored samples
         self._memory_size = 0  # and their number
         self._stored = StoredSamples(0, settings)
-        self._protected: dict[str, GatedLayer] = {}  # the layers whose gate is not switched off
-        self._gated: dict[str, Gated] = {}  # those of them that have a memory
+        self._epoch = Epoch()
         self._batches_seen: dict[str, int] = {}  # by the normalisation layers before the first experience
-        self._norms: list[nn.Module] = []  # the frozen normalisation layers
-        self._frozen: list[nn.Parameter] = []  # theirs, and the other parameters that are neither gated nor trained
-        self._trained: set[str] = set()  # names of the parameters that have been trained
         self._at_rest: set[nn.Parameter] = set()  # those that the user had frozen at the last consolidation
-        # For the present step.
-        self._rows: StreamRows | None = None  # None: all rows come from the stream
-        # With stored samples: the part of the stream's gradient that the gate holds back, by parameter.
-        self._held: dict[nn.Parameter, Tensor] = {}
-        # At a look, by layer: the gradient along the gated vectors, and the part of it that the gate holds back.
-        self._along: dict[str, list[Tensor]] = {}
-        self._withheld: dict[nn.Parameter, Tensor | None] = {}  # gradients of frozen parameters, during a step
         self._criterion: Criterion | None = None  # as last observed
-        self._resting: set[nn.Module] = set()  # frozen layers in the midst of their forward pass
         if model is not None:
             if optimizer is None:
                 raise ValueError("Invalid optimizer value: None (allowed: the torch.optim.Optimizer that trains model)")
@@ -323,10 +297,9 @@ class PlasticityGate:
                 f"with a weight of its own, but {', '.join(ungated_parameters(model, ())) or 'nothing'} (allowed: at "
                 "least one)"
             )
-        if _parameters_of(optimizer).isdisjoint(model.parameters()):
+        if parameters_of(optimizer).isdisjoint(model.parameters()):
             raise ValueError("Invalid optimizer: it has no parameter of the model (allowed: the one that trains it)")
-        known = _GATES.get(optimizer, lambda: None)()
-        if known is not None and known is not self and known.is_attached:
+        if self._hooks.is_taken(optimizer):
             raise ValueError("Invalid optimizer: another PlasticityGate is attached to it (allowed after its close())")
         goes_on = model is self._model
         if self._model is not None and not goes_on and self.memory.layers:
@@ -342,7 +315,7 @@ class PlasticityGate:
         if self._loaded is not None:
             self.load_state_dict(self._loaded)
         elif goes_on:
-            self._hook()
+            self._hooks.put(model, optimizer, self._epoch)
         else:
             self.begin(self._samples, self._memory_size)
 
@@ -375,37 +348,39 @@ class PlasticityGate:
             ratio = memory.samples / samples if samples is not None else memory.consolidations
         else:  # an epoch may be a mini-batch, and nothing ends with it
             ratio = memory.consolidations  # the next experience is as long as those so far, for all we know
-        self._protected = protected_layers(model, self.openness)
+        protected = protected_layers(model, self.openness)
         if self.memory_budget is not None and self.active:
-            check_budget(self.memory_budget, least_bytes(memory, self._protected))
-        before, self._gated = self._gated, {}
-        for name, layer in self._protected.items():
+            check_budget(self.memory_budget, least_bytes(memory, protected))
+        prepared, gated = self._prepared, dict[str, Gated]()
+        for name, layer in protected.items():
             if name in memory.layers and (layer.per_row or not stored):
-                remembered, known = memory.layers[name], before.get(name)
+                remembered, known = memory.layers[name], self._epoch.gated.get(name)
                 check_fits(name, layer, remembered)
                 statistics = known.statistics if known and known.memory is remembered else None
                 if statistics is None:
                     statistics = StreamStatistics.empty(remembered)
                 statistics.start_epoch()
-                scale = self._prepared.scale.get(name, 1.0) if self._prepared is not None else 1.0
                 factor = self._stored.opening * (s.attention_openness if layer.projects_attention else 1.0)
                 openness = math.inf if self._is_open else value_of(self.openness, name) * factor / (1 - self._transfer)
+                scale, step = (prepared.scale.get(name, 1.0), prepared.step.get(name, 1.0)) if prepared else (1.0, 1.0)
                 gate = LayerGate.of(remembered, openness, s.gated_vectors, scale)
-                self._gated[name] = Gated(name, layer, remembered, gate, statistics, self._rate_of(layer))
-        unknown = {name: layer for name, layer in self._protected.items() if name not in memory.layers}
+                gated[name] = Gated(name, layer, remembered, gate, statistics, self._rate_of(layer), step)
+        unknown = {name: layer for name, layer in protected.items() if name not in memory.layers}
         warn_of_thawed([name for name, layer in unknown.items() if layer.weight in self._at_rest])
         self._at_rest.difference_update(layer.weight for layer in unknown.values())
         freezes = memory.layers and not stored and not self._is_open
-        self._norms = [m for m in model.modules() if freezes and isinstance(m, NORMALISATION)]
-        self._frozen = [p for norm in self._norms for p in norm.parameters(recurse=False)]
+        norms = [m for m in model.modules() if freezes and isinstance(m, NORMALISATION)]
+        frozen = [p for norm in norms for p in norm.parameters(recurse=False)]
         if freezes and self.ungated == "freeze":
-            trained = {p for name, p in model.named_parameters() if name in self._trained}
-            self._frozen += [p for own in self._ungated_parameters().values() for p in own if p in trained]
-        if self._prepared is not None and self._prepared.solved:
-            self._frozen += self._protected[self._prepared.layer].trained_parameters
+            trained = {p for name, p in model.named_parameters() if name in self._hooks.trained}
+            frozen += [p for own in self._ungated_parameters(protected).values() for p in own if p in trained]
+        if prepared is not None and prepared.solved:
+            frozen += protected[prepared.layer].trained_parameters
+        self._epoch = Epoch(protected, gated, norms, frozen, stored > 0)
         strength = self._stored.penalty(ratio) * (1 - self._transfer)
-        self._drift.begin(self._gated.values(), memory.curvature, ratio, strength, 1 - self._stored.trust)
-        self._hook()
+        self._drift.begin(gated.values(), memory.curvature, ratio, strength, 1 - self._stored.trust)
+        assert self._optimizer is not None
+        self._hooks.put(model, self._optimizer, self._epoch)
 
     def _begin_again(self) -> None:
         """Begins the present epoch with the present memory."""
@@ -479,14 +454,14 @@ class PlasticityGate:
         if not self.memory.layers and not self._bears_steps(samples, readout, criterion):
             readout.set_weights(unsolved)
             return
-        below = {n: layers[n] for n in self._gated if n != classified.layer and n in observation.layers}
+        below = {n: layers[n] for n in self._epoch.gated if n != classified.layer and n in observation.layers}
         weights = {name: layer.weights_and_bias() for name, layer in below.items()}
         sensitivity = output_sensitivity(model, observation.inputs, below, self._forward, observation.shared)
         scale, step, curvature = {}, {}, None
         if solved and self._memory_size and not self._is_adaptive:
             curvature = curvature_at(layers[classified.layer].weights_and_bias(), classified, criterion)
         for name in below:
-            g, reference = self._gated[name], self.memory.layers[name].sharpness
+            g, reference = self._epoch.gated[name], self.memory.layers[name].sharpness
             if reference is not None and not self._is_adaptive:
                 through = partial(g.gate.through, memory=g.memory)
                 sharp = sharpness(observation.layers[name], sensitivity[name], through)
@@ -527,8 +502,8 @@ class PlasticityGate:
         Raises:
             ValueError: it is not a list of truth values, or no number of stored samples was given to :meth:`begin`.
         """
-        self._rows = None if stored is None else StreamRows.unlike(stored)
-        if self._rows is not None and self._rows.count < self._rows.batch and not self._memory_size:
+        rows = self._hooks.rows = None if stored is None else StreamRows.unlike(stored)
+        if rows is not None and rows.count < rows.batch and not self._memory_size:
             raise ValueError("Invalid call: no stored sample is known (allowed after begin(stored=...))")
 
     def observe(self, inputs: Any, outputs: Any, targets: Tensor, loss: Tensor, criterion: Criterion) -> None:
@@ -544,7 +519,7 @@ class PlasticityGate:
         self._running_surprise.observe(mean_over_processes(loss.detach().squeeze()))
         self._criterion = criterion
         if self._stream is not None:
-            stream = self._rows or StreamRows(len(targets), len(targets), slice(0, len(targets)))
+            stream = self._hooks.rows or StreamRows(len(targets), len(targets), slice(0, len(targets)))
             self._stream.observe(inputs, outputs, targets, loss, criterion, stream)
 
     def consolidate(self, data: Dataset | Iterable[tuple[Any, Tensor]] | Samples, criterion: Criterion) -> None:
@@ -574,7 +549,7 @@ class PlasticityGate:
             check_mean(criterion)
         model = self._attached()
         warn_of_unseen(self._unseen())
-        self._saw_steps = False
+        self._hooks.saw_steps = False
         self._drift.take_back()
         layers = protected_layers(model, self.openness)
         samples = self._read[1] if self._read is not None and self._read[0] is data else self._samples_of(data)
@@ -628,24 +603,34 @@ class PlasticityGate:
         """Takes all hooks off the model and the optimizer. The memory stays."""
         self.detach()
         self._model = self._optimizer = None
-        self._protected, self._gated, self._norms = {}, {}, []
+        self._epoch = Epoch()
 
     def detach(self) -> None:
         """Takes the hooks off until :meth:`attach`, also after an error in the midst of a step."""
-        for handle in self._handles:
-            handle.remove()
-        for norm in self._resting:
-            norm.train()
-        self._handles.clear()
-        self._resting.clear()
-        self._held.clear()
-        self._along.clear()
-        self._rows = None
+        self._hooks.take_off()
 
     @property
     def is_attached(self) -> bool:
         """Whether the hooks are on a model."""
-        return bool(self._handles)
+        return self._hooks.are_on
+
+    @property
+    def listening(self) -> bool:
+        """Whether forward passes are those of training; set it False around other forward passes with gradients."""
+        return self._hooks.listening
+
+    @listening.setter
+    def listening(self, value: bool) -> None:
+        self._hooks.listening = value
+
+    @property
+    def gating(self) -> bool:
+        """Whether backward passes are those of training; set it False around other backward passes."""
+        return self._hooks.gating
+
+    @gating.setter
+    def gating(self, value: bool) -> None:
+        self._hooks.gating = value
 
     # -- What can be read ------------------------------------------------------------------------------------------
 
@@ -669,7 +654,7 @@ class PlasticityGate:
     @property
     def statistics(self) -> dict[str, StreamStatistics]:
         """Statistics of the present epoch's inputs, by layer."""
-        return {name: g.statistics for name, g in self._gated.items()}
+        return {name: g.statistics for name, g in self._epoch.gated.items()}
 
     @property
     def claimed_rank(self) -> dict[str, int]:
@@ -695,7 +680,7 @@ class PlasticityGate:
             "memory": self.memory.state_dict(),
             "epoch": [self._samples, self._memory_size],
             "drift": self._drift.state_dict(),
-            "trained": sorted(self._trained),
+            "trained": sorted(self._hooks.trained),
             "batches_seen": self._batches_seen,
             "prepared": self._prepared.state_dict() if self._prepared is not None else None,
             "transfer": self._transfer,
@@ -717,17 +702,17 @@ class PlasticityGate:
             )
         self.memory = memory
         self._drift.forget()
-        self._trained, self._batches_seen = set(state["trained"]), state["batches_seen"]
+        self._hooks.trained, self._batches_seen = set(state["trained"]), state["batches_seen"]
         prepared = state["prepared"]
         self._prepared = None if prepared is None else Preparation.from_state_dict(prepared)
         self._transfer, self._loss_before, self._read = state["transfer"], state["loss_before"], None
-        self._saw_steps = state["drift"]["steps"] > 0
+        self._hooks.saw_steps = state["drift"]["steps"] > 0
         self._running_surprise.load_state_dict(state["surprise"])
         self.begin(*state["epoch"])
         self._drift.load_state_dict(state["drift"])
         for name, statistics in state["statistics"].items():
-            if name in self._gated:  # else the layer has left the network, and its memory stays
-                self._gated[name].statistics = StreamStatistics(**statistics)
+            if name in self._epoch.gated:  # else the layer has left the network, and its memory stays
+                self._epoch.gated[name].statistics = StreamStatistics(**statistics)
 
     def to(self, device: torch.device | str) -> PlasticityGate:
         """Moves the memory to a device, after the model."""
@@ -736,155 +721,16 @@ class PlasticityGate:
 
     def __getstate__(self) -> dict:
         """For pickle: hooks are put on again by :meth:`attach`."""
-        fresh: dict[str, Any] = {"_handles": [], "_sees_steps": False, "_held": {}, "_along": {}, "_withheld": {}}
-        fresh |= {"_rows": None, "_resting": set(), "_criterion": None, "_read": None}
-        return vars(self) | fresh
-
-    # -- Hooks -----------------------------------------------------------------------------------------------------
+        return vars(self) | {"_criterion": None, "_read": None}
 
     def _attached(self) -> nn.Module:
         if self._model is None:
             raise ValueError("Invalid call: the gate has no model (attach(model, optimizer) gives it one)")
         return self._model
 
-    def _hook(self) -> None:
-        """Puts the hooks on the present layers."""
-        assert self._optimizer is not None
-        self.detach()
-        self._sees_steps = True
-        _GATES[self._optimizer] = weakref.ref(self)
-        self._handles += [
-            self._optimizer.register_step_pre_hook(self._before_step),
-            self._optimizer.register_step_post_hook(self._after_step),
-        ]
-        if self._stream is not None or self._gated:
-            for name, layer in self._protected.items():
-                hook = _Hook(layer.module, self._after_forward, name, layer)
-                self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
-        for g in self._gated.values() if self._memory_size else ():
-            self._handles += [p.register_hook(partial(self._gate_backward, g, p)) for p in g.layer.trained_parameters]
-        for norm in self._norms:
-            self._handles.append(norm.register_forward_pre_hook(_Hook(norm, self._freeze)))
-            self._handles.append(norm.register_forward_hook(_Hook(norm, self._unfreeze), always_call=True))
-
-    def _after_forward(
-        self, name: str, layer: GatedLayer, module: nn.Module, args: tuple, kwargs: dict, output: Any
-    ) -> None:
-        """Notes the layer's input, and waits for the error that comes back to its output."""
-        made = output if isinstance(output, Tensor) else None
-        if not (self.listening and torch.is_grad_enabled()) or (
-            layer.per_row and (made is None or not made.requires_grad)
-        ):
-            return
-        looked = name in self._gated and (self._drift.is_looking or self._memory_size)
-        if not (looked or self._stream) or (x := layer.input_of(args, kwargs, output)) is None:
-            return
-        stream = self._rows
-        if self._stream is not None and self._stream.listens(stream.count if stream else len(x)):
-            self._stream.note(name, layer, x, made if layer.per_row else None)
-        if looked:
-            x = x.detach()
-            if made is not None and layer.per_row:
-                made.register_hook(lambda delta: self._hold_back(self._gated[name], x, delta, stream))
-            else:  # what comes back is the error of the module's output, not of the map's
-                self._look_at(self._gated[name], x if stream is None else stream.of(x))
-
-    def _hold_back(self, g: Gated, x: Tensor, delta: Tensor, stream: StreamRows | None) -> None:
-        """Hook on a layer's output: the part of its gradient that the gate holds back. Sums over uses of a layer."""
-        if not self.gating:
-            return
-        x, delta = ((t if stream is None else stream.of(t)).to(g.memory.vectors.dtype) for t in (x, delta))
-        if not len(x):
-            return
-        if self._drift.is_looking:
-            self._look_at(g, x)
-        if self._memory_size:
-            held = g.gate.held_activity(g.layer, x, delta)
-            for parameter in g.layer.trained_parameters:
-                self._held[parameter] = self._held[parameter] + held if parameter in self._held else held
-
-    def _look_at(self, g: Gated, x: Tensor) -> None:
-        x = x.to(g.memory.vectors.dtype)
-        g.statistics.add(g.gate, g.layer.energy(x), g.layer.power(x, g.memory.vectors))
-
-    def _gate_backward(self, g: Gated, parameter: nn.Parameter, grad: Tensor) -> Tensor | None:
-        """Hook on a parameter: gates the stream's part of the gradient of a backward pass, before it is accumulated."""
-        held = self._held.pop(parameter, None)
-        if held is None:
-            return None
-        if self._drift.is_looking:
-            self._note(g, parameter, grad, held)
-        held = held * g.statistics.holding
-        return g.layer.gated_gradient(grad, held, g.gate.leading, 1 - g.gate.closed_rest)
-
-    def _note(self, g: Gated, parameter: nn.Parameter, grad: Tensor, held: Tensor) -> None:
-        """Adds a backward pass to the step's gradient along the gated vectors."""
-        known = self._along.setdefault(g.name, [torch.zeros_like(held)] * 2)
-        known[0] = known[0] + g.layer.part_along(parameter, grad, g.gate.leading)
-        if parameter is g.layer.weight:  # it is of weight and bias together
-            known[1] = known[1] + held
-
-    def _freeze(self, norm: nn.Module, args: tuple) -> None:
-        if norm.training:
-            self._resting.add(norm.eval())
-
-    def _unfreeze(self, norm: nn.Module, args: tuple, output: Any) -> None:
-        if norm in self._resting:
-            self._resting.remove(norm.train())
-
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict):
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args begins with the optimizer
-        if closure is None:
-            self._gate_gradients(optimizer)
-            return None
-
-        def gated_closure():
-            loss = closure()
-            self._gate_gradients(optimizer)
-            return loss
-
-        return (args[0], gated_closure), {}
-
-    @torch.no_grad()
-    def _gate_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        for parameter in self._frozen:  # without a gradient: a step on zeros still follows momentum and decays weights
-            self._withheld[parameter], parameter.grad = parameter.grad, None
-        # A GradScaler leaves it to fused optimizers to unscale the gradients.
-        scale = getattr(optimizer, "grad_scale", None)
-        for name, g in self._gated.items():
-            if g.layer.weight.grad is None:
-                continue
-            if self._prepared is not None and self._prepared.step.get(name, 1.0) < 1:
-                g.layer.scale_gradient(self._prepared.step[name])
-            penalty = self._drift.gradient(name, scale)
-            if not self._memory_size:
-                g.gate.gate(g.layer, g.memory, penalty)
-            elif penalty is not None:
-                new_units = g.layer.units - len(penalty)
-                g.layer.gate_gradient(F.pad(-penalty, (0, 0, 0, new_units)), g.memory.vectors)
-            self._drift.add_gradient_beyond(name, scale)
-        if self._drift.is_looking:
-            named = self._attached().named_parameters()
-            self._trained.update(name for name, p in named if p.grad is not None)
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        for parameter, grad in self._withheld.items():  # plugins such as Synaptic Intelligence read it after the step
-            parameter.grad = grad
-        self._withheld = {}
-        self._rows = None
-        self._saw_steps = True
-        if self._memory_size and self._drift.is_looking and several_processes():
-            for name, g in self._gated.items():  # a process without rows of one kind takes part with zeros
-                nothing = g.gate.leading.new_zeros(g.layer.units, g.gate.leading.shape[-1])
-                self._along.setdefault(name, [nothing, nothing])
-        for name, g in self._gated.items():  # in the same order in each process
-            if name in self._along:
-                along, held = (mean_over_processes(part) for part in self._along[name])
-                g.statistics.holding = unanswered(along, held, g.gate.closed_leading)
-        self._along.clear()
-        self._drift.end_step()
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         stream = self._stream
-        if stream is not None and self.active and stream.look(self._attached(), self._protected, optimizer):
+        if stream is not None and self.active and stream.look(self._attached(), self._epoch.protected, optimizer):
             self._consolidate_stream(stream)
 
     # -- Consolidation ---------------------------------------------------------------------------------------------
@@ -978,10 +824,11 @@ class PlasticityGate:
         parameters = dict(self._attached().named_parameters())
         self._at_rest = {p for p in parameters.values() if not p.requires_grad}
         if self.memory.consolidations == 1:
-            if not self._trained:  # the network was trained before the gate came to it
-                self._trained = {name for name, p in parameters.items() if p.requires_grad}
+            if not self._hooks.trained:  # the network was trained before the gate came to it
+                self._hooks.trained = {name for name, p in parameters.items() if p.requires_grad}
             gated = {p for name in self.memory.layers for p in layers[name].parameters}
-            warn_of_ungated(self._attached(), self._trained, gated, self._ungated_parameters(), self.ungated)
+            ungated = self._ungated_parameters(self._epoch.protected)
+            warn_of_ungated(self._attached(), self._hooks.trained, gated, ungated, self.ungated)
             warn_of_dead(observation)
         knew = self.memory.consolidations == 1 or any(m.class_counts is not None for m in memory.layers.values())
         if knew and self.measures_loss and self.readout_step and not self._stream:
@@ -990,8 +837,8 @@ class PlasticityGate:
     def _unseen(self) -> list[str]:
         """Names of the gated layers that have changed in the present epoch, if the gate has seen no step of theirs."""
         assert self._optimizer is not None
-        seen = _parameters_of(self._optimizer) if self._saw_steps and self._sees_steps else set()
-        return [n for n, g in self._gated.items() if g.layer.weight not in seen and self._drift.has_moved(n)]
+        seen = parameters_of(self._optimizer) if self._hooks.saw_steps and self._hooks.sees_steps else set()
+        return [n for n, g in self._epoch.gated.items() if g.layer.weight not in seen and self._drift.has_moved(n)]
 
     def _rate_of(self, layer: GatedLayer) -> float:
         """The learning rate of a layer's weights if steps are proportional to the gradient, as SGD's are, else 0."""
@@ -1105,10 +952,10 @@ class PlasticityGate:
             warn_of_left(samples.layer)
         return solved
 
-    def _ungated_parameters(self) -> dict[str, list[nn.Parameter]]:
+    def _ungated_parameters(self, protected: Mapping[str, GatedLayer]) -> dict[str, list[nn.Parameter]]:
         """Parameters that the gate has no memory for, by name; without the layers that openness switches off."""
         layers = gated_layers(self._attached())
-        gated = [layer for n, layer in layers.items() if n in self.memory.layers or n not in self._protected]
+        gated = [layer for n, layer in layers.items() if n in self.memory.layers or n not in protected]
         return ungated_parameters(self._attached(), gated)
 
     def _stored_losses(self, observation, layers, criterion) -> list[ReadoutLoss] | None:
@@ -1129,30 +976,13 @@ class PlasticityGate:
     @torch.no_grad()
     def _consolidate_stream(self, stream: StreamWatch) -> None:
         """Consolidates in the midst of training, and reapplies the gated part of the later updates."""
-        model, layers = self._attached(), self._protected
+        model, layers = self._attached(), self._epoch.protected
         changes = stream.rewind(model, layers)
         observation = stream.observation(layers)
         self._remember(observation, layers, self._criterion, self.settings.readout_stream_damping)
         self._begin_again()
-        for name, g in self._gated.items():
+        for name, g in self._epoch.gated.items():
             if name in changes:
                 change = changes[name]
                 g.layer.set_weights(g.layer.weights_and_bias()[: len(change)] + g.gate.through(change, g.memory))
                 self._drift.rebase(name)
-
-
-class _Hook:
-    """A hook on one module. In a copy of the module, or unpickled with it, it does nothing."""
-
-    def __init__(self, module: nn.Module | None = None, call: Callable | None = None, *first: Any):
-        self.module, self.call, self.first = module, call, first
-
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        if module is self.module and self.call is not None:
-            self.call(*self.first, module, *args)
-
-    def __deepcopy__(self, memo: dict) -> _Hook:
-        return _Hook()
-
-    def __reduce__(self):
-        return _Hook, ()

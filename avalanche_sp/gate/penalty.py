@@ -18,7 +18,8 @@ from avalanche_sp.gate.settings import Settings
 class Gated:
     """A layer under a gate: its memory, its gate of the moment, and the statistics of its inputs.
 
-    ``rate`` is the learning rate of an optimizer whose steps are proportional to the gradient, else 0.
+    ``rate`` is the learning rate of an optimizer whose steps are proportional to the gradient, else 0. The layer's
+    gradient is multiplied by ``step`` first, 0 to 1.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Gated:
     gate: LayerGate
     statistics: StreamStatistics
     rate: float
+    step: float = 1.0
 
 
 class Drift:
