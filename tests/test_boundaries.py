@@ -89,6 +89,15 @@ def test_one_odd_batch_and_a_constant_loss_are_no_change():
         assert not watch.look([x] for x in losses)[0]
 
 
+@pytest.mark.parametrize("place", [0, 3, 60])
+def test_a_loss_that_is_not_finite_hides_no_change(place):
+    torch.manual_seed(0)
+    steady = (0.2 + 0.03 * torch.randn(200)).tolist()
+    watch = ChangeWatch(page_hinkley(Settings()), Settings())
+    assert not watch.look([x] for x in [*steady[:place], float("nan"), *steady[place:]])[0]
+    assert watch.look([[1.0]] * 10)[0]
+
+
 def test_a_change_is_found_where_only_one_of_two_numbers_shows_it():
     torch.manual_seed(0)
     steady = (0.2 + 0.03 * torch.randn(500, 2)).tolist()

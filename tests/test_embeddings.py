@@ -187,6 +187,33 @@ def test_the_row_of_padding_is_no_input(texts):
     torch.testing.assert_close(gate.memory.layers["embedding"].eigenvalues.sum(), torch.tensor(1.0))
 
 
+def test_a_task_may_have_padding_alone():
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(5, 4, padding_idx=0)
+            self.hidden, self.head = nn.Linear(8, 16), nn.Linear(20, 6)
+
+        def forward(self, inputs):
+            x, place = inputs
+            return self.head(torch.cat([self.hidden(x).relu(), self.embedding(place)], 1))
+
+    torch.manual_seed(0)
+    model = Bag()
+    before = model.embedding.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gate = PlasticityGate(model, optimizer)
+    for task in range(2):
+        x, y = torch.randn(60, 8), 2 * task + torch.arange(60) % 2
+        data = [((x, torch.full((60,), task)), y)]
+        optimizer.zero_grad()
+        cross_entropy(model(data[0][0]), y).backward()
+        optimizer.step()
+        gate.consolidate(data, cross_entropy)
+    assert gate.memory.layers["embedding"].vectors.tolist() == [1]
+    assert (model.embedding.weight != before).any(1).tolist() == [False, True, False, False, False]
+
+
 def test_a_weight_that_a_linear_layer_shares_is_gated_as_its_own():
     model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8))
     model[1].weight = model[0].weight

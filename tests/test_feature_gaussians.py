@@ -55,6 +55,14 @@ def test_the_readout_is_linear_discriminant_analysis_in_any_order(split5):
     assert (outputs.argmax(1) == y).float().mean() > 0.85
 
 
+@pytest.mark.parametrize("x", [100 * torch.eye(3, 5), torch.zeros(3, 5)], ids=["apart", "alike"])
+def test_classes_of_one_sample_have_a_readout(x):
+    made = remembered(x, torch.arange(3), [slice(None)]).readout(4)
+    assert made.isfinite().all()
+    if x.any():
+        assert (x @ made[:, :-1].T + made[:, -1]).argmax(1).tolist() == [0, 1, 2]
+
+
 def test_a_budget_is_kept_and_costs_little(split5):
     x, y = images(split5)
     full, budget = remembered(x, y, [slice(None)]), 4 * (10 * 41 + 1 + 20 * 40)

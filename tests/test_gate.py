@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -372,6 +373,45 @@ def gradients_of(model):
     }
 
 
+def test_layers_that_share_a_weight_are_gated_each_along_its_own_inputs():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.a, self.b, self.last = (nn.Linear(n, m) for n, m in zip((64, 16, 16, 16), (16, 16, 16, 5)))
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.last(self.b(self.a(self.first(x.flatten(1)).relu()).relu()).relu())
+
+    torch.manual_seed(0)
+    model = Shared()
+    optimizer = OPTIMIZERS["sgd"](model)
+    gate = PlasticityGate(model, optimizer, openness=0.05)
+    epoch(model, optimizer, TASKS[0])
+    gate.consolidate(TensorDataset(*TASKS[0]), OneHotMSELoss())
+    gate.begin(SIZE, stored=20)
+    seen = {}
+
+    def note(name, _, args, output):
+        output.retain_grad()
+        seen[name] = args[0].detach(), output
+
+    for name in "ab":
+        getattr(model, name).register_forward_hook(partial(note, name))
+    x, y = (t[:BATCH] for t in TASKS[1])
+    gate.replayed(torch.zeros(BATCH, dtype=torch.bool))
+    optimizer.zero_grad()
+    OneHotMSELoss()(model(x), y).backward()
+    expected = 0
+    for name, (inputs, output) in seen.items():
+        memory = gate.memory.layers[name]
+        closed, rest = memory.closed(0.05 * gate._stored.opening)
+        one = torch.cat([inputs, torch.ones(BATCH, 1)], 1)
+        whole = output.grad.T @ one
+        expected += (whole * (1 - rest) - (whole @ memory.vectors * (closed - rest)) @ memory.vectors.T)[:, :16]
+    torch.testing.assert_close(model.a.weight.grad, expected, atol=1e-5, rtol=1e-4)
+
+
 @with_and_without_stored
 def test_gradient_clipping_scales_the_gated_step(mask):
     """By the norm of the gradients as the loop sees them; a bound above it changes nothing."""
@@ -574,6 +614,15 @@ def test_the_surprise_goes_on_from_a_state():
     assert 0 < one.surprise < 1 and torch.equal(one.surprise, other.surprise)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_no_surprise(bad):
+    gate, seen = made()[2], []
+    for loss in (1.0, 0.8, bad, 1.1, 0.9, 1.02):
+        gate.observe(None, None, TASKS[0][1], torch.tensor(loss), OneHotMSELoss())
+        seen.append(float(gate.surprise))
+    assert seen[2] == 0 and 0 < seen[5] < 1
+
+
 def test_an_experience_may_end_with_the_steps_before_its_state():
     model, optimizer, gate = learned()
     epoch(model, optimizer, TASKS[1])
@@ -616,6 +665,99 @@ def test_a_state_without_a_model_waits_for_one():
         epoch(m, o, TASKS[1])
     assert torch.equal(weights(model), weights(other))
     assert gate.to("cpu") is gate and gate.state_bytes == waiting.state_bytes > 0
+
+
+def test_the_state_of_a_gate_that_waits_for_a_model_is_the_one_that_it_was_given():
+    state = learned()[2].state_dict()
+    waiting = PlasticityGate()
+    waiting.load_state_dict(state)
+    assert waiting.state_dict() == state
+
+
+def test_a_model_that_does_not_fit_a_state_leaves_the_gate_as_it_was():
+    model, optimizer, gate = learned()
+    state, (_, _, other) = gate.state_dict(), made("cnn")
+    other.consolidate(TensorDataset(*TASKS[1]), OneHotMSELoss())
+    before = other.memory
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 5))
+    optimizer_of_wide = OPTIMIZERS["sgd"](wide)
+    of_wide, waiting = PlasticityGate(wide, optimizer_of_wide), PlasticityGate()
+    waiting.load_state_dict(state)
+    for refuse in (
+        lambda: of_wide.load_state_dict(state),
+        lambda: waiting.attach(wide, OPTIMIZERS["sgd"](wide)),
+        lambda: other.load_state_dict(state),
+    ):
+        with pytest.raises(ValueError, match="Invalid (model|state)"):
+            refuse()
+    assert other.memory is before and not of_wide.memory.layers
+    epoch(wide, optimizer_of_wide, TASKS[0])
+    of_wide.consolidate(TensorDataset(*TASKS[0]), OneHotMSELoss())
+    gate.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        waiting.attach(model, optimizer)
+    assert waiting.memory.layers.keys() == state["memory"]["layers"].keys()
+
+
+def test_a_model_that_does_not_fit_the_arguments_leaves_the_gate_with_the_first():
+    model, optimizer, gate = learned(openness={"1": 0.2})
+    memory, other = gate.memory, MODELS["cnn"]()
+    with pytest.raises(ValueError, match="Invalid openness"):
+        gate.attach(other, OPTIMIZERS["sgd"](other))
+    assert gate.memory is memory
+    epoch(model, optimizer, TASKS[1])
+    gate.consolidate(TensorDataset(*TASKS[1]), OneHotMSELoss())
+    assert gate.memory.consolidations == 2
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gate_that_forgets_is_open(name):
+    ends = []
+    for forgets in (False, True):
+        model, optimizer, gate = learned(optimizer=name)
+        gate.forget() if forgets else gate.close()
+        epoch(model, optimizer, TASKS[1])
+        ends.append(weights(model))
+    assert all(map(torch.equal, *ends))
+
+
+def test_close_takes_back_what_waits_and_leaves_the_model_alone_from_then_on():
+    model, optimizer, gate = learned(openness=0.01)
+    for x, y in zip(*(t.split(BATCH) for t in TASKS[1])):
+        optimizer.zero_grad()
+        OneHotMSELoss()(model(x), y).backward()
+        optimizer.step()
+    gate.close()
+    epoch(model, optimizer, TASKS[1])
+    ended = weights(model)
+    other = MODELS["mlp"]()
+    gate.attach(other, OPTIMIZERS["sgd"](other))
+    gate.close()
+    gate.attach(model, optimizer)
+    assert all(map(torch.equal, weights(model), ended))
+
+
+def test_of_a_number_of_stored_samples_the_last_layers_step_trusts_none():
+    ends = []
+    for stored in (0, 3000):
+        model, _, gate = learned()
+        gate.begin(SIZE, stored=stored)
+        gate.consolidate(TensorDataset(*TASKS[1]), OneHotMSELoss())
+        ends.append(weights(model))
+    assert all(map(torch.equal, *ends))
+
+
+def test_a_gate_that_moves_keeps_the_stored_samples():
+    ends = []
+    for moves in (False, True):
+        model, _, gate = learned()
+        gate.begin(SIZE, stored=[TensorDataset(*TASKS[0])])
+        if moves:
+            gate.to("cpu")
+        gate.consolidate(TensorDataset(*TASKS[1]), OneHotMSELoss())
+        ends.append(weights(model))
+    assert all(map(torch.equal, *ends))
 
 
 @with_and_without_stored

@@ -6,7 +6,7 @@ import pytest
 import torch
 from avalanche.training.plugins import ReplayPlugin
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from avalanche_sp import PlasticityGate, SelectivePlasticityPlugin
 
@@ -72,6 +72,28 @@ def test_statistics_that_were_not_trained_or_train_on_stay(split5, why):
     before = statistics(model)
     gate.consolidate(data, criterion)
     assert all(torch.equal(a, b) for known, now in zip(before, statistics(model)) for a, b in zip(known, now))
+
+
+def test_samples_by_name_are_mixed_also(split5):
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.whole = network()
+
+        def forward(self, inputs):
+            return self.whole(inputs["x"])
+
+    x, y = images(split5, n=257)  # a batch more than 256, of one sample
+    ends = []
+    for model, samples, first in (
+        (network(), x, x[:32]),
+        (ByName(), [{"x": image} for image in x], {"x": x[:32]}),
+    ):
+        gate = PlasticityGate(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        model(first)
+        gate.consolidate(DataLoader(list(zip(samples, y)), 16), nn.CrossEntropyLoss())
+        ends.append(statistics(getattr(model, "whole", model)))
+    assert all(torch.equal(a, b) for one, other in zip(*ends) for a, b in zip(one, other))
 
 
 def test_statistics_that_are_not_finite_leave_the_state_as_it_was(split5):

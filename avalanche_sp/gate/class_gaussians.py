@@ -129,7 +129,8 @@ class ClassGaussians:
         values = self.components.square().sum(1)
         d, tiny = means.shape[1], torch.finfo(means.dtype).tiny
         vectors = self.components / values.clamp_min(tiny).sqrt().unsqueeze(1)
-        ridge = (self.settings.gaussian_ridge * self.variance / d).clamp_min(tiny)
+        least = torch.finfo(means.dtype).eps * means.square().mean() + tiny  # a class of one sample has no variance
+        ridge = torch.maximum(self.settings.gaussian_ridge * self.variance / d, least)
         rest = remainder(values, self.variance / d, d)
         center = share @ means
         apart = means - center

@@ -106,7 +106,12 @@ class _Series:
         self._mean = self._variance = 0.0
 
     def standardised(self, y: float) -> float:
-        """Takes the next number; returns it in deviations from the mean, both of those before it."""
+        """Takes the next number; returns it in deviations from the mean, both of those before it.
+
+        One that is not finite is left out.
+        """
+        if not math.isfinite(y):
+            return 0.0
         self.count += 1
         clip, limit = self._settings.detection_clip, self._settings.detection_limit
         deviation = math.sqrt(self._variance)
@@ -202,8 +207,9 @@ class RunningSurprise:
         self._moments: tuple[Tensor, Tensor] | None = None
 
     def observe(self, loss: Tensor) -> None:
-        """Takes the next loss, 0-dim."""
-        mean, variance = self._moments or (loss, torch.zeros_like(loss))
+        """Takes the next loss, 0-dim; one that is not finite counts as the mean."""
+        mean, variance = self._moments or (loss.nan_to_num(0.0, 0.0, 0.0), torch.zeros_like(loss))
+        loss = torch.where(loss.isfinite(), loss, mean)
         difference, share = loss - mean, 1 - self.decay
         variance_now = torch.addcmul(variance, difference, difference, value=share).mul_(self.decay)
         self._last, self._moments = (loss, mean, variance), (torch.add(mean, difference, alpha=share), variance_now)

@@ -19,7 +19,7 @@ from avalanche_sp.arguments import check_integer
 from avalanche_sp.gate.consolidate import check_fits, consolidate, inherited, least_bytes
 from avalanche_sp.gate.detection import ChangeDetector, RunningSurprise, page_hinkley
 from avalanche_sp.gate.functional import transfer
-from avalanche_sp.gate.hooks import Epoch, StepHooks, parameters_of
+from avalanche_sp.gate.hooks import Epoch, StepHooks, parameters_of, unwrapped
 from avalanche_sp.gate.layer_gate import LayerGate, StreamStatistics
 from avalanche_sp.gate.layers import (
     NORMALISATION,
@@ -41,6 +41,7 @@ from avalanche_sp.gate.observe import (
 )
 from avalanche_sp.gate.penalty import Drift, Gated
 from avalanche_sp.gate.per_layer import PerLayer, check_patterns, per_layer, protected_layers, value_of, values_of
+from avalanche_sp.gate.precision import outside_autocast
 from avalanche_sp.gate.preparation import (
     DrawnInputs,
     Preparation,
@@ -291,6 +292,7 @@ class PlasticityGate:
             raise TypeError(f"Invalid model: {type(model).__name__} (allowed: a torch.nn.Module)")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"Invalid optimizer: {type(optimizer).__name__} (allowed: a torch.optim.Optimizer)")
+        optimizer = unwrapped(optimizer)
         if not gated_layers(model):
             raise ValueError(
                 f"Invalid model: {type(model).__name__} has no trainable layer that can be gated, such as nn.Linear, "
@@ -301,24 +303,31 @@ class PlasticityGate:
             raise ValueError("Invalid optimizer: it has no parameter of the model (allowed: the one that trains it)")
         if self._hooks.is_taken(optimizer):
             raise ValueError("Invalid optimizer: another PlasticityGate is attached to it (allowed after its close())")
-        goes_on = model is self._model
-        if self._model is not None and not goes_on and self.memory.layers:
+        goes_on, before = model is self._model, (self._model, self._optimizer)
+        replaces = self._model is not None and not goes_on and bool(self.memory.layers)
+        if not goes_on and self._loaded is None:
+            self._check(model, Memory() if replaces else self.memory, self._memory_size)
+        if replaces:
             warnings.warn(
                 "selective plasticity: the model was replaced by another one. What was remembered of the first is "
                 "dropped, and nothing protects it.",
                 stacklevel=2,
             )
-            self.forget()
+            self._drop()
         self._model, self._optimizer = model, optimizer
-        if not goes_on:
-            self._batches_seen = batches_seen(model)
         if self._loaded is not None:
-            self.load_state_dict(self._loaded)
+            try:
+                self.load_state_dict(self._loaded)
+            except Exception:
+                self._model, self._optimizer = before
+                raise
         elif goes_on:
             self._hooks.put(model, optimizer, self._epoch)
         else:
+            self._batches_seen = batches_seen(model)
             self.begin(self._samples, self._memory_size)
 
+    @outside_autocast
     def begin(self, samples: int | None = None, stored: int | Sequence[Dataset | Samples] = 0) -> None:
         """Tells what a hook cannot know of the coming epoch. Optional; a loop without stored samples does without.
 
@@ -339,7 +348,7 @@ class PlasticityGate:
             check_integer("samples value", samples, 1)
         check_integer("stored value", stored, 0)
         model = self._attached()
-        check_patterns({"openness": self.openness, "pull_back": self.pull_back, "rank": self.rank}, model)
+        protected = self._check(model, self.memory, stored)
         self._samples, self._replays, self._memory_size = samples, replays, stored
         memory, s = self.memory, self.settings
         self._stored = StoredSamples(stored / max(memory.classes, 1), s)
@@ -348,14 +357,10 @@ class PlasticityGate:
             ratio = memory.samples / samples if samples is not None else memory.consolidations
         else:  # an epoch may be a mini-batch, and nothing ends with it
             ratio = memory.consolidations  # the next experience is as long as those so far, for all we know
-        protected = protected_layers(model, self.openness)
-        if self.memory_budget is not None and self.active:
-            check_budget(self.memory_budget, least_bytes(memory, protected))
         prepared, gated = self._prepared, dict[str, Gated]()
         for name, layer in protected.items():
             if name in memory.layers and (layer.per_row or not stored):
                 remembered, known = memory.layers[name], self._epoch.gated.get(name)
-                check_fits(name, layer, remembered)
                 statistics = known.statistics if known and known.memory is remembered else None
                 if statistics is None:
                     statistics = StreamStatistics.empty(remembered)
@@ -382,10 +387,22 @@ class PlasticityGate:
         assert self._optimizer is not None
         self._hooks.put(model, self._optimizer, self._epoch)
 
+    def _check(self, model: nn.Module, memory: Memory, stored: int) -> dict[str, GatedLayer]:
+        """The layers whose gate is not switched off; raises ValueError if model, memory and arguments do not fit."""
+        check_patterns({"openness": self.openness, "pull_back": self.pull_back, "rank": self.rank}, model)
+        protected = protected_layers(model, self.openness, memory.layers)  # a frozen one may train again
+        if self.memory_budget is not None and self.active:
+            check_budget(self.memory_budget, least_bytes(memory, protected))
+        for name, layer in protected.items():
+            if name in memory.layers and (layer.per_row or not stored):
+                check_fits(name, layer, memory.layers[name])
+        return protected
+
     def _begin_again(self) -> None:
         """Begins the present epoch with the present memory."""
         self.begin(self._samples, self._replays or self._memory_size)
 
+    @outside_autocast
     def prepare(self, data: Dataset | Iterable[tuple[Any, Tensor]] | Samples, criterion: Criterion) -> None:
         """Prepares the readout for a coming experience, before it is trained. Optional, and worth it.
 
@@ -428,7 +445,7 @@ class PlasticityGate:
         model = self._attached()
         layers = protected_layers(model, self.openness)
         samples = self._samples_of(data)
-        self._read = data, samples
+        self._read, criterion = (data, samples), samples.of_labels(criterion)
         if not (self.memory.layers or self._is_adaptive):
             first = replace(samples, batches=islice(samples.batches, 1))
             self._observed(first, {}, criterion)  # raises if data, model and criterion do not fit
@@ -506,6 +523,7 @@ class PlasticityGate:
         if rows is not None and rows.count < rows.batch and not self._memory_size:
             raise ValueError("Invalid call: no stored sample is known (allowed after begin(stored=...))")
 
+    @outside_autocast
     def observe(self, inputs: Any, outputs: Any, targets: Tensor, loss: Tensor, criterion: Criterion) -> None:
         """Tells the loss of the present batch, before the step: for boundaries that the gate finds, and for surprise.
 
@@ -522,6 +540,7 @@ class PlasticityGate:
             stream = self._hooks.rows or StreamRows(len(targets), len(targets), slice(0, len(targets)))
             self._stream.observe(inputs, outputs, targets, loss, criterion, stream)
 
+    @outside_autocast
     def consolidate(self, data: Dataset | Iterable[tuple[Any, Tensor]] | Samples, criterion: Criterion) -> None:
         """Remembers an experience: call it when the experience has been learned.
 
@@ -549,11 +568,10 @@ class PlasticityGate:
             check_mean(criterion)
         model = self._attached()
         warn_of_unseen(self._unseen())
-        self._hooks.saw_steps = False
         self._drift.take_back()
         layers = protected_layers(model, self.openness)
         samples = self._read[1] if self._read is not None and self._read[0] is data else self._samples_of(data)
-        self._read = None
+        self._read, criterion = None, samples.of_labels(criterion)
         first = not self.memory.consolidations
         if (first or self._is_open) and not self._memory_size:
             self._measure_norms(samples)
@@ -567,14 +585,17 @@ class PlasticityGate:
             for name, memory in self.memory.layers.items():
                 known[name] = replace(memory, sharpness=sharpness(observation.layers[name], sensitivity[name]))
             self.memory = replace(self.memory, layers=known)
+        self._hooks.saw_steps = False
         self.begin()
 
+    @outside_autocast
     def finish_steps(self) -> None:
         """Takes back the gated part of the last updates. Call it before other weights are put into the model."""
         self._drift.take_back()
         self._drift.steps = 0
         self._drift.forget()
 
+    @outside_autocast
     def inherit(self, name: str, like: str) -> None:
         """Gates a layer that was added to the model, which shares its input with another layer.
 
@@ -597,10 +618,18 @@ class PlasticityGate:
 
     def forget(self) -> None:
         """Drops the memory, between two experiences: nothing is protected, and the next experience is the first."""
+        self._drop()
+        if self._model is not None:
+            self._begin_again()
+
+    def _drop(self) -> None:
+        """Drops the memory, and what was noted of steps under it."""
         self.memory, self._prepared, self._transfer = Memory(), None, 0.0
+        self._drift.forget()
 
     def close(self) -> None:
         """Takes all hooks off the model and the optimizer. The memory stays."""
+        self.finish_steps()
         self.detach()
         self._model = self._optimizer = None
         self._epoch = Epoch()
@@ -613,6 +642,11 @@ class PlasticityGate:
     def is_attached(self) -> bool:
         """Whether the hooks are on a model."""
         return self._hooks.are_on
+
+    @property
+    def device_type(self) -> str:
+        """Of the model's parameters; "cpu" without a model."""
+        return "cpu" if self._model is None else next(self._model.parameters()).device.type
 
     @property
     def listening(self) -> bool:
@@ -676,6 +710,8 @@ class PlasticityGate:
         optimizer, goes on bit for bit. Not in it: what a gate that finds boundaries has noted since the last one; it
         watches the stream from the start again.
         """
+        if self._loaded is not None:  # it waits for a model
+            return dict(self._loaded)
         return {
             "memory": self.memory.state_dict(),
             "epoch": [self._samples, self._memory_size],
@@ -690,17 +726,22 @@ class PlasticityGate:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes a state of :meth:`state_dict`, to the model's device; without a model, at :meth:`attach`."""
+        """Takes a state of :meth:`state_dict`, to the model's device; without a model, at :meth:`attach`.
+
+        Raises:
+            ValueError: it is of another model. The gate is as it was.
+        """
         if self._model is None:
             self.memory, self._loaded = Memory.from_state_dict(state["memory"]), state
             return
-        state, self._loaded = on_device(next(self._model.parameters()).device, state), None
+        state = on_device(next(self._model.parameters()).device, state)
         memory, own = Memory.from_state_dict(state["memory"]), gated_layers(self._model)
         if memory.layers and memory.layers.keys().isdisjoint(own):
             raise ValueError(
                 f"Invalid state: of the layers {', '.join(memory.layers)} (allowed: of the model's, {', '.join(own)})"
             )
-        self.memory = memory
+        self._check(self._model, memory, state["epoch"][1])
+        self.memory, self._loaded = memory, None
         self._drift.forget()
         self._hooks.trained, self._batches_seen = set(state["trained"]), state["batches_seen"]
         prepared = state["prepared"]
@@ -716,7 +757,9 @@ class PlasticityGate:
 
     def to(self, device: torch.device | str) -> PlasticityGate:
         """Moves the memory to a device, after the model."""
+        replays = self._replays
         self.load_state_dict(on_device(torch.device(device), self.state_dict()))
+        self._replays = replays
         return self
 
     def __getstate__(self) -> dict:
@@ -816,7 +859,7 @@ class PlasticityGate:
             remembers,
             self.settings,
             losses,
-            self.trust,
+            self.trust if losses else 0.0,
             damping,
         ).within(self.memory_budget)
         self._prepared, self._transfer = None, 0.0

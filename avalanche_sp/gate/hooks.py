@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from avalanche_sp.gate.functional import unanswered
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.penalty import Drift, Gated
+from avalanche_sp.gate.precision import outside_autocast
 from avalanche_sp.gate.processes import mean_over_processes, several_processes
 from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.stream import StreamWatch
@@ -59,6 +61,7 @@ class StepHooks:
         sees_steps: whether they were put on, also if they have been taken off since.
         saw_steps: whether they saw a step of the present experience.
         trained: names of the parameters that have been trained.
+        device_type: of the model's parameters.
     """
 
     def __init__(self, drift: Drift, stream: StreamWatch | None, ended: Callable[[torch.optim.Optimizer], None]):
@@ -68,13 +71,17 @@ class StepHooks:
         self.trained: set[str] = set()
         self._drift, self._stream, self._ended = drift, stream, ended
         self._epoch = Epoch()
-        self._model: nn.Module | None = None
+        self._untrained: dict[str, nn.Parameter] = {}  # parameters that have not been trained
+        self.device_type = "cpu"
         self._handles: list = []
+        self._hooked: set[nn.Module] = set()
         # Of the present step.
-        self._held: dict[nn.Parameter, Tensor] = {}  # the part of the stream's gradient that the gate holds back
+        # The part of the stream's gradient that the gate holds back, by layer and parameter.
+        self._held: dict[tuple[str, nn.Parameter], Tensor] = {}
         # At a look, by layer: the gradient along the gated vectors, and the part of it that the gate holds back.
         self._along: dict[str, list[Tensor]] = {}
         self._withheld: dict[nn.Parameter, Tensor | None] = {}  # gradients of frozen parameters
+        self._kept: list[tuple[nn.Parameter, Tensor]] = []  # frozen parameters before a step with a closure
         self._resting: set[nn.Module] = set()  # frozen layers in the midst of their forward pass
 
     @property
@@ -90,13 +97,15 @@ class StepHooks:
     def put(self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: Epoch) -> None:
         """Puts the hooks on a model's layers and on its optimizer, and takes them off those before."""
         self.take_off()
-        self._model, self._epoch, self.sees_steps = model, epoch, True
+        self._epoch, self.sees_steps = epoch, True
+        self.device_type = next(model.parameters()).device.type
+        self._untrained = {name: p for name, p in model.named_parameters() if name not in self.trained}
         _LAST[optimizer] = weakref.ref(self)
         self._handles += [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        if self._stream is not None or epoch.gated:
+        if listens := self._stream is not None or bool(epoch.gated):
             for name, layer in epoch.protected.items():
                 hook = _Hook(layer.module, self._after_forward, name, layer)
                 self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
@@ -105,6 +114,10 @@ class StepHooks:
         for norm in epoch.norms:
             self._handles.append(norm.register_forward_pre_hook(_Hook(norm, self._freeze)))
             self._handles.append(norm.register_forward_hook(_Hook(norm, self._unfreeze), always_call=True))
+        hooked = {layer.module for layer in epoch.protected.values()} if listens else set()
+        if "torch._dynamo" in sys.modules and self._hooked != (hooked := hooked | set(epoch.norms)):
+            torch.compiler.reset()  # a compiled model does not see hooks that come later
+        self._hooked = hooked
 
     def take_off(self) -> None:
         """Takes all hooks off, also after an error in the midst of a step."""
@@ -120,8 +133,8 @@ class StepHooks:
 
     def __getstate__(self) -> dict:
         """For pickle: the copy is on no model."""
-        fresh: dict[str, Any] = {"_handles": [], "sees_steps": False, "_held": {}, "_along": {}, "_withheld": {}}
-        return vars(self) | fresh | {"rows": None, "_resting": set()}
+        fresh: dict[str, Any] = {"_handles": [], "_hooked": set(), "_untrained": {}, "sees_steps": False, "rows": None}
+        return vars(self) | fresh | {"_held": {}, "_along": {}, "_withheld": {}, "_kept": [], "_resting": set()}
 
     # -- Forward and backward pass ---------------------------------------------------------------------------------
 
@@ -147,6 +160,7 @@ class StepHooks:
             else:  # what comes back is the error of the module's output, not of the map's
                 self._look_at(self._epoch.gated[name], x if stream is None else stream.of(x))
 
+    @outside_autocast
     def _hold_back(self, g: Gated, x: Tensor, delta: Tensor, stream: StreamRows | None) -> None:
         """Hook on a layer's output: the part of its gradient that the gate holds back. Sums over uses of a layer."""
         if not self.gating:
@@ -158,16 +172,18 @@ class StepHooks:
             self._look_at(g, x)
         if self._epoch.has_stored:
             held = g.gate.held_activity(g.layer, x, delta)
-            for parameter in g.layer.trained_parameters:
-                self._held[parameter] = self._held[parameter] + held if parameter in self._held else held
+            for key in ((g.name, parameter) for parameter in g.layer.trained_parameters):
+                self._held[key] = self._held[key] + held if key in self._held else held
 
+    @outside_autocast
     def _look_at(self, g: Gated, x: Tensor) -> None:
         x = x.to(g.memory.vectors.dtype)
         g.statistics.add(g.gate, g.layer.energy(x), g.layer.power(x, g.memory.vectors))
 
+    @outside_autocast
     def _gate_backward(self, g: Gated, parameter: nn.Parameter, grad: Tensor) -> Tensor | None:
         """Hook on a parameter: gates the stream's part of the gradient of a backward pass, before it is accumulated."""
-        held = self._held.pop(parameter, None)
+        held = self._held.pop((g.name, parameter), None)
         if held is None:
             return None
         if self._drift.is_looking:
@@ -198,14 +214,23 @@ class StepHooks:
             self._gate_gradients(optimizer)
             return None
 
+        self._kept = [(p, p.detach().clone()) for p in self._epoch.frozen]
+
         def gated_closure():
+            self._put_back()
             loss = closure()
             self._gate_gradients(optimizer)
             return loss
 
         return (args[0], gated_closure), {}
 
+    def _put_back(self) -> None:
+        """Undoes what LBFGS does to frozen parameters: without a gradient it moves them along earlier directions."""
+        for parameter, kept in self._kept:
+            parameter.data.copy_(kept)
+
     @torch.no_grad()
+    @outside_autocast
     def _gate_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         for parameter in self._epoch.frozen:  # without a gradient: zeros still follow momentum and decay weights
             self._withheld[parameter], parameter.grad = parameter.grad, None
@@ -223,14 +248,17 @@ class StepHooks:
                 new_units = g.layer.units - len(penalty)
                 g.layer.gate_gradient(F.pad(-penalty, (0, 0, 0, new_units)), g.memory.vectors)
             self._drift.add_gradient_beyond(name, scale)
-        if self._drift.is_looking:
-            assert self._model is not None
-            self.trained.update(name for name, p in self._model.named_parameters() if p.grad is not None)
+        for name in [name for name, p in self._untrained.items() if p.grad is not None]:
+            self.trained.add(name)
+            del self._untrained[name]
 
+    @outside_autocast
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         for parameter, grad in self._withheld.items():  # plugins such as Synaptic Intelligence read it after the step
             parameter.grad = grad
         self._withheld = {}
+        self._put_back()
+        self._kept = []
         self.rows = None
         self.saw_steps = True
         gated = self._epoch.gated
@@ -245,6 +273,13 @@ class StepHooks:
         self._along.clear()
         self._drift.end_step()
         self._ended(optimizer)
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer in a wrapper that has no hooks of its own, such as accelerate's."""
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:

@@ -7,7 +7,7 @@ input, which is always 1.
 The groups of a grouped convolution share one input space.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -62,8 +62,12 @@ class GatedLayer:
     @property
     def trains(self) -> bool:
         """Whether the weight is a trainable parameter; one that is computed (a parametrisation, pruning) is none."""
-        weight = self.owner._parameters.get(self._weight)
-        return weight is not None and weight.requires_grad
+        return self.is_own and self.weight.requires_grad
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the weight is a parameter."""
+        return self.owner._parameters.get(self._weight) is not None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -204,9 +208,12 @@ class GatedLayer:
         return product if bias is None else product.addr_(self._of_bias(bias).to(vectors.dtype), vectors[-1])
 
     def add_along(self, coordinates: Tensor, vectors: Tensor) -> None:
-        """Moves the weights by ``coordinates`` (out, r) along the vectors, in place: W + coordinates V^T."""
+        """Moves the weights by ``coordinates`` (out, r) along the vectors, in place: W + coordinates V^T.
+
+        A frozen bias stays.
+        """
         _add_product(self._matrix(self.weight.detach()), coordinates, vectors[: self.inputs].T)
-        if self.bias is not None:
+        if self.bias is not None and self.bias.requires_grad:
             _add_product(self._of_bias(self.bias.detach()), coordinates, vectors[-1])
 
     def gate_gradient(self, held: Tensor, vectors: Tensor, open_rest: float = 1.0) -> None:
@@ -271,10 +278,10 @@ class GatedLayer:
         return torch.cat([weight, self._of_bias(self.bias.detach()).float().unsqueeze(1)], 1)
 
     def set_weights(self, rows: Tensor) -> None:
-        """Puts such weights (rows, d) into the first output units, in place."""
+        """Puts such weights (rows, d) into the first output units, in place. A frozen bias stays."""
         weight = self._matrix(self.weight.detach())[: len(rows)]
         weight.copy_(rows[:, : self.inputs].reshape(weight.shape))
-        if self.bias is not None:
+        if self.bias is not None and self.bias.requires_grad:
             self._of_bias(self.bias.detach())[: len(rows)].copy_(rows[:, -1])
 
 
@@ -667,8 +674,8 @@ def _maps(module: nn.Module) -> Iterable[GatedLayer]:
     return []
 
 
-def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
-    """The trainable weights that the coincidence gate knows, by name.
+def gated_layers(model: nn.Module, frozen: Container[str] = ()) -> dict[str, GatedLayer]:
+    """The trainable weights that the coincidence gate knows, by name; of frozen ones those that are named.
 
     The name is the module's, followed by the parameter's if a module has several: ``"recurrent.weight_ih_l0"``. A
     weight that is computed from other parameters (a parametrisation, pruning) is none of them. An embedding whose
@@ -680,7 +687,7 @@ def gated_layers(model: nn.Module) -> dict[str, GatedLayer]:
             found.setdefault(".".join(part for part in (name, layer.name) if part), layer)
     weights = [layer.weight for layer in found.values() if not layer.of_rows and layer.trains]
     tied = {name for name, layer in found.items() if layer.of_rows and any(layer.weight is w for w in weights)}
-    return {name: layer for name, layer in found.items() if layer.trains and name not in tied}
+    return {n: layer for n, layer in found.items() if n not in tied and (layer.trains or n in frozen and layer.is_own)}
 
 
 def ungated_parameters(model: nn.Module, gated: Iterable[GatedLayer]) -> dict[str, list[nn.Parameter]]:

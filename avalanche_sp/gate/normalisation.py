@@ -1,6 +1,6 @@
 """The running statistics of normalisation layers, measured before they are frozen."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from operator import itemgetter
 from typing import Any
@@ -72,6 +72,8 @@ def _mixed(batches: list[Any], total: int) -> Iterable[Any]:
 
 
 def _joined(batches: list[Any]) -> Any:
+    if isinstance(batches[0], Mapping):
+        return {name: _joined([batch[name] for batch in batches]) for name in batches[0]}
     if isinstance(batches[0], (tuple, list)):
         return tuple(_joined(list(column)) for column in zip(*batches))
     return torch.cat(batches)

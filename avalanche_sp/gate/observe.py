@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
 
 from avalanche_sp.gate.functional import leading_eigenvalue, loss_derivatives
 from avalanche_sp.gate.layers import GatedLayer
@@ -21,6 +29,7 @@ from avalanche_sp.gate.readout import (
     ReadoutLoss,
     ReadoutSamples,
     close,
+    in_dtype,
     linked,
     units_of,
     unlinked,
@@ -135,12 +144,14 @@ class Samples:
         batches: pairs of inputs and targets.
         number: of samples in these.
         total, classes: numbers of samples and classes of the whole experience.
+        one_hot: whether the data have one-hot rows for targets. The batches have their class labels.
     """
 
     batches: Iterable[tuple[Any, Tensor]]
     number: int
     total: int
     classes: int
+    one_hot: bool = False
 
     @classmethod
     def of(cls, data: Dataset | Iterable[tuple[Any, Tensor]], limit: Callable[[int, int], int]) -> Samples:
@@ -162,7 +173,7 @@ class Samples:
         dataset, collate, largest = data, None, 1
         if _gives_each_once(data):
             dataset, collate, largest = data.dataset, data.collate_fn, data.batch_size or 1
-        if isinstance(dataset, Dataset) and hasattr(dataset, "__len__"):
+        if isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__"):
             total = len(dataset)  # type: ignore[arg-type]
             batches = _read(dataset, first := min(limit(total, 1), total), collate)
             if (more := min(limit(total, _classes(batches)), total)) > first:
@@ -172,7 +183,16 @@ class Samples:
             largest = max((len(y) for _, y in batches), default=1)
         if not total:
             raise ValueError("Invalid data: no sample (allowed: one or more)")
-        return cls(_rebatched(batches, largest), sum(len(y) for _, y in batches), total, _classes(batches))
+        classes, labels = _classes(batches), [_labels_of_rows(y) for _, y in batches]
+        if one_hot := all(rows is not None for rows in labels):
+            batches = [(x, rows) for (x, _), rows in zip(batches, labels) if rows is not None]
+        return cls(_rebatched(batches, largest), sum(len(y) for _, y in batches), total, classes, one_hot)
+
+    def of_labels(self, criterion: Criterion) -> Criterion:
+        """A criterion of the targets that the data have, as one of (outputs, the batches' targets)."""
+        if not self.one_hot:
+            return criterion
+        return lambda outputs, labels: criterion(outputs, F.one_hot(labels, outputs.shape[1]).to(outputs))
 
     def few(self) -> list[tuple[Any, Tensor]]:
         """Samples of all batches, in number one batch; the first batch if the inputs have no row a sample."""
@@ -184,7 +204,23 @@ class Samples:
 
 
 def _classes(batches: list[tuple[Any, Tensor]]) -> int:
-    return len(torch.cat([y.flatten().unique() for _, y in batches]).unique()) if batches else 0
+    """Number of classes among the targets; 1 for numbers that are no labels."""
+    return len(torch.cat([_labels(y) for _, y in batches]).unique()) if batches else 0
+
+
+def _labels(targets: Tensor) -> Tensor:
+    labels = _labels_of_rows(targets)
+    if labels is None:
+        labels = targets.new_zeros(1) if targets.is_floating_point() else targets
+    return labels.unique()
+
+
+def _labels_of_rows(targets: Tensor) -> Tensor | None:
+    """The class labels (n,) of one-hot rows (n, classes) of floating-point numbers; None for other targets."""
+    if targets.dim() != 2 or targets.shape[1] < 2 or not targets.is_floating_point():
+        return None
+    labels = targets.argmax(1)
+    return labels if torch.equal(F.one_hot(labels, targets.shape[1]).to(targets), targets) else None
 
 
 def _gives_each_once(data: Any) -> TypeGuard[DataLoader]:
@@ -242,7 +278,7 @@ def _spread(
     for number, batch in enumerate(data):
         x, y = _pair(batch)
         total += len(y)
-        classes.update(y.unique().tolist())
+        classes.update(_labels(y).tolist())
         if number % every == 0:
             kept.append((x, y))
         while len(kept) > 1 and sum(len(y) for _, y in kept) > 2 * limit(total, total):  # more classes may come
@@ -523,8 +559,9 @@ def check_outputs(outputs: Any) -> None:
     """Raises TypeError if a network's outputs are not one tensor, on which a loss can be measured."""
     if not isinstance(outputs, Tensor):
         raise TypeError(
-            f"Invalid model: its output is a {type(outputs).__name__} (the penalty and the readout's step measure "
-            "the loss on one output tensor; pull_back=0 and readout_step=False leave the gate alone)"
+            f"Invalid model: its output is a {type(outputs).__name__} (allowed: one tensor, on which the loss is "
+            "measured. PlasticityGate(forward=...) can choose it. With pull_back=0 and readout_step=False no loss is "
+            "measured, and new classes are learned little)"
         )
 
 
@@ -559,9 +596,10 @@ def output_derivatives(
         link: the function after the layer, such as a softmax (:func:`~avalanche_sp.gate.readout.unlinked`).
         quadratic: whether the loss is quadratic and convex in the outputs, if another batch has told.
     """
-    criterion = linked(criterion, link)
+    exact = outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
+    criterion = linked(in_dtype(criterion, exact.dtype), link)
     with torch.enable_grad():
-        varied = outputs.detach().requires_grad_()
+        varied = exact.detach().requires_grad_()
         value = criterion(varied, targets)
         if not isinstance(value, Tensor) or value.numel() != 1:
             what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
@@ -575,7 +613,7 @@ def output_derivatives(
         return loss, curvature, None, outputs
     kept = (outputs == made).all(0)  # the others are masked: Avalanche's incremental heads do it
     if quadratic is None:
-        nothing, twice = (with_gradient(lambda z: criterion(z, targets), scale * outputs)[1] for scale in (0.0, 2.0))
+        nothing, twice = (with_gradient(lambda z: criterion(z, targets), scale * exact)[1] for scale in (0.0, 2.0))
         curved = (nothing + twice - 2 * error).abs().max()
         quadratic = bool(curved <= _QUADRATIC * error.abs().max() and (nothing != twice).any())
     is_readout = kept.any() and quadratic and curvature > 0
@@ -615,11 +653,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[torch.device]:
     modes = {module: module.training for module in model.modules()}
     # A compiled model does not run hooks that come after it was compiled. torch before 2.6 can't be told to.
     uncompiled = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+    fast = torch.backends.mha.get_fastpath_enabled()  # it makes nested tensors of masked sequences
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         model.eval()
         with uncompiled, torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield device
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes.items():
             module.training = mode
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from avalanche_sp.gate.functional import penalty_gradient
@@ -77,7 +78,8 @@ class Drift:
         a_step, limit = {}, {}  # the penalty's weight for one step, and at its limit of stability
         for name, g in self._gated.items():
             a_step[name] = self._old_samples * value_of(self.weights, name) * curvature * g.memory.rows
-            limit[name] = 2 / (g.rate * g.memory.eigenvalues * (1 - g.gate.closed)).max()
+            sharpness = g.rate * g.memory.eigenvalues * (1 - g.gate.closed)
+            limit[name] = 2 / F.pad(sharpness, (0, 1)).max()  # without a vector it is 0
         stable = [limit[name] / a_step[name] for name in a_step]
         nearest = torch.stack(stable).min().item() if stable else self.longest
         self._interval = max(int(min(nearest, largest / max(ratio, 1), self.longest)), 1)

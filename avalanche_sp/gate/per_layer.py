@@ -1,6 +1,6 @@
 """Settings that may differ from layer to layer: one value for all, or values by patterns of the layers' names."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from fnmatch import fnmatchcase
 from numbers import Integral
 from typing import TypeAlias, TypeVar
@@ -70,6 +70,8 @@ def check_patterns(settings: Mapping[str, PerLayer], model: nn.Module) -> None:
             raise ValueError(f"Invalid {name} pattern: {pattern!r} is no layer's (allowed: {', '.join(layers)})")
 
 
-def protected_layers(model: nn.Module, openness: PerLayer[float]) -> dict[str, GatedLayer]:
-    """The model's trainable layers whose gate isn't switched off, by name."""
-    return {n: layer for n, layer in gated_layers(model).items() if value_of(openness, n) < _INFINITE}
+def protected_layers(
+    model: nn.Module, openness: PerLayer[float], frozen: Container[str] = ()
+) -> dict[str, GatedLayer]:
+    """The model's trainable layers whose gate isn't switched off, by name; of frozen ones those that are named."""
+    return {n: layer for n, layer in gated_layers(model, frozen).items() if value_of(openness, n) < _INFINITE}

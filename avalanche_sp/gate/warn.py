@@ -1,7 +1,10 @@
 """Warnings of a consolidation: ungated weights, an unlearned experience, dead units, an unsolved last layer."""
 
+import sys
 import warnings
 from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import FrameType
 
 from torch import Tensor, nn
 
@@ -10,12 +13,20 @@ from avalanche_sp.gate.memory import Memory
 from avalanche_sp.gate.observe import Observation
 from avalanche_sp.gate.per_layer import PerLayer, value_of
 
+_PACKAGE = str(Path(__file__).parents[1])
 _MOSTLY = 0.5  # of a layer's inputs are dead
 _HARDLY = 0.9  # an experience is hardly learned if this share of its loss, or more, is left
 
 
-def _warn(message: str, callers: int = 5) -> None:
-    warnings.warn(f"selective plasticity{message}", stacklevel=callers)  # at the call of PlasticityGate.consolidate
+def _warn(message: str) -> None:
+    """Warns at the line that called the package."""
+    frame: FrameType | None = sys._getframe()
+    depth = level = 1
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(_PACKAGE):
+            level = depth + 1
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(f"selective plasticity{message}", stacklevel=level)
 
 
 def warn_of_ungated(
@@ -44,7 +55,8 @@ def warn_of_ungated(
         happens += f" (ungated={'train' if freezes else 'freeze'!r} changes this)"
         if not gated:
             happens = "They train on and may forget, as the forward pass calls no layer that can be gated"
-        _warn(f" gates {100 * share:.0f}% of the trained parameters. Not gated: {named}. {happens}.")
+        shown = "over 99" if share > 0.995 else f"{100 * share:.0f}"
+        _warn(f" gates {shown}% of the trained parameters. Not gated: {named}. {happens}.")
 
 
 def warn_of_unlearned(
@@ -68,13 +80,16 @@ def warn_of_unlearned(
         return
     passed = {name: s.openness for name, s in statistics.items()}
     least = min(passed, key=lambda name: passed[name])
+    advice = (
+        f"Of its input's energy the gate let {100 * passed[least]:.1f}% through at layer {least}, the least. A larger "
+        f"openness (now {value_of(openness, least):g}), a lower pull_back, a higher learning rate or more steps let it "
+        "learn more; openness=math.inf switches the gate off."
+    )
+    if now > before:
+        advice = "The usual cause of a loss that rises is too high a learning rate."
     _warn(
         f": experience {memory.consolidations + 1} was hardly learned. Its loss went from {float(before):.3g} to "
-        f"{float(now):.3g}, and earlier experiences ended at {float(memory.loss):.3g}. Of its input's energy the gate "
-        f"let {100 * passed[least]:.1f}% through at layer {least}, the least. A larger openness (now "
-        f"{value_of(openness, least):g}), a lower pull_back, a higher learning rate or more steps let it learn more; "
-        "openness=math.inf switches the gate off.",
-        callers=4,
+        f"{float(now):.3g}, and earlier experiences ended at {float(memory.loss):.3g}. {advice}"
     )
 
 
@@ -94,10 +109,11 @@ def warn_of_unsolved(observation: Observation) -> None:
     """Says so if the readout cannot be solved, for without it new classes are learned little."""
     if observation.layers and observation.classified is None and observation.readout is None:
         _warn(
-            " cannot solve the last layer for old and new classes together, and gates it as any other. It is solved if "
-            "the whole layer trains, the network returns its outputs (n, classes), a mean of them over places or "
-            "those of one place, an affine function of each, or their softmax, log-softmax or sigmoid, and the targets "
-            "are class labels or the loss is a squared error."
+            " cannot solve the last layer for old and new classes together, and gates it as any other. Without classes "
+            "this is as it should be. It is solved if the whole layer trains, the network returns its outputs (n, "
+            "classes), a mean of them over places or those of one place, an affine function of each, or their "
+            "softmax, log-softmax or sigmoid, and the targets of prepare and consolidate are class labels or one-hot "
+            "rows, or the loss is a squared error."
         )
 
 
@@ -115,8 +131,8 @@ def warn_of_unseen(layers: list[str]) -> None:
     if layers:
         _warn(
             f": {', '.join(layers)} changed, but in no step that the gate saw. Earlier experiences may be lost. A new "
-            "optimizer needs gate.attach(model, optimizer), and so does a copy of the model.",
-            callers=4,
+            "optimizer needs gate.attach(model, optimizer), and so does a copy of the model. A gate has one optimizer, "
+            "with a parameter group for each learning rate."
         )
 
 
@@ -132,8 +148,7 @@ def warn_of_other_samples() -> None:
     """Says so if the samples after an experience are not those before it."""
     _warn(
         ": consolidate was given other samples than prepare, or the same in another order. The drift of old inputs is "
-        "not measured, so more is forgotten. Give both the same dataset, DataLoader or list of batches.",
-        callers=4,
+        "not measured, so more is forgotten. Give both the same dataset, DataLoader or list of batches."
     )
 
 
@@ -141,8 +156,7 @@ def warn_of_unconsolidated() -> None:
     """Says so if an experience was trained and not consolidated."""
     _warn(
         ": prepare was called again, and the experience since the last call was not consolidated. Nothing protects it. "
-        "Call gate.consolidate(data, criterion) when an experience has been learned.",
-        callers=3,
+        "Call gate.consolidate(data, criterion) when an experience has been learned."
     )
 
 

@@ -38,7 +38,7 @@ class SelectivePlasticityCallback(TrainerCallback):
         self._samples: Samples | None = None  # of the present training
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self.gate.attach(model, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps the optimizer
+        self.gate.attach(model, optimizer)
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         dataset = train_dataloader.dataset

@@ -110,9 +110,10 @@ def _replayed(strategy) -> list:
 
 
 def labels_of(dataset) -> set:
-    """The classes among a dataset's targets; none if it has no targets to tell apart."""
+    """The classes among a dataset's targets; none if it has no targets, or if these are numbers and no labels."""
     targets = getattr(dataset, "targets", None)
-    return set(targets.uniques) if targets is not None else set()
+    labels = set() if targets is None else set(targets.uniques)
+    return set() if any(torch.as_tensor(label).is_floating_point() for label in labels) else labels
 
 
 def classes_of(dataset) -> int:
