@@ -43,6 +43,7 @@ from avalanche_sp.gate.readout import (
     class_sums,
     drift_map,
     extended,
+    held_out_ridge,
     old_quadratic,
     pseudo_samples,
     solve_readout,
@@ -210,6 +211,49 @@ def test_with_the_quadratic_alone_a_squared_error_ends_at_the_minimum_of_all_dat
     both, classes = torch.cat([x, a]), torch.cat([y, b])
     expected = torch.linalg.lstsq(both, torch.nn.functional.one_hot(classes, 6).float()).solution.T
     torch.testing.assert_close(layer.weights_and_bias(), expected, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("told, expected", [(30.0, {1.0}), (0.0, {4.0, 16.0, 64.0, 256.0})])
+def test_the_ridge_grows_where_half_of_the_samples_tell_nothing_of_the_others(told, expected):
+    torch.manual_seed(0)
+    y = torch.arange(120) % 6
+    x = torch.randn(120, 60) + told * torch.nn.functional.one_hot(y, 60)
+    layer = GatedLayer(nn.Linear(60, 6, bias=False))
+    before, memory = layer.weights_and_bias(), LayerMemory.empty(60, x).merged(x, 120, 1.0, 60)
+    for criterion in (nn.CrossEntropyLoss(), OneHotMSELoss()):
+        found = held_out_ridge(layer, readout_samples(x, y), None, memory, criterion, SETTINGS)
+        assert found in expected
+        assert torch.equal(layer.weights_and_bias(), before)
+    one = readout_samples(x[:1], y[:1])
+    assert held_out_ridge(layer, one, None, memory, nn.CrossEntropyLoss(), SETTINGS) == 1
+
+
+def test_wrong_labels_cost_no_more_than_without_the_gate(split5):
+    parts = [e.dataset.read_batch(list(range(400)))[:2] for e in split5.train_stream]
+    x, y = (torch.cat(part) for part in zip(*parts))
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(x), generator=generator)
+    wrong = torch.rand(len(y), generator=generator) < 0.4
+    labels = torch.where(wrong, torch.randint(10, y.shape, generator=generator), y)
+    ends = []
+    for gated in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        gate = PlasticityGate(model, optimizer) if gated else None
+        for rows in order[:1600].split(400):
+            data = TensorDataset(x[rows].flatten(1), labels[rows])
+            if gate is not None:
+                gate.prepare(data, nn.CrossEntropyLoss())
+            for part in rows.repeat(5).split(40):
+                optimizer.zero_grad()
+                nn.CrossEntropyLoss()(model(x[part].flatten(1)), labels[part]).backward()
+                optimizer.step()
+            if gate is not None:
+                gate.consolidate(data, nn.CrossEntropyLoss())
+        rows = order[1600:]
+        ends.append((model(x[rows].flatten(1)).argmax(1) == y[rows]).float().mean())
+    assert ends[1] > ends[0]
 
 
 def test_differences_of_means_below_their_standard_error_are_no_directions():

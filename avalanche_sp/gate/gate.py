@@ -60,6 +60,7 @@ from avalanche_sp.gate.readout import (
     ReadoutSamples,
     class_shift,
     curvature_at,
+    held_out_ridge,
     old_quadratic,
     pseudo_samples,
     solve_readout,
@@ -465,8 +466,9 @@ class PlasticityGate:
             layers[classified.layer].set_weights(trained)
         merged, old = self._merged(self.memory, classified), self._pseudo_samples(classified)
         solved, readout = self._brings_classes(classified), layers[classified.layer]
-        unsolved = readout.weights_and_bias()
-        if solved and not self._solve(classified, old, layers, merged, criterion):
+        unsolved, problem = readout.weights_and_bias(), self._problem(classified, old, layers, merged, criterion)
+        ridge_factor = None if problem is None else held_out_ridge(*problem)
+        if solved and not self._solve(problem, ridge_factor):
             return
         if not self.memory.layers and not self._bears_steps(samples, readout, criterion):
             readout.set_weights(unsolved)
@@ -491,7 +493,18 @@ class PlasticityGate:
         # Of a class that has many kinds of input, drawn inputs tell too little.
         entered = self._entered(observation, layers) if solved else None
         self._prepared = Preparation(
-            classified.layer, solved, inputs, targets, old, entered, vectors, weights, means, scale, step
+            classified.layer,
+            solved,
+            inputs,
+            targets,
+            old,
+            entered,
+            vectors,
+            weights,
+            means,
+            scale,
+            step,
+            ridge_factor,
         )
         self._transfer = float(continues)
         self._begin_again()
@@ -577,7 +590,8 @@ class PlasticityGate:
             self._measure_norms(samples)
         observation = self._observed(samples, layers, criterion if self.measures_loss else None)
         before, self._loss_before = self._loss_before, None
-        warn_of_unlearned(before, observation, self.memory, self.statistics, self.openness)
+        if not self._is_open:
+            warn_of_unlearned(before, observation, self.memory, self.statistics, self.openness)
         self._remember(observation, layers, criterion)
         if first and self.readout_step:
             sensitivity = output_sensitivity(model, observation.inputs, layers, self._forward, observation.shared)
@@ -846,7 +860,8 @@ class PlasticityGate:
             merged = {name: self._merged(memory, classified, start)}
             if not (self._is_adaptive or self._brings_classes(classified)):
                 trained[name] = layers[name].weights_and_bias() if self._is_open else memory.layers[name].trained
-            solved = self._solve(classified, old, layers, merged[name], criterion)
+            factor = prepared.ridge_factor if prepared is not None and prepared.layer == name else None
+            solved = self._solve(self._problem(classified, old, layers, merged[name], criterion), factor)
         if self.readout_step and not solved:
             losses = self._stored_losses(observation, layers, criterion)
         self.memory = consolidate(
@@ -970,30 +985,36 @@ class PlasticityGate:
         features = self._features(observation, layers, rows)
         return None if features is None else DrawnInputs(rows, features, old, new)
 
-    def _solve(
+    def _problem(
         self,
         samples: ReadoutSamples,
         old: PseudoSamples | None,
         layers: Mapping[str, GatedLayer],
         merged: LayerMemory,
         criterion: Criterion,
-    ) -> bool:
-        """Solves the readout, on stored samples also; False if it is left, or if these don't all reach the same one."""
+    ) -> tuple | None:
+        """Arguments of :func:`solve_readout`; None if the stored samples don't all reach the same readout."""
         layer, stored = layers[samples.layer], []
         for replayed in self._replays if old is not None else ():
             seen = self._observed(replayed, {samples.layer: layer}, None).classified
             if seen is None:  # several heads, for instance
-                return False
+                return None
             stored.append(seen)
         trust, quadratic, told, s = self.trust if stored else 0.0, None, 1.0, self.settings
         if not self._brings_classes(samples):
             known, curvature = self.memory.layers[samples.layer], self.memory.curvature
             quadratic = old_quadratic(known, layer.weights_and_bias(), s.readout_old * curvature)
             told = told_by_classes(known, samples)
-        solved = solve_readout(layer, samples, old, merged, criterion, s, stored, trust, quadratic, told)
-        if not solved:
-            warn_of_left(samples.layer)
-        return solved
+        return layer, samples, old, merged, criterion, s, stored, trust, quadratic, told
+
+    def _solve(self, problem: tuple | None, ridge_factor: float | None) -> bool:
+        """Solves the readout; False if it is left. Without a factor of the ridge one is chosen."""
+        if problem is None:
+            return False
+        if not solve_readout(*problem, ridge_factor=ridge_factor or held_out_ridge(*problem)):
+            warn_of_left(problem[1].layer)
+            return False
+        return True
 
     def _ungated_parameters(self, protected: Mapping[str, GatedLayer]) -> dict[str, list[nn.Parameter]]:
         """Parameters that the gate has no memory for, by name; without the layers that openness switches off."""

@@ -88,6 +88,8 @@ class Preparation:
         scale: factors of what their gates let through, 0 to 1, so that the loss is no sharper than in the first
             experience, which was trained without a gate.
         step: factors of their gradients, 0 to 1, with stored samples, which pass the gate (:func:`stable_step`).
+        ridge_factor: of the readout's solution, chosen on samples that the network has not been trained on; None if it
+            cannot be solved.
     """
 
     layer: str
@@ -101,6 +103,7 @@ class Preparation:
     sensitivity: dict[str, Tensor]
     scale: dict[str, float]
     step: dict[str, float] = field(default_factory=dict)
+    ridge_factor: float | None = None
 
     def state_dict(self) -> dict:
         """Tensors and numbers by field."""

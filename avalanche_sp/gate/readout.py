@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from avalanche_sp.gate.settings import Settings
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Link = Callable[[Tensor], Tensor]
 _MASKED = -1000.0  # an output that is none, as in Avalanche's incremental heads
+_RIDGES = 4.0, 16.0, 64.0, 256.0  # factors of the ridge, where the one of the settings tells too little of new samples
 _LOST = 0.5  # share of the present weights' gain over outputs of zero, at most, that a solution may lose
 LINKS = (partial(F.log_softmax, dim=1), partial(F.softmax, dim=1), torch.sigmoid, F.logsigmoid)
 
@@ -515,6 +517,8 @@ def solve_readout(
     trust: float = 0.0,
     quadratic: Callable[[Tensor], Tensor] | None = None,
     told: float = 1.0,
+    *,
+    ridge_factor: float = 1.0,
 ) -> bool:
     r"""Puts the weights into the readout that minimise the loss on new samples and on the memory's classes.
 
@@ -544,6 +548,7 @@ def solve_readout(
         trust: t, the share of the old loss that they stand for, 0 to 1; 0 without.
         quadratic: Q, the old loss as a function of W (:func:`old_quadratic`); None if ``told`` is 1.
         told: r, the share of the rest that pseudo-samples tell (:func:`told_by_classes`).
+        ridge_factor: of :math:`\epsilon` (:func:`held_out_ridge`).
     """
     share = 1 - int(new.weight) / merged.samples
     means, counts = class_means(new)
@@ -552,7 +557,7 @@ def solve_readout(
         old_means, old_shares = old.means
         means, shares = torch.cat([means, old_means]), torch.cat([shares, share * old_shares])
     values, vectors = extended(merged, means, shares, new)
-    ridge = settings.solve_ridge * merged.eigenvalues.sum() / len(vectors)
+    ridge = ridge_factor * settings.solve_ridge * merged.eigenvalues.sum() / len(vectors)
     scale = (values + ridge).clamp_min(torch.finfo(values.dtype).tiny).rsqrt()
     white = vectors * scale  # W = units white^T
     parts = [(new.inputs @ white, new.targets, 1 - share)]
@@ -602,6 +607,53 @@ def solve_readout(
         return False
     layer.set_weights(weights)
     return True
+
+
+@torch.no_grad()
+def held_out_ridge(
+    layer: GatedLayer,
+    new: ReadoutSamples,
+    old: PseudoSamples | None,
+    merged: LayerMemory,
+    criterion: Criterion,
+    settings: Settings,
+    *others: Any,
+) -> float:
+    """The factor of the ridge with which half of the new samples tell the other half.
+
+    A solution of few samples, or of ones with wrong labels or with augmented inputs, can tell these and no others. The
+    solution of one half gains on both, over outputs of zero. If the other half's gain is less than the share
+    ``solve_held_out`` of its own, larger ridges are tried. The least one is chosen that gains this share of the most.
+
+    Args:
+        layer, new, old, merged, criterion, settings, others: of :func:`solve_readout`. The layer's weights stay.
+
+    Returns:
+        1 for the ridge of the settings, also if the loss leaves the weights as they are.
+    """
+    order = new.targets.argsort(stable=True)  # each half has each class
+    halves = [replace(new, inputs=new.inputs[rows], targets=new.targets[rows]) for rows in (order[::2], order[1::2])]
+    linked_loss = linked(in_dtype(criterion, new.inputs.dtype), new.link)
+    before, gains = layer.weights_and_bias(), dict[float, list[float]]()
+    for factor in (1.0, *_RIDGES):
+        layer.set_weights(before)
+        if not len(halves[1].targets) or not solve_readout(
+            layer, halves[0], old, merged, criterion, settings, *others, ridge_factor=factor
+        ):
+            break
+        weights = layer.weights_and_bias()
+        gains[factor] = [
+            float(linked_loss(_outputs(h.inputs, 0 * weights, h.masked), h.targets))
+            - float(linked_loss(_outputs(h.inputs, weights, h.masked), h.targets))
+            for h in halves
+        ]
+        own, other = gains[factor]
+        if factor == 1 and other >= settings.solve_held_out * own:
+            break
+    layer.set_weights(before)
+    most = max((other for _, other in gains.values()), default=0.0)
+    least = most - (1 - settings.solve_held_out) * abs(most)  # all may lose
+    return next((factor for factor, (_, other) in gains.items() if other >= least), 1.0)
 
 
 @torch.enable_grad()

@@ -59,6 +59,9 @@ class Settings:
     # Readout, solved.
     solve_ridge: float = _setting(0.02, "positive", "ridge of the weights, in units of the inputs' mean eigenvalue")
     solve_samples: int = _setting(2000, "count", "pseudo-samples of old classes; fewer if there were fewer old samples")
+    solve_held_out: float = _setting(
+        0.9, "share", "least gain on half of the new samples, of the other half's, before the ridge is made larger"
+    )
     solve_steps: int = _setting(20, "count", "iterations of L-BFGS, at most")
     solve_tolerance: float = _setting(1e-3, "positive", "least gain of an iteration, in losses of zero outputs")
     solve_trial: int = _setting(

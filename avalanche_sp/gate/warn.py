@@ -51,7 +51,8 @@ def warn_of_ungated(
         kinds = {name: type(module).__name__ for name, module in model.named_modules() if name in others}
         named = ", ".join(f"{name} ({kinds[name]})" if name in kinds else name for name in names)
         freezes = ungated == "freeze"
-        happens = "They are frozen from now on" if freezes else "They train ungated and may forget"
+        frozen = "They are frozen from now on, unless stored samples are trained on"
+        happens = frozen if freezes else "They train ungated and may forget"
         happens += f" (ungated={'train' if freezes else 'freeze'!r} changes this)"
         if not gated:
             happens = "They train on and may forget, as the forward pass calls no layer that can be gated"
