@@ -311,11 +311,12 @@ def test_a_loss_that_rises_is_told_apart_from_one_that_hardly_falls(tasks):
     gate = PlasticityGate(model, optimizer)
     trained(model, optimizer, tasks[0], epochs=3)
     gate.consolidate(batches(tasks[0]), CROSS_ENTROPY)
-    gate.prepare(batches(tasks[0]), CROSS_ENTROPY)
+    gate.prepare(batches(tasks[1]), CROSS_ENTROPY)
+    trained(model, optimizer, tasks[1])
     with torch.no_grad():
         model[1].weight.mul_(-20)
     with pytest.warns(UserWarning, match="a loss that rises is too high a learning rate") as caught:
-        gate.consolidate(batches(tasks[0]), CROSS_ENTROPY)
+        gate.consolidate(batches(tasks[1]), CROSS_ENTROPY)
     assert {warning.filename for warning in caught} == {__file__}
 
 

@@ -345,7 +345,7 @@ def test_a_solution_that_fails_leaves_the_memory_as_it_was(split5, monkeypatch):
     gate.prepare(tasks[1], OneHotMSELoss())
     memory = gate.memory
 
-    def fails(*_):
+    def fails(*_, **__):
         raise FloatingPointError
 
     monkeypatch.setattr("avalanche_sp.gate.gate.solve_readout", fails)

@@ -648,7 +648,7 @@ def held_out_ridge(
             for h in halves
         ]
         own, other = gains[factor]
-        if factor == 1 and other >= settings.solve_held_out * own:
+        if factor == 1 and (own <= 0 or other >= settings.solve_held_out * own):
             break
     layer.set_weights(before)
     most = max((other for _, other in gains.values()), default=0.0)
