@@ -30,7 +30,6 @@ class ClassGaussians:
     Args:
         max_bytes: upper bound on the memory (default: at most 512 directions of the covariance are kept, in single
             precision). Along all other directions the covariance has its mean variance.
-        settings: the constants.
 
     Attributes:
         means: of each class (d,), by label.

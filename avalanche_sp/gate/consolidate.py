@@ -134,17 +134,8 @@ def check_fits(name: str, layer: GatedLayer, memory: LayerMemory) -> None:
 def inherited(memory: LayerMemory, layer: GatedLayer) -> LayerMemory:
     """The memory of a layer's inputs for another layer with the same inputs, its present weights the anchor."""
     rough = None if memory.rough_anchor is None else PackedRows.of(layer.weights_and_bias())
-    return replace(
-        memory,
-        anchor=layer.along(memory.vectors),
-        rough_anchor=rough,
-        residual=None,
-        class_sums=None,
-        class_counts=None,
-        class_roots=None,
-        trained=None,
-        packed={},
-    )
+    of_weights: dict = dict.fromkeys(("residual", "class_sums", "class_counts", "class_roots", "trained"))
+    return replace(memory, anchor=layer.along(memory.vectors), rough_anchor=rough, packed={}, **of_weights)
 
 
 def _sum(old: Tensor, new: Tensor) -> Tensor:

@@ -64,7 +64,6 @@ class ChangeWatch:
 
     Args:
         detector: a copy of it is made for each number, at every start. It is itself left alone.
-        settings: the constants.
     """
 
     def __init__(self, detector: ChangeDetector, settings: Settings):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avalanche_sp.gate.functional import held_back
+from avalanche_sp.gate.functional import held_back, likeness
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory
 from avalanche_sp.gate.processes import mean_over_processes
@@ -118,4 +118,5 @@ class StreamStatistics:
     def likeness(self, memory: LayerMemory) -> Tensor:
         """How alike the stream and the memory are: 0-dim, 0 to 1, 0 before any input."""
         power, energy = mean_over_processes(self.power), mean_over_processes(self.power_energy)
-        return memory.likeness(power, energy)
+        inputs = memory.eigenvalues.sum() / memory.mean_eigenvalue if memory.of_rows else len(memory.vectors)
+        return likeness(power, energy, memory.eigenvalues, memory.mean_eigenvalue, inputs)

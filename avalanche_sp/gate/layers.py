@@ -323,22 +323,11 @@ class _Bilinear(GatedLayer):
         return (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2)
 
 
-class _Rows(GatedLayer):
+class _Rows(_InputsFirst):
     """Input vectors say how often each row of the weight is used, so it has an input a row. Padding is none."""
 
     def __init__(self, module: Any):
         super().__init__(module, bias=None)
-
-    @property
-    def units(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def inputs(self) -> int:
-        return len(self.weight)
-
-    def _matrix(self, weight: Tensor) -> Tensor:
-        return weight.T
 
 
 class _EmbeddingBag(_Rows):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from avalanche_sp.gate.functional import claim, likeness, merge_eigenspace, remainder
+from avalanche_sp.gate.functional import claim, merge_eigenspace, remainder
 from avalanche_sp.gate.packed import PackedColumns, PackedRows
 
 # If a budget is too small for single precision: columns of each matrix, the last ones, that are kept in half precision;
@@ -191,11 +191,6 @@ class LayerMemory:
         along = self.along(weights)
         of_rest = (weights.square().sum() - along.square().sum()).clamp_min(0) * self.rest
         return (along.square() * self.eigenvalues).sum() + of_rest
-
-    def likeness(self, power: Tensor, energy: Tensor) -> Tensor:
-        """How alike the memory and other inputs are, of a power along each vector (r,) and an energy in all, 0-dim."""
-        inputs = self.eigenvalues.sum() / self.mean_eigenvalue if self.of_rows else len(self.vectors)
-        return likeness(power, energy, self.eigenvalues, self.mean_eigenvalue, inputs)
 
     def closed(self, openness: float) -> tuple[Tensor, Tensor]:
         """How far a gate of this openness is closed: along each vector (r,), and along all others, 0-dim."""

@@ -43,7 +43,6 @@ class Drift:
     Args:
         weights: of the penalty, by layer; 0 for none.
         longest: steps from one look to the next, at most.
-        settings: the constants.
     """
 
     def __init__(self, weights: PerLayer[float], longest: int, settings: Settings):

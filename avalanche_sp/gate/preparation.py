@@ -330,7 +330,6 @@ def follow_drift(
         prepared: the network before the experience.
         observation: of the same samples after it. If they are others, or the readout is new, nothing moves.
         layers: the network's gated layers by name.
-        settings: the constants.
         entered: the readout's inputs that the network now makes of ``prepared.entered``.
 
     Returns:

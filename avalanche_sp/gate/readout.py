@@ -89,7 +89,6 @@ def newton_readout(
         losses: the present experience's first, then those of stored samples, for t of the old loss.
         old: the layer's memory; None takes no step.
         old_curvature: of the loss at consolidation, 0-dim.
-        settings: the constants.
         trust: t, the share of the old loss that stored samples stand for, 0 to 1.
         damping: of the step, in units of the Hessian's mean eigenvalue. Default: ``settings.readout_damping``.
 
@@ -235,7 +234,6 @@ def class_roots(samples: ReadoutSamples, old: LayerMemory | None, settings: Sett
     Args:
         samples: of an experience.
         old: the readout's memory; None before the first.
-        settings: the constants.
 
     Returns:
         Shape (out, k, d), in half precision (bfloat16); zeros for classes that have not come.
@@ -391,7 +389,6 @@ def drift_map(before: Tensor, after: Tensor, basis: Tensor, settings: Settings) 
     Args:
         before, after: X and X', the inputs (n, d) of the same samples before and after training.
         basis: B, orthonormal, shape (d, k).
-        settings: the constants.
 
     Returns:
         The function of other inputs x, or of their means or eigenvectors, (m, d): the changes x D, (m, d).
@@ -543,7 +540,6 @@ def solve_readout(
         old: pseudo-samples of the old classes; None for a new task's head.
         merged: the memory with the experience.
         criterion: of (the network's outputs, class labels), a mean over samples.
-        settings: the constants.
         stored: stored samples of the old classes.
         trust: t, the share of the old loss that they stand for, 0 to 1; 0 without.
         quadratic: Q, the old loss as a function of W (:func:`old_quadratic`); None if ``told`` is 1.

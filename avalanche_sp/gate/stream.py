@@ -135,7 +135,6 @@ class StreamWatch:
         rank_of: eigenvectors of a layer's second moment, by its name, the number of its inputs and whether it is
             called last.
         measure_loss: whether to measure its curvature and its minimum in the outputs.
-        settings: the constants.
     """
 
     def __init__(

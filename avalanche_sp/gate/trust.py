@@ -11,7 +11,6 @@ class StoredSamples:
 
     Attributes:
         each: c, the number of stored samples for each class of each experience; 0 without a memory.
-        settings: the constants.
     """
 
     each: float

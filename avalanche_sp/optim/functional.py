@@ -66,28 +66,9 @@ def resistance(eligibility: Tensor, plasticity_k: float | Tensor) -> Tensor:
 
 
 def selective_plasticity(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    consolidated: list[Tensor | None],
-    state_steps: list[Tensor],
-    square_sums: list[Tensor],
-    *,
-    foreach: bool | None = None,
-    fused: bool | None = None,
-    lr: float | Tensor,
-    beta1: float,
-    trace_decay: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    plasticity_k: float,
-    warmup_steps: int,
-    surprise_weight: float,
-    surprise: float | Tensor,
-    alignment_threshold: float,
-) -> None:
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    consolidated: list[Tensor | None], state_steps: list[Tensor], square_sums: list[Tensor], group: dict,
+) -> None:  # fmt: skip
     """One step of :class:`~avalanche_sp.SelectivePlasticityOptimizer`, in place.
 
     Adam's displacement comes from torch's own Adam, run on zeros in the parameters' place; the gate scales it. So every
@@ -99,25 +80,26 @@ def selective_plasticity(
         consolidated: for each the consolidated eligibility, or None.
         state_steps: n singleton tensors, the steps done so far.
         square_sums: each gradient's sum of squares, 0-dim.
-        foreach, fused: as in ``torch.optim.Adam``, but ``fused`` tells only where the gate is off
-            (:func:`compiled_selective_plasticity` is fused with it on). With neither given, foreach on CUDA, blocks of
-            torch's fused Adam on a CPU, and the loop for sharded tensors.
-
-    The other arguments are those of :class:`~avalanche_sp.SelectivePlasticityOptimizer`.
+        group: the parameter group. ``foreach`` and ``fused`` are as in ``torch.optim.Adam``, but ``fused`` tells only
+            where the gate is off (:func:`compiled_selective_plasticity` is fused with it on). With neither given,
+            foreach on CUDA, blocks of torch's fused Adam on a CPU, and the loop for sharded tensors.
     """
     if not params:
         return
+    lr, foreach, weight_decay, maximize = (group[name] for name in ("lr", "foreach", "weight_decay", "maximize"))
+    plasticity_k, alignment_threshold = group["plasticity_k"], group["alignment_threshold"]
     if isinstance(lr, Tensor):
         lr = lr.squeeze()
-    adam = {"beta1": beta1, "beta2": trace_decay, "eps": eps, "maximize": maximize}
+    beta1, trace_decay = group["beta1"], group["trace_decay"]
+    adam = {"beta1": beta1, "beta2": trace_decay, "eps": group["eps"], "maximize": maximize}
     if plasticity_k == 0:
-        if fused:
+        if group["fused"]:
             grads = [_as_laid_out(g, p) for g, p in zip(grads, params)]
-        _adam(params, grads, exp_avgs, exp_avg_sqs, state_steps, foreach, fused, lr, weight_decay, **adam)
+        _adam(params, grads, exp_avgs, exp_avg_sqs, state_steps, foreach, group["fused"], lr, weight_decay, **adam)
         return
-    opening = 1 - surprise_weight * surprise
+    opening = 1 - group["surprise_weight"] * group["surprise"]
     sharpness = [
-        plasticity_k * (1.0 if c is not None else warmup(step, warmup_steps)) * opening
+        plasticity_k * (1.0 if c is not None else warmup(step, group["warmup_steps"])) * opening
         for c, step in zip(consolidated, state_steps)
     ]
     if foreach is None:

@@ -188,7 +188,7 @@ class SelectivePlasticityOptimizer(Optimizer):
         for group, sums in zip(others, square_sums):
             lists: tuple[list, list, list, list, list, list] = ([], [], [], [], [], [])
             self._init_group(group, *lists)
-            selective_plasticity(*lists, sums, **{name: group[name] for name in _STEP_SETTINGS})
+            selective_plasticity(*lists, sums, group)
         return loss
 
     def observe_surprise(self, value: float | Tensor) -> None:
@@ -377,12 +377,6 @@ class SelectivePlasticityOptimizer(Optimizer):
             warnings.warn(message, stacklevel=4)
             return False
         return True
-
-
-_STEP_SETTINGS = (
-    "foreach", "fused", "lr", "beta1", "trace_decay", "eps", "weight_decay", "maximize", "plasticity_k",
-    "warmup_steps", "surprise_weight", "surprise", "alignment_threshold",
-)  # fmt: skip
 
 
 def _refuse_unsupported(grads: list[Tensor], fused: bool | None) -> None:

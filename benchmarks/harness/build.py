@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from avalanche.models.packnet import PackNetPlugin
 from avalanche.training import DER, ER_ACE, Cumulative, JointTraining, Naive
-from avalanche.training.plugins import EWCPlugin, LwFPlugin, MASPlugin, SynapticIntelligencePlugin
+from avalanche.training.plugins import EWCPlugin, LwFPlugin, MASPlugin, ReplayPlugin, SynapticIntelligencePlugin
 from torch import nn
 
 from avalanche_sp import (
@@ -96,7 +96,7 @@ def _dendrites(arguments: dict[str, float]):
 
 
 PLUGINS: dict[str, Callable] = {  # of the recipe's arguments and the run
-    "replay": lambda a, run: rehearsal.replay(run),
+    "replay": lambda a, run: ReplayPlugin(**rehearsal.memory_of(run)),
     "gaussians": lambda a, run: rehearsal.gaussian_replay(run),
     "legacy": lambda a, run: LegacyReplay(run.replay_buffer, fifo=bool(a["fifo"])),
     "ewc": lambda a, run: EWCPlugin(ewc_lambda=a["strength"]),

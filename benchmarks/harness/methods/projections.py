@@ -4,12 +4,12 @@ The bias counts as the weight of one more input, which is always 1: the joint gr
 projected from the right. The papers' networks have no biases.
 """
 
-from functools import partial
-
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from avalanche_sp.gate.layers import GatedLayer, gated_layers
+from avalanche_sp.gate.observe import after_each
 from harness.methods import check
 
 
@@ -27,11 +27,10 @@ class GradientProjection(SupervisedPlugin):
     def before_update(self, strategy, **kwargs):
         for name, layer in linear_layers(strategy.model).items():
             if name in self.kept:
-                bias = [] if layer.bias is None else [layer.bias.grad[:, None]]
-                gradient = self.project(torch.cat([layer.weight.grad, *bias], dim=1), self.kept[name])
-                layer.weight.grad.copy_(gradient[:, : layer.in_features])
-                if layer.bias is not None:
-                    layer.bias.grad.copy_(gradient[:, -1])
+                gradients = [p.grad.view(layer.units, -1) for p in layer.parameters]
+                projected = self.project(torch.cat(gradients, dim=1), self.kept[name])
+                for gradient, part in zip(gradients, projected.split([g.shape[1] for g in gradients], dim=1)):
+                    gradient.copy_(part)
 
 
 class GradientProjectionMemory(GradientProjection):
@@ -102,8 +101,8 @@ class OrthogonalWeightsModification(GradientProjection):
                 take_in(self.kept[name], inputs.mean(0), self.alpha)
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
+def linear_layers(model: nn.Module) -> dict[str, GatedLayer]:
+    return {name: layer for name, layer in gated_layers(model).items() if isinstance(layer.module, nn.Linear)}
 
 
 @torch.no_grad()
@@ -115,17 +114,11 @@ def layer_inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """
     inputs: dict[str, Tensor] = {}
 
-    def record(name: str, layer: nn.Linear, args: tuple) -> None:
-        rows = args[0].reshape(-1, layer.in_features)
-        inputs[name] = rows if layer.bias is None else torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+    def record(name: str, layer: GatedLayer, x: Tensor, output: Tensor) -> None:
+        inputs[name] = layer.presynaptic(x)
 
-    layers = linear_layers(model).items()
-    handles = [layer.register_forward_pre_hook(partial(record, name)) for name, layer in layers]
-    try:
+    with after_each(linear_layers(model), record):
         model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, rows in inputs.items():
         if not rows.isfinite().all():
             cause = "The usual cause is too high a learning rate: try a third of it."

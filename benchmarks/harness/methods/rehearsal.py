@@ -20,11 +20,6 @@ def memory_of(run: Run) -> dict[str, int]:
     return {"mem_size": run.replay_buffer, "batch_size_mem": min(run.batch_size, run.replay_buffer)}
 
 
-def replay(run: Run) -> ReplayPlugin:
-    """Avalanche's replay."""
-    return ReplayPlugin(**memory_of(run))
-
-
 def gaussian_replay(run: Run) -> ReplayPlugin:
     """Avalanche's replay of samples drawn from Gaussians, and of stored ones if the run has a buffer."""
     policy = GaussianBuffer(2000 + run.replay_buffer, stored=run.replay_buffer)
