@@ -305,6 +305,31 @@ def test_a_layer_that_is_frozen_for_a_while_is_gated_when_it_trains_again(tasks)
     assert all(map(torch.equal, *ends))
 
 
+@pytest.mark.parametrize("labels", [True, False])
+def test_under_a_frozen_last_layer_the_gate_is_open(tasks, labels):
+    """Of targets that are numbers nothing can be said, and the gate stays."""
+    ends = []
+    for gated in (False, True):
+        model = mlp()
+        optimizer, criterion = sgd(model), CROSS_ENTROPY if labels else nn.MSELoss()
+        gate = PlasticityGate(model, optimizer)
+        for i, (x, y) in enumerate(tasks[:2]):
+            model[5].requires_grad_(not i)
+            task = x, y if labels else x.flatten(1)[:, 300:310]
+            if gated and i and labels:
+                with pytest.warns(UserWarning, match="layer 5 makes the network's outputs and is frozen"):
+                    gate.prepare(batches(task), criterion)
+            elif gated:
+                gate.prepare(batches(task), criterion)
+            elif i:
+                gate.close()
+            trained(model, optimizer, task, criterion)
+            if gated or not i:
+                gate.consolidate(batches(task), criterion)
+        ends.append(weights(model))
+    assert all(map(torch.equal, *ends)) == labels
+
+
 def test_a_loss_that_rises_is_told_apart_from_one_that_hardly_falls(tasks):
     model = mlp()
     optimizer = sgd(model)

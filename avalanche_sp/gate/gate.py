@@ -36,6 +36,7 @@ from avalanche_sp.gate.observe import (
     Samples,
     check_mean,
     check_outputs,
+    frozen_readout,
     observe,
     on_device,
 )
@@ -72,6 +73,7 @@ from avalanche_sp.gate.stream import StreamWatch
 from avalanche_sp.gate.trust import StoredSamples
 from avalanche_sp.gate.warn import (
     warn_of_dead,
+    warn_of_frozen_readout,
     warn_of_left,
     warn_of_other_samples,
     warn_of_thawed,
@@ -414,6 +416,7 @@ class PlasticityGate:
         optimizer whose steps grow with the sharpness, as SGD's do, then goes on from the readout that it trained,
         because a solved one can make the loss too sharp. Where the readout cannot be solved, as without class labels,
         the gate opens by the forward transfer of earlier experiences (:func:`~avalanche_sp.gate.functional.transfer`).
+        It also is open if the readout is frozen: new classes are then learned by the layers below alone.
 
         Otherwise nothing is done for a quadratic loss without a new class, or if stored samples stand for most of the
         old loss. The first experience needs a loss that is not quadratic and an adaptive optimizer, such as Adam: for
@@ -455,6 +458,9 @@ class PlasticityGate:
         self._loss_before, classified = observation.loss, observation.classified
         if self.memory.layers and observation.loss is not None and observation.zero_loss is not None:
             self._transfer = transfer(observation.loss, self.memory.loss, observation.zero_loss)
+            if classified is None and (name := self._frozen_readout(samples)) is not None:
+                self._transfer = 1.0
+                warn_of_frozen_readout(name)
             if self._transfer:
                 self._begin_again()
         continues = self._continues(classified)
@@ -508,6 +514,10 @@ class PlasticityGate:
         )
         self._transfer = float(continues)
         self._begin_again()
+
+    def _frozen_readout(self, samples: Samples) -> str | None:
+        with self._not_listening():
+            return frozen_readout(self._attached(), samples, self._forward)
 
     def _bears_steps(self, samples: Samples, readout: GatedLayer, criterion: Criterion) -> bool:
         """Whether the layers below a solved readout can be trained by the optimizer (:func:`bears_steps`)."""
@@ -843,10 +853,10 @@ class PlasticityGate:
         remembers = {
             name for name in layers if self.boundaries != "continuous" and value_of(self.pull_back, name) > 0
         }
-        classified, losses, solved = observation.classified, None, False
+        classified, losses, solved, is_open = observation.classified, None, False, self._is_open
         memory, merged = self.memory, dict[str, LayerMemory]()  # self.memory stays until all has gone well
         trained = dict[str, Tensor | None]()
-        if classified is not None and criterion is not None and self._solves(observation, self._is_open):
+        if classified is not None and criterion is not None and self._solves(observation, is_open):
             name, start, prepared = classified.layer, None, self._prepared
             if prepared is not None and prepared.layer == name:
                 if not torch.equal(prepared.targets, classified.targets):
@@ -889,7 +899,7 @@ class PlasticityGate:
             warn_of_ungated(self._attached(), self._hooks.trained, gated, ungated, self.ungated)
             warn_of_dead(observation)
         knew = self.memory.consolidations == 1 or any(m.class_counts is not None for m in memory.layers.values())
-        if knew and self.measures_loss and self.readout_step and not self._stream:
+        if knew and self.measures_loss and self.readout_step and not (self._stream or is_open):
             warn_of_unsolved(observation)
 
     def _unseen(self) -> list[str]:

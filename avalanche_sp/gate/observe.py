@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 
 from avalanche_sp.gate.functional import leading_eigenvalue, loss_derivatives
-from avalanche_sp.gate.layers import GatedLayer
+from avalanche_sp.gate.layers import GatedLayer, gated_layers
 from avalanche_sp.gate.readout import (
     Criterion,
     Link,
@@ -553,6 +553,25 @@ def some_inputs(layer: GatedLayer, x: Tensor, most: int) -> tuple[Tensor, int]:
     begin = (torch.arange(len(rows), dtype=torch.float64).unsqueeze(1) * _GOLDEN % 1 * each).long()
     places = rows * each + (begin + torch.arange(number) * each // number) % each
     return layer.presynaptic_at(x.float(), places.flatten().to(x.device)), uses
+
+
+def frozen_readout(model: nn.Module, samples: Samples, forward: Forward) -> str | None:
+    """Name of the layer that makes a network's outputs, if it is frozen and the targets are class labels; else None."""
+    inputs, targets = next(iter(samples.batches))
+    if targets.is_floating_point():
+        return None
+    called: list[tuple[str, GatedLayer, Tensor | None]] = []
+
+    def record(name: str, layer: GatedLayer, x: Tensor, output: Any) -> None:
+        called.append((name, layer, output if isinstance(output, Tensor) else None))
+
+    layers = gated_layers(model, dict(model.named_modules()))
+    with torch.no_grad(), evaluation_mode(model) as device, after_each(layers, record):
+        outputs = forward(model, on_device(device, inputs))
+    last, outputs, _ = output_layer(called[-1:], outputs)
+    if last is None or not isinstance(outputs, Tensor) or last[2].shape != outputs.shape or last[1].trains:
+        return None
+    return last[0]
 
 
 def check_outputs(outputs: Any) -> None:

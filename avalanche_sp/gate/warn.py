@@ -127,6 +127,14 @@ def warn_of_left(layer: str) -> None:
     )
 
 
+def warn_of_frozen_readout(layer: str) -> None:
+    """Says so if an experience trains without the gate because the network's last layer is frozen."""
+    _warn(
+        f": layer {layer} makes the network's outputs and is frozen, so the layers below alone can learn new classes. "
+        "This experience trains without the gate."
+    )
+
+
 def warn_of_unseen(layers: list[str]) -> None:
     """Names gated layers that another optimizer has trained."""
     if layers:
