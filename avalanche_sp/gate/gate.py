@@ -647,7 +647,7 @@ class PlasticityGate:
             self._begin_again()
 
     def _drop(self) -> None:
-        """Drops the memory, and what was noted of steps under it."""
+        """Drops the memory, and the notes of steps under it."""
         self.memory, self._prepared, self._transfer = Memory(), None, 0.0
         self._drift.forget()
 

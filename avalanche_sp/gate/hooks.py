@@ -26,7 +26,7 @@ _LAST: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by optimizer, 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What the hooks need to know of an epoch.
+    """The part of an epoch's state that the hooks need.
 
     Attributes:
         protected: the layers whose gate is not switched off, by name.
@@ -50,7 +50,7 @@ class StepHooks:
     in the backward pass, where the rows of a batch can be told apart.
 
     Args:
-        drift: the penalty, and what is taken back.
+        drift: the penalty, and the part of the updates that is taken back.
         stream: follows a stream without told boundaries; None if they are told.
         ended: called with the optimizer after each step.
 
@@ -225,7 +225,7 @@ class StepHooks:
         return (args[0], gated_closure), {}
 
     def _put_back(self) -> None:
-        """Undoes what LBFGS does to frozen parameters: without a gradient it moves them along earlier directions."""
+        """Puts frozen parameters back: LBFGS moves them along earlier directions, though they have no gradient."""
         for parameter, kept in self._kept:
             parameter.data.copy_(kept)
 
