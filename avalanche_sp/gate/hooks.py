@@ -74,7 +74,7 @@ class StepHooks:
         self._untrained: dict[str, nn.Parameter] = {}  # parameters that have not been trained
         self.device_type = "cpu"
         self._handles: list = []
-        self._hooked: set[nn.Module] = set()
+        self._hooked: set[nn.Module] = set()  # modules with a hook; also if the hooks rest
         # Of the present step.
         # The part of the stream's gradient that the gate holds back, by layer and parameter.
         self._held: dict[tuple[str, nn.Parameter], Tensor] = {}
@@ -105,7 +105,9 @@ class StepHooks:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        if listens := self._stream is not None or bool(epoch.gated):
+        hooked = set(epoch.norms)
+        if self._stream is not None or epoch.gated:
+            hooked.update(layer.module for layer in epoch.protected.values())
             for name, layer in epoch.protected.items():
                 hook = _Hook(layer.module, self._after_forward, name, layer)
                 self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
@@ -114,8 +116,7 @@ class StepHooks:
         for norm in epoch.norms:
             self._handles.append(norm.register_forward_pre_hook(_Hook(norm, self._freeze)))
             self._handles.append(norm.register_forward_hook(_Hook(norm, self._unfreeze), always_call=True))
-        hooked = {layer.module for layer in epoch.protected.values()} if listens else set()
-        if "torch._dynamo" in sys.modules and self._hooked != (hooked := hooked | set(epoch.norms)):
+        if hooked != self._hooked and "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # a compiled model does not see hooks that come later
         self._hooked = hooked
 

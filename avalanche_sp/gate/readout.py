@@ -627,26 +627,29 @@ def held_out_ridge(
     Returns:
         1 for the ridge of the settings, also if the loss leaves the weights as they are.
     """
+    if len(new.targets) < 2:
+        return 1.0
     order = new.targets.argsort(stable=True)  # each half has each class
     halves = [replace(new, inputs=new.inputs[rows], targets=new.targets[rows]) for rows in (order[::2], order[1::2])]
     linked_loss = linked(in_dtype(criterion, new.inputs.dtype), new.link)
     before, gains = layer.weights_and_bias(), dict[float, list[float]]()
-    for factor in (1.0, *_RIDGES):
+
+    def loss(weights: Tensor, half: ReadoutSamples) -> float:
+        return float(linked_loss(_outputs(half.inputs, weights, half.masked), half.targets))
+
+    problem = layer, halves[0], old, merged, criterion, settings, *others
+    at_nothing = [loss(torch.zeros_like(before), half) for half in halves]
+    try:
+        for factor in (1.0, *_RIDGES):
+            layer.set_weights(before)
+            if not solve_readout(*problem, ridge_factor=factor):
+                break
+            weights = layer.weights_and_bias()
+            own, other = gains[factor] = [lost - loss(weights, half) for lost, half in zip(at_nothing, halves)]
+            if factor == 1 and (own <= 0 or other >= settings.solve_held_out * own):
+                break
+    finally:
         layer.set_weights(before)
-        if not len(halves[1].targets) or not solve_readout(
-            layer, halves[0], old, merged, criterion, settings, *others, ridge_factor=factor
-        ):
-            break
-        weights = layer.weights_and_bias()
-        gains[factor] = [
-            float(linked_loss(_outputs(h.inputs, 0 * weights, h.masked), h.targets))
-            - float(linked_loss(_outputs(h.inputs, weights, h.masked), h.targets))
-            for h in halves
-        ]
-        own, other = gains[factor]
-        if factor == 1 and (own <= 0 or other >= settings.solve_held_out * own):
-            break
-    layer.set_weights(before)
     most = max((other for _, other in gains.values()), default=0.0)
     least = most - (1 - settings.solve_held_out) * abs(most)  # all may lose
     return next((factor for factor, (_, other) in gains.items() if other >= least), 1.0)
