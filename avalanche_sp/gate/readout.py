@@ -8,6 +8,7 @@ at consolidation. If the experience brings new classes, the user's loss is minim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -619,7 +620,8 @@ def held_out_ridge(
 
     A solution of few samples, or of ones with wrong labels or with augmented inputs, can tell these and no others. The
     solution of one half gains on both, over outputs of zero. If the other half's gain is less than the share
-    ``solve_held_out`` of its own, larger ridges are tried. The least one is chosen that gains this share of the most.
+    ``solve_held_out`` of its own, larger ridges are tried until one gains less. The least one is chosen that gains this
+    share of the most.
 
     Args:
         layer, new, old, merged, criterion, settings, others: of :func:`solve_readout`. The layer's weights stay.
@@ -632,7 +634,7 @@ def held_out_ridge(
     order = new.targets.argsort(stable=True)  # each half has each class
     halves = [replace(new, inputs=new.inputs[rows], targets=new.targets[rows]) for rows in (order[::2], order[1::2])]
     linked_loss = linked(in_dtype(criterion, new.inputs.dtype), new.link)
-    before, gains = layer.weights_and_bias(), dict[float, list[float]]()
+    before, gains, most = layer.weights_and_bias(), dict[float, float](), -math.inf
 
     def loss(weights: Tensor, half: ReadoutSamples) -> float:
         return float(linked_loss(_outputs(half.inputs, weights, half.masked), half.targets))
@@ -645,14 +647,16 @@ def held_out_ridge(
             if not solve_readout(*problem, ridge_factor=factor):
                 break
             weights = layer.weights_and_bias()
-            own, other = gains[factor] = [lost - loss(weights, half) for lost, half in zip(at_nothing, halves)]
+            own, other = (lost - loss(weights, half) for lost, half in zip(at_nothing, halves))
+            if other < most:
+                break
+            gains[factor] = most = other
             if factor == 1 and (own <= 0 or other >= settings.solve_held_out * own):
                 break
     finally:
         layer.set_weights(before)
-    most = max((other for _, other in gains.values()), default=0.0)
     least = most - (1 - settings.solve_held_out) * abs(most)  # all may lose
-    return next((factor for factor, (_, other) in gains.items() if other >= least), 1.0)
+    return next((factor for factor, gain in gains.items() if gain >= least), 1.0)
 
 
 @torch.enable_grad()
