@@ -208,7 +208,7 @@ def test_the_stored_samples_of_er_ace_are_not_gated(split2):
                     torch.autograd.grad(out, first, torch.autograd.grad(strategy.loss, out, retain_graph=True)[0])[0]
                     for out in (strategy.mb_output, strategy.mb_buffer_out)
                 )
-                g = plugin.gate._epoch.gated["1"]
+                g = plugin.gate._hooks.epoch.gated["1"]
                 seen.append((g, first.grad.clone(), streams, stored, g.statistics.holding))
 
     model = mlp(bias=False)

@@ -272,7 +272,6 @@ class PlasticityGate:
         self._replays: Sequence[Samples] = ()  # stored samples
         self._memory_size = 0  # and their number
         self._stored = StoredSamples(0, settings)
-        self._epoch = Epoch()
         self._batches_seen: dict[str, int] = {}  # by the normalisation layers before the first experience
         self._at_rest: set[nn.Parameter] = set()  # those that the user had frozen at the last consolidation
         self._criterion: Criterion | None = None  # as last observed
@@ -325,7 +324,7 @@ class PlasticityGate:
                 self._model, self._optimizer = before
                 raise
         elif goes_on:
-            self._hooks.put(model, optimizer, self._epoch)
+            self._hooks.put(model, optimizer, self._hooks.epoch)
         else:
             self._batches_seen = batches_seen(model)
             self.begin(self._samples, self._memory_size)
@@ -363,7 +362,7 @@ class PlasticityGate:
         prepared, gated = self._prepared, dict[str, Gated]()
         for name, layer in protected.items():
             if name in memory.layers and (layer.per_row or not stored):
-                remembered, known = memory.layers[name], self._epoch.gated.get(name)
+                remembered, known = memory.layers[name], self._hooks.epoch.gated.get(name)
                 statistics = known.statistics if known and known.memory is remembered else None
                 if statistics is None:
                     statistics = StreamStatistics.empty(remembered)
@@ -384,11 +383,10 @@ class PlasticityGate:
             frozen += [p for own in self._ungated_parameters(protected).values() for p in own if p in trained]
         if prepared is not None and prepared.solved:
             frozen += protected[prepared.layer].trained_parameters
-        self._epoch = Epoch(protected, gated, norms, frozen, stored > 0)
         strength = self._stored.penalty(ratio) * (1 - self._transfer)
         self._drift.begin(gated.values(), memory.curvature, ratio, strength, 1 - self._stored.trust)
         assert self._optimizer is not None
-        self._hooks.put(model, self._optimizer, self._epoch)
+        self._hooks.put(model, self._optimizer, Epoch(protected, gated, norms, frozen, stored > 0))
 
     def _check(self, model: nn.Module, memory: Memory, stored: int) -> dict[str, GatedLayer]:
         """The layers whose gate is not switched off; raises ValueError if model, memory and arguments do not fit."""
@@ -479,14 +477,14 @@ class PlasticityGate:
         if not self.memory.layers and not self._bears_steps(samples, readout, criterion):
             readout.set_weights(unsolved)
             return
-        below = {n: layers[n] for n in self._epoch.gated if n != classified.layer and n in observation.layers}
+        below = {n: layers[n] for n in self._hooks.epoch.gated if n != classified.layer and n in observation.layers}
         weights = {name: layer.weights_and_bias() for name, layer in below.items()}
         sensitivity = output_sensitivity(model, observation.inputs, below, self._forward, observation.shared)
         scale, step, curvature = {}, {}, None
         if solved and self._memory_size and not self._is_adaptive:
             curvature = curvature_at(layers[classified.layer].weights_and_bias(), classified, criterion)
         for name in below:
-            g, reference = self._epoch.gated[name], self.memory.layers[name].sharpness
+            g, reference = self._hooks.epoch.gated[name], self.memory.layers[name].sharpness
             if reference is not None and not self._is_adaptive:
                 through = partial(g.gate.through, memory=g.memory)
                 sharp = sharpness(observation.layers[name], sensitivity[name], through)
@@ -656,7 +654,7 @@ class PlasticityGate:
         self.finish_steps()
         self.detach()
         self._model = self._optimizer = None
-        self._epoch = Epoch()
+        self._hooks.epoch = Epoch()
 
     def detach(self) -> None:
         """Takes the hooks off until :meth:`attach`, also after an error in the midst of a step."""
@@ -712,7 +710,7 @@ class PlasticityGate:
     @property
     def statistics(self) -> dict[str, StreamStatistics]:
         """Statistics of the present epoch's inputs, by layer."""
-        return {name: g.statistics for name, g in self._epoch.gated.items()}
+        return {name: g.statistics for name, g in self._hooks.epoch.gated.items()}
 
     @property
     def claimed_rank(self) -> dict[str, int]:
@@ -776,8 +774,8 @@ class PlasticityGate:
         self.begin(*state["epoch"])
         self._drift.load_state_dict(state["drift"])
         for name, statistics in state["statistics"].items():
-            if name in self._epoch.gated:  # else the layer has left the network, and its memory stays
-                self._epoch.gated[name].statistics = StreamStatistics(**statistics)
+            if name in self._hooks.epoch.gated:  # else the layer has left the network, and its memory stays
+                self._hooks.epoch.gated[name].statistics = StreamStatistics(**statistics)
 
     def to(self, device: torch.device | str) -> PlasticityGate:
         """Moves the memory to a device, after the model."""
@@ -797,7 +795,7 @@ class PlasticityGate:
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         stream = self._stream
-        if stream is not None and self.active and stream.look(self._attached(), self._epoch.protected, optimizer):
+        if stream is not None and self.active and stream.look(self._attached(), self._hooks.epoch.protected, optimizer):
             self._consolidate_stream(stream)
 
     # -- Consolidation ---------------------------------------------------------------------------------------------
@@ -869,7 +867,7 @@ class PlasticityGate:
                 old = self._pseudo_samples(classified)
             merged = {name: self._merged(memory, classified, start)}
             if not (self._is_adaptive or self._brings_classes(classified)):
-                trained[name] = layers[name].weights_and_bias() if self._is_open else memory.layers[name].trained
+                trained[name] = layers[name].weights_and_bias() if is_open else memory.layers[name].trained
             factor = prepared.ridge_factor if prepared is not None and prepared.layer == name else None
             solved = self._solve(self._problem(classified, old, layers, merged[name], criterion), factor)
         if self.readout_step and not solved:
@@ -895,7 +893,7 @@ class PlasticityGate:
             if not self._hooks.trained:  # the network was trained before the gate came to it
                 self._hooks.trained = {name for name, p in parameters.items() if p.requires_grad}
             gated = {p for name in self.memory.layers for p in layers[name].parameters}
-            ungated = self._ungated_parameters(self._epoch.protected)
+            ungated = self._ungated_parameters(self._hooks.epoch.protected)
             warn_of_ungated(self._attached(), self._hooks.trained, gated, ungated, self.ungated)
             warn_of_dead(observation)
         knew = self.memory.consolidations == 1 or any(m.class_counts is not None for m in memory.layers.values())
@@ -906,7 +904,8 @@ class PlasticityGate:
         """Names of the gated layers that have changed in the present epoch, if the gate has seen no step of theirs."""
         assert self._optimizer is not None
         seen = parameters_of(self._optimizer) if self._hooks.saw_steps and self._hooks.sees_steps else set()
-        return [n for n, g in self._epoch.gated.items() if g.layer.weight not in seen and self._drift.has_moved(n)]
+        gated = self._hooks.epoch.gated
+        return [name for name, g in gated.items() if g.layer.weight not in seen and self._drift.has_moved(name)]
 
     def _rate_of(self, layer: GatedLayer) -> float:
         """The learning rate of a layer's weights if steps are proportional to the gradient, as SGD's are, else 0."""
@@ -1050,12 +1049,12 @@ class PlasticityGate:
     @torch.no_grad()
     def _consolidate_stream(self, stream: StreamWatch) -> None:
         """Consolidates in the midst of training, and reapplies the gated part of the later updates."""
-        model, layers = self._attached(), self._epoch.protected
+        model, layers = self._attached(), self._hooks.epoch.protected
         changes = stream.rewind(model, layers)
         observation = stream.observation(layers)
         self._remember(observation, layers, self._criterion, self.settings.readout_stream_damping)
         self._begin_again()
-        for name, g in self._epoch.gated.items():
+        for name, g in self._hooks.epoch.gated.items():
             if name in changes:
                 change = changes[name]
                 g.layer.set_weights(g.layer.weights_and_bias()[: len(change)] + g.gate.through(change, g.memory))

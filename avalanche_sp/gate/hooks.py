@@ -57,6 +57,7 @@ class StepHooks:
     Attributes:
         listening: whether forward passes are those of training.
         gating: whether backward passes are those of training.
+        epoch: the present one.
         rows: rows of the present batch that come from the stream; None for all.
         sees_steps: whether they were put on, also if they have been taken off since.
         saw_steps: whether they saw a step of the present experience.
@@ -66,11 +67,11 @@ class StepHooks:
 
     def __init__(self, drift: Drift, stream: StreamWatch | None, ended: Callable[[torch.optim.Optimizer], None]):
         self.listening = self.gating = True
+        self.epoch = Epoch()
         self.rows: StreamRows | None = None
         self.sees_steps = self.saw_steps = False
         self.trained: set[str] = set()
         self._drift, self._stream, self._ended = drift, stream, ended
-        self._epoch = Epoch()
         self._untrained: dict[str, nn.Parameter] = {}  # parameters that have not been trained
         self.device_type = "cpu"
         self._handles: list = []
@@ -97,7 +98,7 @@ class StepHooks:
     def put(self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: Epoch) -> None:
         """Puts the hooks on a model's layers and on its optimizer, and takes them off those before."""
         self.take_off()
-        self._epoch, self.sees_steps = epoch, True
+        self.epoch, self.sees_steps = epoch, True
         self.device_type = next(model.parameters()).device.type
         self._untrained = {name: p for name, p in model.named_parameters() if name not in self.trained}
         _LAST[optimizer] = weakref.ref(self)
@@ -148,7 +149,7 @@ class StepHooks:
             layer.per_row and (made is None or not made.requires_grad)
         ):
             return
-        looked = name in self._epoch.gated and (self._drift.is_looking or self._epoch.has_stored)
+        looked = name in self.epoch.gated and (self._drift.is_looking or self.epoch.has_stored)
         if not (looked or self._stream) or (x := layer.input_of(args, kwargs, output)) is None:
             return
         stream = self.rows
@@ -157,9 +158,9 @@ class StepHooks:
         if looked:
             x = x.detach()
             if made is not None and layer.per_row:
-                made.register_hook(lambda delta: self._hold_back(self._epoch.gated[name], x, delta, stream))
+                made.register_hook(lambda delta: self._hold_back(self.epoch.gated[name], x, delta, stream))
             else:  # what comes back is the error of the module's output, not of the map's
-                self._look_at(self._epoch.gated[name], x if stream is None else stream.of(x))
+                self._look_at(self.epoch.gated[name], x if stream is None else stream.of(x))
 
     @outside_autocast
     def _hold_back(self, g: Gated, x: Tensor, delta: Tensor, stream: StreamRows | None) -> None:
@@ -171,7 +172,7 @@ class StepHooks:
             return
         if self._drift.is_looking:
             self._look_at(g, x)
-        if self._epoch.has_stored:
+        if self.epoch.has_stored:
             held = g.gate.held_activity(g.layer, x, delta)
             for key in ((g.name, parameter) for parameter in g.layer.trained_parameters):
                 self._held[key] = self._held[key] + held if key in self._held else held
@@ -215,7 +216,7 @@ class StepHooks:
             self._gate_gradients(optimizer)
             return None
 
-        self._kept = [(p, p.detach().clone()) for p in self._epoch.frozen]
+        self._kept = [(p, p.detach().clone()) for p in self.epoch.frozen]
 
         def gated_closure():
             self._put_back()
@@ -233,17 +234,17 @@ class StepHooks:
     @torch.no_grad()
     @outside_autocast
     def _gate_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        for parameter in self._epoch.frozen:  # without a gradient: zeros still follow momentum and decay weights
+        for parameter in self.epoch.frozen:  # without a gradient: zeros still follow momentum and decay weights
             self._withheld[parameter], parameter.grad = parameter.grad, None
         # A GradScaler leaves it to fused optimizers to unscale the gradients.
         scale = getattr(optimizer, "grad_scale", None)
-        for name, g in self._epoch.gated.items():
+        for name, g in self.epoch.gated.items():
             if g.layer.weight.grad is None:
                 continue
             if g.step < 1:
                 g.layer.scale_gradient(g.step)
             penalty = self._drift.gradient(name, scale)
-            if not self._epoch.has_stored:
+            if not self.epoch.has_stored:
                 g.gate.gate(g.layer, g.memory, penalty)
             elif penalty is not None:
                 new_units = g.layer.units - len(penalty)
@@ -262,8 +263,8 @@ class StepHooks:
         self._kept = []
         self.rows = None
         self.saw_steps = True
-        gated = self._epoch.gated
-        if self._epoch.has_stored and self._drift.is_looking and several_processes():
+        gated = self.epoch.gated
+        if self.epoch.has_stored and self._drift.is_looking and several_processes():
             for name, g in gated.items():  # a process without rows of one kind takes part with zeros
                 nothing = g.gate.leading.new_zeros(g.layer.units, g.gate.leading.shape[-1])
                 self._along.setdefault(name, [nothing, nothing])

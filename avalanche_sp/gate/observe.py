@@ -566,6 +566,8 @@ def frozen_readout(model: nn.Module, samples: Samples, forward: Forward) -> str 
         called.append((name, layer, output if isinstance(output, Tensor) else None))
 
     layers = gated_layers(model, dict(model.named_modules()))
+    if all(layer.trains for layer in layers.values()):
+        return None
     with torch.no_grad(), evaluation_mode(model) as device, after_each(layers, record):
         outputs = forward(model, on_device(device, inputs))
     last, outputs, _ = output_layer(called[-1:], outputs)
