@@ -13,7 +13,7 @@ from torch import nn
 from avalanche_sp import FeatureGaussians, SelectivePlasticityOptimizer, SelectivePlasticityPlugin, Settings
 from avalanche_sp.gate import ClassGaussians
 from avalanche_sp.gate.functional import leading_eigenpairs
-from avalanche_sp.gate.readout import agreement
+from avalanche_sp.gate.pseudo_samples import agreement
 
 from conftest import accuracy, mlp, strategy_of, weights
 

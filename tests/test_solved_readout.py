@@ -17,6 +17,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from avalanche_sp import JointReplayLoss, OneHotMSELoss, PlasticityGate, SelectivePlasticityPlugin, Settings, reference
 from avalanche_sp.data import split_mnist
+from avalanche_sp.gate.classes import (
+    ReadoutSamples,
+    class_roots,
+    class_shift,
+    class_sums,
+    told_by_classes,
+)
 from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layer_gate import LayerGate
 from avalanche_sp.gate.layers import GatedLayer
@@ -34,21 +41,8 @@ from avalanche_sp.gate.preparation import (
     output_sensitivity,
     stable_step,
 )
-from avalanche_sp.gate.readout import (
-    PseudoSamples,
-    ReadoutSamples,
-    agreement,
-    class_roots,
-    class_shift,
-    class_sums,
-    drift_map,
-    extended,
-    held_out_ridge,
-    old_quadratic,
-    pseudo_samples,
-    solve_readout,
-    told_by_classes,
-)
+from avalanche_sp.gate.pseudo_samples import PseudoSamples, agreement, drift_map, extended, pseudo_samples
+from avalanche_sp.gate.readout import ReadoutProblem, old_quadratic
 
 from conftest import MNIST, accuracy, mlp, sliced, strategy_of
 
@@ -135,10 +129,8 @@ def test_remainders_of_class_means_beyond_few_eigenvectors_tell_classes_apart():
     torch.testing.assert_close(own_shares, shares, atol=1e-3, rtol=0)
     drawn = made.inputs @ beyond
     torch.testing.assert_close((drawn.T @ drawn / len(drawn)).diag(), moments[4:], atol=1e-3, rtol=0.02)
-    head = nn.Linear(40, 6, bias=False)
-    nn.init.zeros_(head.weight)
-    solve_readout(GatedLayer(head), seen, None, memory, OneHotMSELoss(), SETTINGS)
-    assert (head(x).argmax(1) == y).float().mean() > 0.99  # along the eigenvectors alone: .35
+    solution = ReadoutProblem(torch.zeros(6, 40), seen, None, memory, OneHotMSELoss(), SETTINGS).solution()
+    assert ((x @ solution.T).argmax(1) == y).float().mean() > 0.99  # along the eigenvectors alone: .35
 
 
 def test_classes_tell_the_old_loss_as_far_as_they_are_as_separable_as_in_one_experience():
@@ -199,18 +191,18 @@ def test_the_old_quadratic_is_the_mean_squared_change_of_the_outputs(rank):
 def test_with_the_quadratic_alone_a_squared_error_ends_at_the_minimum_of_all_data():
     """Which is recursive least squares."""
     (x, y), (a, b) = samples(0, (0, 1, 2)), samples(1, (0, 1, 2))
-    loss, head = OneHotMSELoss(), nn.Linear(13, 6, bias=False)
-    layer, memory = GatedLayer(head), remembered(x, y)
+    loss, memory = OneHotMSELoss(), remembered(x, y)
     solved = torch.linalg.lstsq(x, torch.nn.functional.one_hot(y, 6).float()).solution.T
-    layer.set_weights(solved)
-    memory = replace(memory, anchor=layer.along(memory.vectors))
+    memory = replace(memory, anchor=solved @ memory.vectors)
     old = PseudoSamples(torch.zeros(6, 13), torch.eye(13), torch.arange(6))  # tell nothing
     exact, merged = replace(SETTINGS, solve_tolerance=1e-9, solve_steps=200), memory.merged(a, len(a), 1.0, 13)
     quadratic = old_quadratic(memory, solved, torch.tensor(2.0))
-    solve_readout(layer, readout_samples(a, b), old, merged, loss, exact, quadratic=quadratic, told=0.0)
+    problem = ReadoutProblem(
+        solved, readout_samples(a, b), old, merged, loss, exact, quadratic=quadratic, told=0.0
+    )
     both, classes = torch.cat([x, a]), torch.cat([y, b])
     expected = torch.linalg.lstsq(both, torch.nn.functional.one_hot(classes, 6).float()).solution.T
-    torch.testing.assert_close(layer.weights_and_bias(), expected, atol=2e-3, rtol=0)
+    torch.testing.assert_close(problem.solution(), expected, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("told, expected", [(30.0, {1.0}), (0.0, {4.0, 16.0, 64.0, 256.0})])
@@ -218,14 +210,12 @@ def test_the_ridge_grows_where_half_of_the_samples_tell_nothing_of_the_others(to
     torch.manual_seed(0)
     y = torch.arange(120) % 6
     x = torch.randn(120, 60) + told * torch.nn.functional.one_hot(y, 60)
-    layer = GatedLayer(nn.Linear(60, 6, bias=False))
-    before, memory = layer.weights_and_bias(), LayerMemory.empty(60, x).merged(x, 120, 1.0, 60)
+    present, memory = nn.Linear(60, 6).weight.detach(), LayerMemory.empty(60, x).merged(x, 120, 1.0, 60)
     for criterion in (nn.CrossEntropyLoss(), OneHotMSELoss()):
-        found = held_out_ridge(layer, readout_samples(x, y), None, memory, criterion, SETTINGS)
-        assert found in expected
-        assert torch.equal(layer.weights_and_bias(), before)
+        problem = ReadoutProblem(present, readout_samples(x, y), None, memory, criterion, SETTINGS)
+        assert problem.held_out_ridge() in expected
     one = readout_samples(x[:1], y[:1])
-    assert held_out_ridge(layer, one, None, memory, nn.CrossEntropyLoss(), SETTINGS) == 1
+    assert ReadoutProblem(present, one, None, memory, nn.CrossEntropyLoss(), SETTINGS).held_out_ridge() == 1
 
 
 def test_wrong_labels_cost_no_more_than_without_the_gate(split5):
@@ -348,7 +338,7 @@ def test_a_solution_that_fails_leaves_the_memory_as_it_was(split5, monkeypatch):
     def fails(*_, **__):
         raise FloatingPointError
 
-    monkeypatch.setattr("avalanche_sp.gate.gate.solve_readout", fails)
+    monkeypatch.setattr(ReadoutProblem, "solution", fails)
     with pytest.raises(FloatingPointError):
         gate.consolidate(tasks[1], OneHotMSELoss())
     assert gate.memory is memory

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from avalanche_sp.arguments import check_integer
 from avalanche_sp.gate.functional import leading_eigenpairs, remainder
-from avalanche_sp.gate.readout import agreement, drift_map
+from avalanche_sp.gate.pseudo_samples import agreement, drift_map
 from avalanche_sp.gate.settings import Settings
 
 _DIRECTIONS = 512  # of a covariance or of a drift's map, at most

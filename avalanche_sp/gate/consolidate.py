@@ -6,11 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from avalanche_sp.gate.classes import class_roots, class_sums
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory, Memory, packed_bytes
 from avalanche_sp.gate.observe import Observation
 from avalanche_sp.gate.packed import PackedRows
-from avalanche_sp.gate.readout import ReadoutLoss, class_roots, class_sums, newton_readout
+from avalanche_sp.gate.readout import ReadoutLoss, newton_readout
 from avalanche_sp.gate.settings import Settings
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from avalanche_sp.arguments import check_integer
+from avalanche_sp.gate.classes import ReadoutSamples, brings_classes, class_shift, told_by_classes
 from avalanche_sp.gate.consolidate import check_fits, consolidate, inherited, least_bytes
 from avalanche_sp.gate.detection import ChangeDetector, RunningSurprise, page_hinkley
 from avalanche_sp.gate.functional import transfer
@@ -55,18 +56,8 @@ from avalanche_sp.gate.preparation import (
     stable_step,
 )
 from avalanche_sp.gate.processes import mean_over_processes
-from avalanche_sp.gate.readout import (
-    PseudoSamples,
-    ReadoutLoss,
-    ReadoutSamples,
-    class_shift,
-    curvature_at,
-    held_out_ridge,
-    old_quadratic,
-    pseudo_samples,
-    solve_readout,
-    told_by_classes,
-)
+from avalanche_sp.gate.pseudo_samples import PseudoSamples, pseudo_samples
+from avalanche_sp.gate.readout import ReadoutLoss, ReadoutProblem, curvature_at, old_quadratic
 from avalanche_sp.gate.rows import StreamRows
 from avalanche_sp.gate.settings import Settings
 from avalanche_sp.gate.stream import StreamWatch
@@ -130,7 +121,7 @@ class PlasticityGate:
     (:func:`~avalanche_sp.gate.functional.likeness`), at the layers that data feed.
 
     **Readout.** If an experience brings new classes, the last linear layer is solved before and after it
-    (:func:`avalanche_sp.gate.readout.solve_readout`). Otherwise it trains under the gate, and is solved after the
+    (:class:`avalanche_sp.gate.readout.ReadoutProblem`). Otherwise it trains under the gate, and is solved after the
     experience. A loss that is quadratic in the outputs takes one damped Newton step at a consolidation instead
     (:func:`avalanche_sp.gate.readout.newton_readout`), without new classes or if stored samples stand for most of the
     old loss.
@@ -470,13 +461,14 @@ class PlasticityGate:
             layers[classified.layer].set_weights(trained)
         merged, old = self._merged(self.memory, classified), self._pseudo_samples(classified)
         solved, readout = self._brings_classes(classified), layers[classified.layer]
-        unsolved, problem = readout.weights_and_bias(), self._problem(classified, old, layers, merged, criterion)
-        ridge_factor = None if problem is None else held_out_ridge(*problem)
-        if solved and not self._solve(problem, ridge_factor):
-            return
-        if not self.memory.layers and not self._bears_steps(samples, readout, criterion):
-            readout.set_weights(unsolved)
-            return
+        problem = self._problem(classified, old, layers, merged, criterion)
+        ridge_factor = None if problem is None else problem.held_out_ridge()
+        if solved:
+            if problem is None or not self._solve(problem, readout, ridge_factor):
+                return
+            if not self.memory.layers and not self._bears_steps(samples, readout, criterion):
+                readout.set_weights(problem.present)
+                return
         below = {n: layers[n] for n in self._hooks.epoch.gated if n != classified.layer and n in observation.layers}
         weights = {name: layer.weights_and_bias() for name, layer in below.items()}
         sensitivity = output_sensitivity(model, observation.inputs, below, self._forward, observation.shared)
@@ -869,7 +861,8 @@ class PlasticityGate:
             if not (self._is_adaptive or self._brings_classes(classified)):
                 trained[name] = layers[name].weights_and_bias() if is_open else memory.layers[name].trained
             factor = prepared.ridge_factor if prepared is not None and prepared.layer == name else None
-            solved = self._solve(self._problem(classified, old, layers, merged[name], criterion), factor)
+            problem = self._problem(classified, old, layers, merged[name], criterion)
+            solved = problem is not None and self._solve(problem, layers[name], factor)
         if self.readout_step and not solved:
             losses = self._stored_losses(observation, layers, criterion)
         self.memory = consolidate(
@@ -951,11 +944,7 @@ class PlasticityGate:
         return observation.readout is None or (self.trust <= 0.5 and (continues or self._brings_classes(samples)))
 
     def _brings_classes(self, samples: ReadoutSamples) -> bool:
-        """Whether an experience has a class that the readout's memory does not know, or a new task's head."""
-        old = self.memory.layers.get(samples.layer)
-        if old is None or old.class_counts is None:
-            return True
-        return bool((~torch.isin(samples.targets, old.class_counts.nonzero().flatten())).any())
+        return brings_classes(self.memory.layers.get(samples.layer), samples)
 
     def _merged(self, memory: Memory, samples: ReadoutSamples, start: Tensor | None = None) -> LayerMemory:
         """The readout's memory with that of an experience; ``start`` are eigenvectors that it had before training."""
@@ -1001,28 +990,28 @@ class PlasticityGate:
         layers: Mapping[str, GatedLayer],
         merged: LayerMemory,
         criterion: Criterion,
-    ) -> tuple | None:
-        """Arguments of :func:`solve_readout`; None if the stored samples don't all reach the same readout."""
-        layer, stored = layers[samples.layer], []
+    ) -> ReadoutProblem | None:
+        """The readout's problem for an experience; None if the stored samples don't all reach the same readout."""
+        layer, stored, known = layers[samples.layer], [], self.memory.layers.get(samples.layer)
         for replayed in self._replays if old is not None else ():
             seen = self._observed(replayed, {samples.layer: layer}, None).classified
             if seen is None:  # several heads, for instance
                 return None
             stored.append(seen)
         trust, quadratic, told, s = self.trust if stored else 0.0, None, 1.0, self.settings
-        if not self._brings_classes(samples):
-            known, curvature = self.memory.layers[samples.layer], self.memory.curvature
-            quadratic = old_quadratic(known, layer.weights_and_bias(), s.readout_old * curvature)
+        present = layer.weights_and_bias()
+        if known is not None and not brings_classes(known, samples):
+            quadratic = old_quadratic(known, present, s.readout_old * self.memory.curvature)
             told = told_by_classes(known, samples)
-        return layer, samples, old, merged, criterion, s, stored, trust, quadratic, told
+        return ReadoutProblem(present, samples, old, merged, criterion, s, stored, trust, quadratic, told)
 
-    def _solve(self, problem: tuple | None, ridge_factor: float | None) -> bool:
+    def _solve(self, problem: ReadoutProblem, layer: GatedLayer, ridge_factor: float | None) -> bool:
         """Solves the readout; False if it is left. Without a factor of the ridge one is chosen."""
-        if problem is None:
+        weights = problem.solution(ridge_factor or problem.held_out_ridge())
+        if weights is None:
+            warn_of_left(problem.new.layer)
             return False
-        if not solve_readout(*problem, ridge_factor=ridge_factor or held_out_ridge(*problem)):
-            warn_of_left(problem[1].layer)
-            return False
+        layer.set_weights(weights)
         return True
 
     def _ungated_parameters(self, protected: Mapping[str, GatedLayer]) -> dict[str, list[nn.Parameter]]:

@@ -21,20 +21,11 @@ from torch.utils.data import (
     Subset,
 )
 
+from avalanche_sp.gate.classes import ReadoutSamples
 from avalanche_sp.gate.functional import leading_eigenvalue, loss_derivatives
 from avalanche_sp.gate.layers import GatedLayer, gated_layers
-from avalanche_sp.gate.readout import (
-    Criterion,
-    Link,
-    ReadoutLoss,
-    ReadoutSamples,
-    close,
-    in_dtype,
-    linked,
-    units_of,
-    unlinked,
-    with_gradient,
-)
+from avalanche_sp.gate.links import Criterion, Link, close, in_dtype, linked, units_of, unlinked, with_gradient
+from avalanche_sp.gate.readout import ReadoutLoss
 from avalanche_sp.gate.settings import Settings
 
 BATCH = 256  # samples a forward pass
@@ -614,7 +605,7 @@ def output_derivatives(
         outputs: the network's (n, C), before ``link``.
         targets: the samples' targets.
         last: of the layer that makes the outputs (:func:`output_layer`): its name before and its output after it.
-        link: the function after the layer, such as a softmax (:func:`~avalanche_sp.gate.readout.unlinked`).
+        link: the function after the layer, such as a softmax (:func:`~avalanche_sp.gate.links.unlinked`).
         quadratic: whether the loss is quadratic and convex in the outputs, if another batch has told.
     """
     exact = outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from avalanche_sp.gate.classes import ReadoutSamples, class_means
 from avalanche_sp.gate.functional import leading_eigenvalue
 from avalanche_sp.gate.layers import GatedLayer
 from avalanche_sp.gate.memory import LayerMemory, Memory
@@ -26,14 +27,7 @@ from avalanche_sp.gate.observe import (
     on_device,
     some_rows,
 )
-from avalanche_sp.gate.readout import (
-    PseudoSamples,
-    ReadoutSamples,
-    agreement,
-    class_means,
-    drift_map,
-    pseudo_samples,
-)
+from avalanche_sp.gate.pseudo_samples import PseudoSamples, agreement, drift_map, pseudo_samples
 from avalanche_sp.gate.settings import Settings
 
 
@@ -315,15 +309,15 @@ def follow_drift(
 ) -> tuple[Memory, PseudoSamples | None]:
     """Moves the memory of the readout's old inputs as far as the layers below have moved them.
 
-    A linear map is learned on new inputs (:func:`~avalanche_sp.gate.readout.drift_map`). If the network can be run on
-    inputs that are drawn for the old classes, the map is learned on new and drawn inputs. The residuals of the drawn
-    inputs are then added to the pseudo-samples of their classes (:func:`_unexplained`). Without drawn inputs the map's
-    share is the root of the change of the outputs by the updates on old inputs over that on new ones, to first order,
-    with each layer's sensitivity. The first order tells little of a deep network, whose layers move each other's
-    inputs. Let a be how far the new classes agree on the map (:func:`~avalanche_sp.gate.readout.agreement`). A drift
-    that they share is that of old classes also, so a share s becomes :math:`s + a^2 (1 - s)`. For a squared error, and
-    without a new class, s stays, unless the first order explains less than 1/500 of the change of the new outputs
-    (``drift_first_order``) and the classes agree (``drift_agreement``). It is then 1.
+    A linear map is learned on new inputs (:func:`~avalanche_sp.gate.pseudo_samples.drift_map`). If the network can be
+    run on inputs that are drawn for the old classes, the map is learned on new and drawn inputs. The residuals of the
+    drawn inputs are then added to the pseudo-samples of their classes (:func:`_unexplained`). Without drawn inputs the
+    map's share is the root of the change of the outputs by the updates on old inputs over that on new ones, to first
+    order, with each layer's sensitivity. The first order tells little of a deep network, whose layers move each other's
+    inputs. Let a be how far the new classes agree on the map (:func:`~avalanche_sp.gate.pseudo_samples.agreement`). A
+    drift that they share is that of old classes also, so a share s becomes :math:`s + a^2 (1 - s)`. For a squared
+    error, and without a new class, s stays, unless the first order explains less than 1/500 of the change of the new
+    outputs (``drift_first_order``) and the classes agree (``drift_agreement``). It is then 1.
 
     Args:
         memory: before the experience.

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from avalanche_sp.arguments import check_integer
 from avalanche_sp.gate import ClassGaussians, Settings
+from avalanche_sp.gate.classes import ReadoutSamples
 from avalanche_sp.gate.layers import GatedLayer, gated_layers
 from avalanche_sp.gate.observe import evaluation_mode, observe
-from avalanche_sp.gate.readout import ReadoutSamples
 from avalanche_sp.training.plugin import SelectivePlasticityPlugin
 from avalanche_sp.training.replay import forward_of, is_mixture, memories_of, samples_of
 
