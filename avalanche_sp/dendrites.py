@@ -14,6 +14,7 @@ from avalanche.models import DynamicModule
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from avalanche_sp.arguments import check_integer, check_number
 from avalanche_sp.gate import PlasticityGate
 from avalanche_sp.training.plugin import SelectivePlasticityPlugin
 from avalanche_sp.training.replay import SpreadBatches, forward_of
@@ -54,6 +55,7 @@ class DendritesPlugin(SupervisedPlugin):
         ImportError: at construction, if perforatedai is not installed.
         ValueError: at construction for an argument out of range; at ``train`` for a model without a layer for dendrites
             or with those of another plugin, for a folder in use, and for a gate that finds the boundaries itself.
+        TypeError: at construction for an activation that is no function.
         RuntimeError: at ``train`` if the package would ask something or end the process; with its message.
 
     Example::
@@ -76,10 +78,10 @@ class DendritesPlugin(SupervisedPlugin):
         if grow not in ("experience", "plateau"):
             raise ValueError(f"Invalid grow value: {grow!r} (allowed: 'experience', 'plateau')")
         for name, value in (("most", most), ("patience", patience)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"Invalid {name} value: {value} (allowed: an integer, 1 or more)")
-        if not 0 < held_out < 1:
-            raise ValueError(f"Invalid held_out value: {held_out} (allowed: between 0 and 1)")
+            check_integer(f"{name} value", value, 1)
+        check_number("held_out value", held_out, (lambda v: 0 < v < 1, "between 0 and 1"))
+        if not callable(activation):
+            raise TypeError(f"Invalid activation: {activation!r} (allowed: a function of a tensor)")
         _package()
         self.grow, self.activation, self.most, self.patience = grow, activation, most, patience
         self.held_out, self.readout = held_out, readout

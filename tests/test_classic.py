@@ -101,9 +101,13 @@ def test_train_size_draws_anew_for_each_experience():
     "call, words",
     [
         (lambda: split_mnist(3), "Invalid n_experiences value: 3 (allowed: 1, 2, 5 or 10)"),
+        (lambda: split_mnist("5"), "Invalid n_experiences value: '5' (allowed: 1, 2, 5 or 10)"),
+        (lambda: split_mnist(5.0), "Invalid n_experiences value: 5.0 (allowed: 1, 2, 5 or 10)"),
         (lambda: split_mnist(2, class_order=[1, 2]), "Invalid class_order value: [1, 2]"),
-        (lambda: permuted_mnist(0), "Invalid n_experiences value: 0 (allowed: 1 or more)"),
-        (lambda: permuted_mnist(2, train_size=60001), "Invalid train_size value: 60001 (allowed: 1 to 60000)"),
+        (lambda: permuted_mnist(0), "Invalid n_experiences value: 0 (allowed: an integer, 1 or more)"),
+        (lambda: permuted_mnist("2"), "Invalid n_experiences value: '2' (allowed: an integer, 1 or more)"),
+        (lambda: permuted_mnist(2, train_size=60001), "Invalid train_size value: 60001 (allowed: an integer, 1 to 60"),
+        (lambda: permuted_mnist(2, train_size=1.5), "Invalid train_size value: 1.5 (allowed: an integer, 1 to 60000)"),
     ],
 )
 def test_bad_arguments_are_named(call, words):

@@ -31,7 +31,16 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "argument", [{"grow": "always"}, {"most": 0}, {"patience": 1.5}, {"held_out": 0.0}, {"held_out": 1.0}]
+    "argument",
+    [
+        {"grow": "always"},
+        {"most": 0},
+        {"most": True},
+        {"patience": 1.5},
+        {"held_out": 0.0},
+        {"held_out": 1.0},
+        {"held_out": "a"},
+    ],
 )
 def test_an_argument_out_of_range_is_refused(argument):
     with pytest.raises(ValueError, match=f"Invalid {next(iter(argument))} value"):

@@ -264,3 +264,15 @@ def test_bad_features_are_named():
     with pytest.raises(FloatingPointError, match="not finite"):
         gaussians.remember(x / 0, y)
     assert all(torch.equal(gaussians.means[label], mean) for label, mean in means.items())
+
+
+def test_a_readout_needs_classes_and_an_output_for_each():
+    gaussians = ClassGaussians()
+    with pytest.raises(ValueError, match="Invalid call: no class is remembered"):
+        gaussians.readout(2)
+    gaussians.remember(torch.randn(8, 4), torch.arange(8) % 3)
+    with pytest.raises(ValueError, match=r"Invalid outputs value: 2 \(allowed: an integer, 3 or more\)"):
+        gaussians.readout(2)
+    assert gaussians.readout(3).shape == (3, 5)
+    with pytest.raises(TypeError, match="Invalid settings: NoneType"):
+        FeatureGaussians(settings=None)

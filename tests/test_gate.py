@@ -173,6 +173,36 @@ def test_the_first_task_is_learned_as_without_the_gate_and_the_second_is_not():
     assert (weights(model) - weights(plain)).abs().max() > 1e-3
 
 
+def test_a_prepared_experience_has_the_size_of_its_data():
+    gates = []
+    for told in (True, False):
+        model, optimizer, gate = learned()
+        part = [t[:20] for t in TASKS[1]]
+        if told:
+            gate.begin(20)
+        gate.prepare([part], OneHotMSELoss())
+        assert gate.ratio == SIZE / 20
+        epoch(model, optimizer, part)
+        gate.consolidate([part], OneHotMSELoss())
+        gates.append(weights(model))
+    assert torch.equal(*gates)
+
+
+@pytest.mark.parametrize(
+    "groups, adaptive",
+    [
+        ({"eps": 1e-8}, True),
+        ({"eps": 0}, True),
+        ({"eps": 1e-3}, False),
+        ({}, True),
+    ],
+)
+def test_an_optimizer_is_adaptive_by_its_groups(groups, adaptive):
+    model = MODELS["mlp"]()
+    gate = PlasticityGate(model, torch.optim.Adam([{"params": model.parameters(), **groups}]))
+    assert gate._is_adaptive == adaptive
+
+
 def second_task(train, name="mlp", optimizer="sgd", mask=None, **kwargs):
     """The weights after two epochs of the second task, each mini-batch of which is trained by ``train``."""
     model, step, gate = learned(name, optimizer, **kwargs)
@@ -971,7 +1001,8 @@ def bad(call, error, words):
 @pytest.mark.parametrize(
     "call, error, words",
     [
-        bad(lambda g: PlasticityGate(g[0]), ValueError, "Invalid optimizer value: None"),
+        bad(lambda g: PlasticityGate(g[0]), ValueError, "Invalid model and optimizer: one of them is None"),
+        bad(lambda g: PlasticityGate(None, g[1]), ValueError, "one of them is None (allowed: both, or none)"),
         bad(lambda g: PlasticityGate(g[0], g[0]), TypeError, "Invalid optimizer: Sequential (allowed: a torch.optim"),
         bad(
             lambda g: PlasticityGate(nn.ReLU(), g[1]),
@@ -980,6 +1011,9 @@ def bad(call, error, words):
         ),
         bad(lambda g: g[2].begin(samples=0), ValueError, "Invalid samples value: 0 (allowed: an integer, 1 "),
         bad(lambda g: g[2].begin(stored=-1), ValueError, "Invalid stored value: -1 (allowed: an integer, 0 "),
+        bad(lambda g: g[2].begin(stored=TensorDataset(*TASKS[0])), ValueError, "0 or more, or a list of datasets)"),
+        bad(lambda g: g[2].load_state_dict({}), ValueError, "Invalid state: no memory, epoch, drift, trained (allowed"),
+        bad(lambda g: g[2].inherit("9", "1"), ValueError, "Invalid name value: '9' (allowed: 1, 3)"),
         bad(lambda g: g[2].replayed(torch.ones(4)), ValueError, "Invalid stored value: shape (4,), torch.float32"),
         bad(lambda g: g[2].replayed(torch.ones(2, 2).bool()), ValueError, "Invalid stored value: shape (2, 2)"),
         bad(lambda g: g[2].consolidate([], OneHotMSELoss()), ValueError, "Invalid data: no sample (allowed: one or"),

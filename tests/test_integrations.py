@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from avalanche_sp import split_mnist
+from avalanche_sp import SelectivePlasticityOptimizer, split_mnist
 from avalanche_sp.gate import PlasticityGate
 
 from conftest import MNIST, ROOT, mlp
@@ -49,15 +49,18 @@ def test_a_run_that_lightning_resumes_after_its_first_epoch_is_consolidated():
     model = mlp()
     x, y, _ = split_mnist(5, dataset_root=MNIST).train_stream[0].dataset.read_batch(list(range(96)))
     loader = DataLoader(TensorDataset(x, y), 32)
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01)]
+    optimizers = [SelectivePlasticityOptimizer.for_continual_learning(model.parameters(), with_gate=True)]
     trainer = SimpleNamespace(
         optimizers=optimizers, train_dataloader=loader, current_epoch=1, precision_plugin=plugins.Precision()
     )
     callback = SelectivePlasticityCallback(torch.nn.functional.cross_entropy)
     callback.on_train_start(trainer, model)
     callback.on_train_epoch_start(trainer, model)
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    optimizers[0].step()
     callback.on_train_end(trainer, model)
     assert callback.gate.memory.samples == 96
+    assert all("consolidated" in optimizers[0].state[p] for p in model.parameters())
 
 
 class Rows(IterableDataset):
@@ -111,7 +114,8 @@ def test_hugging_faces_data_without_a_length(tmp_path):
             max_position_embeddings=example.LENGTH, num_labels=example.CLASSES,
         )
     )  # fmt: skip
-    callback = example.SelectivePlasticityCallback()
+    callback = example.SelectivePlasticityCallback(forward=lambda model, inputs: model(**inputs).logits)
+    optimizer = SelectivePlasticityOptimizer.for_continual_learning(model.parameters(), with_gate=True)
     arguments = transformers.TrainingArguments(
         str(tmp_path), max_steps=5, per_device_train_batch_size=16, report_to="none", save_strategy="no", use_cpu=True,
         disable_tqdm=True,
@@ -119,8 +123,11 @@ def test_hugging_faces_data_without_a_length(tmp_path):
     data = Rows(example.sentences((0, 1), 80, seed=0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+        transformers.Trainer(
+            model, arguments, train_dataset=data, callbacks=[callback], optimizers=(optimizer, None)
+        ).train()
     assert callback.gate.memory.samples == 80
+    assert all("consolidated" in state for state in optimizer.state.values())
 
 
 @pytest.mark.slow

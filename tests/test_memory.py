@@ -1,5 +1,7 @@
 """A budget in bytes for a gate's memory: kept at every consolidation, by any network."""
 
+import copy
+import pickle
 import re
 
 import pytest
@@ -97,6 +99,20 @@ def test_a_budget_is_never_exceeded(split5, network, share):
         assert (gate.state_dict()["memory"]["layers"][name]["vectors"] is None) == (not memory.of_rows)  # packed
     with pytest.raises(ValueError, match=f"Invalid memory_budget value: {least - 1} "):
         gated(make(), memory_budget=least - 1)
+
+
+def test_a_pickled_memory_holds_packed_matrices_once(split5):
+    make, data, criterion = NETWORKS["mlp"]
+    sizes = {}
+    for budget in (None, 100_000):
+        gate = gated(make(), memory_budget=budget)
+        train(gate, data(split5, 0), criterion)
+        pickled = pickle.dumps(gate.memory)
+        sizes[budget] = len(pickled) / gate.state_bytes
+        for name, memory in pickle.loads(pickled).layers.items():
+            assert torch.equal(memory.vectors, gate.memory.layers[name].vectors)
+            assert torch.equal(copy.deepcopy(gate.memory).layers[name].anchor, gate.memory.layers[name].anchor)
+    assert sizes[100_000] < 1.2 * sizes[None]
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from functools import partial
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -274,6 +275,10 @@ def test_values_out_of_range_are_named(name):
         with pytest.raises(ValueError) as error:
             Settings(**{name: value})
         assert str(error.value).startswith(f"Invalid {name} value: {value!r} (allowed: ")
+
+
+def test_settings_take_numpys_numbers():
+    assert Settings(rank=numpy.int64(5), look=numpy.int32(4)) == Settings(rank=5, look=4)
 
 
 def test_settings_are_frozen_and_described():

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from avalanche.benchmarks.scenarios import CLScenario
 from torch import Tensor
 from torchvision.datasets import MNIST
 
+from avalanche_sp.arguments import check_integer
 from avalanche_sp.data.streams import permute_pixels, split_classes
 
 # Avalanche's and torchvision's usual normalisation: mean and deviation of the training pixels.
@@ -53,8 +55,8 @@ def split_mnist(
         F. Zenke, B. Poole, S. Ganguli: Continual learning through synaptic intelligence, ICML 2017; G. van de Ven,
         A. Tolias: Three scenarios for continual learning, 2019.
     """
-    if n_experiences not in (1, 2, 5, 10):
-        raise ValueError(f"Invalid n_experiences value: {n_experiences} (allowed: 1, 2, 5 or 10)")
+    if not isinstance(n_experiences, Integral) or n_experiences not in (1, 2, 5, 10):
+        raise ValueError(f"Invalid n_experiences value: {n_experiences!r} (allowed: 1, 2, 5 or 10)")
     classes = list(range(10)) if class_order is None else [int(c) for c in class_order]
     if sorted(classes) != list(range(10)):
         raise ValueError(f"Invalid class_order value: {class_order} (allowed: the classes 0 to 9, each once)")
@@ -96,10 +98,9 @@ def permuted_mnist(
         neural networks, 2013; J. Kirkpatrick et al.: Overcoming catastrophic forgetting in neural
         networks, PNAS 2017.
     """
-    if n_experiences < 1:
-        raise ValueError(f"Invalid n_experiences value: {n_experiences} (allowed: 1 or more)")
-    if train_size is not None and not 1 <= train_size <= 60000:
-        raise ValueError(f"Invalid train_size value: {train_size} (allowed: 1 to 60000)")
+    check_integer("n_experiences value", n_experiences, 1)
+    if train_size is not None:
+        check_integer("train_size value", train_size, 1, 60000)
     train, test = _find_mnist(dataset_root, download)
     return permute_pixels(train, test, n_experiences, train_size=train_size, seed=seed, task_labels=return_task_id)
 

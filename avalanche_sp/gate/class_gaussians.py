@@ -30,6 +30,7 @@ class ClassGaussians:
     Args:
         max_bytes: upper bound on the memory (default: at most 512 directions of the covariance are kept, in single
             precision). Along all other directions the covariance has its mean variance.
+        settings: of the gate; ``gaussian_ridge``, ``drift_ridge`` and ``drift_agreement`` count here.
 
     Attributes:
         means: of each class (d,), by label.
@@ -39,6 +40,7 @@ class ClassGaussians:
 
     Raises:
         ValueError: ``max_bytes`` is no integer of 1 or more; at :meth:`remember`, if it is too small.
+        TypeError: ``settings`` are none of the gate's.
 
     References:
         A. Gomez-Villa et al.: Exemplar-free continual representation learning via learnable drift compensation (LDC),
@@ -56,6 +58,8 @@ class ClassGaussians:
     def __init__(self, max_bytes: int | None = None, settings: Settings = Settings()):  # noqa: B008  # frozen
         if max_bytes is not None:
             check_integer("max_bytes value", max_bytes, 1)
+        if not isinstance(settings, Settings):
+            raise TypeError(f"Invalid settings: {type(settings).__name__} (allowed: avalanche_sp.gate.Settings)")
         self.max_bytes = max_bytes
         self.settings = settings
         self.means: dict[int, Tensor] = {}
@@ -121,8 +125,14 @@ class ClassGaussians:
 
         They are centred over the known classes. So the output of the largest known class is above 0, and outputs
         without a class have the weights 0 and the bias -1.
+
+        Raises:
+            ValueError: no class is remembered, or one of them has no output.
         """
         labels = list(self.means)
+        if not labels:
+            raise ValueError("Invalid call: no class is remembered (allowed after remember)")
+        check_integer("outputs value", outputs, max(labels) + 1)
         means, counts = torch.stack(list(self.means.values())), torch.tensor(list(self.counts.values()))
         share = (counts / counts.sum()).to(means)
         values = self.components.square().sum(1)

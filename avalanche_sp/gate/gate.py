@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -162,7 +163,8 @@ class PlasticityGate:
             two need :meth:`observe` in every step.
         detector: finds changes; an object with ``update(x)`` and ``drift_detected``, such as river's. Default:
             river's Page-Hinkley test, for ``"surprise"``.
-        readout_step: whether the readout takes its step (default True).
+        readout_step: whether the readout is solved, or takes a Newton step, for old and new classes together (default
+            True). False: it trains under the gate alone.
         ungated: what happens to the weights that can't be gated, after the first experience: ``"freeze"`` (default)
             or ``"train"``. With stored samples they train on. A warning names them at the first consolidation.
         settings: all other constants.
@@ -266,9 +268,9 @@ class PlasticityGate:
         self._batches_seen: dict[str, int] = {}  # by the normalisation layers before the first experience
         self._at_rest: set[nn.Parameter] = set()  # those that the user had frozen at the last consolidation
         self._criterion: Criterion | None = None  # as last observed
-        if model is not None:
-            if optimizer is None:
-                raise ValueError("Invalid optimizer value: None (allowed: the torch.optim.Optimizer that trains model)")
+        if (model is None) != (optimizer is None):
+            raise ValueError("Invalid model and optimizer: one of them is None (allowed: both, or none)")
+        if model is not None and optimizer is not None:
             self.attach(model, optimizer)
 
     # -- In the order of training ----------------------------------------------------------------------------------
@@ -339,7 +341,9 @@ class PlasticityGate:
             stored = sum(s.total for s in replays)
         if samples is not None:
             check_integer("samples value", samples, 1)
-        check_integer("stored value", stored, 0)
+        if not isinstance(stored, Integral) or isinstance(stored, bool) or stored < 0:
+            allowed = "allowed: an integer, 0 or more, or a list of datasets"
+            raise ValueError(f"Invalid stored value: {stored!r} ({allowed})")
         model = self._attached()
         protected = self._check(model, self.memory, stored)
         self._samples, self._replays, self._memory_size = samples, replays, stored
@@ -438,6 +442,9 @@ class PlasticityGate:
         model = self._attached()
         layers = protected_layers(model, self.openness)
         samples = self._samples_of(data)
+        if self._samples is None:
+            self._samples = samples.total
+            self._begin_again()
         self._read, criterion = (data, samples), samples.of_labels(criterion)
         if not (self.memory.layers or self._is_adaptive):
             first = replace(samples, batches=islice(samples.batches, 1))
@@ -624,9 +631,10 @@ class PlasticityGate:
         """
         if like not in self.memory.layers:
             return
-        layer = gated_layers(self._attached()).get(name)
+        known = gated_layers(self._attached())
+        layer = known.get(name)
         if layer is None:
-            raise ValueError(f"Invalid name value: {name!r} (allowed: a trainable nn.Linear or nn.Conv2d layer)")
+            raise ValueError(f"Invalid name value: {name!r} (allowed: {', '.join(known)})")
         layers = {**self.memory.layers, name: inherited(self.memory.layers[like], layer)}
         self.memory = replace(self.memory, layers=layers).within(self.memory_budget)
 
@@ -743,8 +751,10 @@ class PlasticityGate:
         """Takes a state of :meth:`state_dict`, to the model's device; without a model, at :meth:`attach`.
 
         Raises:
-            ValueError: it is of another model. The gate is as it was.
+            ValueError: it is of another model, or no such state. The gate is as it was.
         """
+        if lacking := [key for key in ("memory", "epoch", "drift", "trained") if key not in state]:
+            raise ValueError(f"Invalid state: no {', '.join(lacking)} (allowed: what state_dict() gave)")
         if self._model is None:
             self.memory, self._loaded = Memory.from_state_dict(state["memory"]), state
             return
@@ -911,8 +921,8 @@ class PlasticityGate:
     def _is_adaptive(self) -> bool:
         """Whether the optimizer's steps do not grow with the sharpness of the loss."""
         assert self._optimizer is not None
-        eps = self._optimizer.defaults.get("eps")
-        return isinstance(eps, float) and eps <= self.settings.adaptive_eps
+        stabilisers = [group.get("eps") for group in self._optimizer.param_groups]
+        return all(isinstance(eps, Real) and eps <= self.settings.adaptive_eps for eps in stabilisers)
 
     @property
     def _is_open(self) -> bool:

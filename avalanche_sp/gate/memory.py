@@ -248,6 +248,10 @@ class LayerMemory:
         state: dict = vars(self) | dict.fromkeys(packed)
         return state | {"rough_anchor": None if rough is None else vars(rough).copy(), "packed": packed}
 
+    def __reduce__(self) -> tuple:
+        """For pickle: what :meth:`state_dict` gives, so that packed matrices are not held twice in a file."""
+        return type(self).from_state_dict, (self.state_dict(),)
+
     @classmethod
     def from_state_dict(cls, state: Mapping) -> LayerMemory:
         rough = state["rough_anchor"]

@@ -1,11 +1,12 @@
-"""Every constant that decides a result of the gate, in one frozen object."""
+"""The constants of the gate that were tuned, in one frozen object."""
 
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 # Allowed ranges by name: a test, and its words.
 _RANGES = {
-    "count": (lambda v: isinstance(v, int) and v >= 1, "an integer, 1 or more"),
+    "count": (lambda v: isinstance(v, Integral) and int(v) >= 1, "an integer, 1 or more"),
     "positive": (lambda v: 0 < v < float("inf"), "greater than 0"),
     "not negative": (lambda v: 0 <= v < float("inf"), "0 or more"),
     "share": (lambda v: 0 <= v <= 1, "0 to 1"),
@@ -103,7 +104,7 @@ class Settings:
     def __post_init__(self):
         for f in fields(self):
             value, (allowed, words) = getattr(self, f.name), _RANGES[f.metadata["allowed"]]
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not allowed(value):
+            if isinstance(value, bool) or not isinstance(value, Real) or not allowed(value):
                 raise ValueError(f"Invalid {f.name} value: {value!r} (allowed: {words})")
 
     @classmethod

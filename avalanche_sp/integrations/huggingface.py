@@ -9,14 +9,17 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from avalanche_sp.gate import PlasticityGate, Samples
+from avalanche_sp.gate.hooks import unwrapped
+from avalanche_sp.optim import SelectivePlasticityOptimizer
 
 
 class SelectivePlasticityCallback(TrainerCallback):
     """:class:`~avalanche_sp.gate.PlasticityGate` for ``transformers.Trainer``: one call of ``train`` is an experience.
 
     Give the same callback to the Trainer of each experience. It prepares the gate for samples of the Trainer's data
-    loader, and consolidates them at the end of ``train``. A batch is a mapping with ``labels``; the network's output
-    has ``logits``.
+    loader, and consolidates them, and a :class:`~avalanche_sp.SelectivePlasticityOptimizer`, at the end of ``train``. A
+    batch is a mapping with ``labels``; the network's output has ``logits``. The Trainer's checkpoints do not hold the
+    gate's state: save ``callback.gate.state_dict()`` with them.
 
     Args:
         criterion: loss of (logits, labels), a mean over samples. Default: cross-entropy, labels of -100 left out.
@@ -34,7 +37,7 @@ class SelectivePlasticityCallback(TrainerCallback):
 
     def __init__(self, criterion=None, **gate: Any):
         self.criterion = criterion or _cross_entropy
-        self.gate = PlasticityGate(forward=_logits, **gate)
+        self.gate = PlasticityGate(**{"forward": _logits, **gate})
         self._samples: Samples | None = None  # of the present training
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -49,9 +52,11 @@ class SelectivePlasticityCallback(TrainerCallback):
         if not state.epoch:
             self.gate.prepare(self._samples, self.criterion)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args, state, control, optimizer=None, **kwargs):
         assert self._samples is not None
         self.gate.consolidate(self._samples, self.criterion)
+        if isinstance(optimizer := unwrapped(optimizer), SelectivePlasticityOptimizer):
+            optimizer.consolidate()
         self._samples = None
         self.gate.detach()
 

@@ -6,15 +6,18 @@ import lightning
 import torch
 
 from avalanche_sp.gate import PlasticityGate, Samples
+from avalanche_sp.gate.hooks import unwrapped
 from avalanche_sp.gate.observe import Criterion
+from avalanche_sp.optim import SelectivePlasticityOptimizer
 
 
 class SelectivePlasticityCallback(lightning.Callback):
     """:class:`~avalanche_sp.gate.PlasticityGate` for ``lightning.Trainer``: one call of ``fit`` is an experience.
 
     Give the same callback to the Trainer of each experience. It prepares the gate for samples of the training data
-    loader, batches of pairs (x, y), and consolidates them at the end of ``fit``.
-    Lightning's checkpoints hold the gate's state. The module must have one optimizer.
+    loader, batches of pairs (x, y), and consolidates them, and a
+    :class:`~avalanche_sp.SelectivePlasticityOptimizer`, at the end of ``fit``. Lightning's checkpoints hold the gate's
+    state. The module must have one optimizer.
 
     Args:
         criterion: loss of (outputs, targets), a mean over samples, that the module trains with.
@@ -57,6 +60,8 @@ class SelectivePlasticityCallback(lightning.Callback):
     def on_train_end(self, trainer, pl_module):
         assert self._samples is not None
         self.gate.consolidate(self._samples, self.criterion)
+        if isinstance(optimizer := unwrapped(trainer.optimizers[0]), SelectivePlasticityOptimizer):
+            optimizer.consolidate()
         self._samples = None
         self.gate.detach()
 

@@ -36,6 +36,7 @@ class FeatureGaussians(SupervisedPlugin):
         max_bytes: upper bound on the memory. Default None: at most 512 directions of the covariance.
         samples: number of an experience's samples that are run through the network before and after it, evenly spread
             over it, 2 or more (default 2000).
+        settings: of the gate, as for :class:`~avalanche_sp.gate.ClassGaussians`.
 
     Raises:
         ValueError: at construction for an argument out of range; at ``train`` if a

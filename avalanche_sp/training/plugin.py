@@ -54,7 +54,8 @@ class SelectivePlasticityPlugin(SupervisedPlugin, supports_distributed=True):  #
             may be of any length, as Avalanche's online streams' are (``docs/boundaries.md``).
         detector: finds changes; an object with ``update(x)`` and ``drift_detected``, such as river's. Default: river's
             Page-Hinkley test, for ``"surprise"``.
-        readout_step: whether the last layer takes its Newton step at a consolidation (default True).
+        readout_step: whether the last layer is solved, or takes a Newton step, for old and new classes together
+            (default True). False: it trains under the gate alone.
         ungated: what happens to weights that can't be gated, after the first experience: ``"freeze"`` (default) or
             ``"train"``. With stored samples they train on. A warning names them.
         settings: all other constants.
