@@ -1,4 +1,4 @@
-"""Add a class to a trained network, in a loop of your own, with torch alone. Run it in the root of a checkout."""
+"""Add a class to a trained network, in a loop of your own. Run it in the root of a checkout."""
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ old = batches(digits[:9])
 train(old)
 
 gate = PlasticityGate(model, optimizer)
-gate.consolidate(old, criterion)  # some data of the old classes, once; not needed afterwards
+gate.consolidate(old, criterion)  # data of the old classes, once; not needed afterwards
 new = batches(digits[9:])
 gate.prepare(new, criterion)  # solves the last layer for all classes
 train(new)  # the loop as it was

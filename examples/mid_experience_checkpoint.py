@@ -104,7 +104,7 @@ class Resumable:
 
 
 class ResumableNaive(Resumable, Naive):
-    """Naive, saved in the middle, too. Any other strategy that trains in epochs can stand in its place."""
+    """Naive, saved in the middle also. Any other strategy that trains in epochs can stand in its place."""
 
 
 def main():

@@ -2,7 +2,7 @@
 
     python examples/plain_loop.py
 
-trains an MLP on the digits 0 to 4 and then on 5 to 9, with torch alone, without and with the gate.
+trains an MLP on the digits 0 to 4 and then on 5 to 9, without and with the gate. The loop needs torch alone.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def train(tasks, test, gated):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=10_000, help="training images a task (default: 10000)")
-    parser.add_argument("--data", help="folder with MNIST (default: downloaded by torchvision)")
+    parser.add_argument("--data", default="benchmarks/data/mnist", help="folder with MNIST (default: %(default)s)")
     arguments = parser.parse_args()
     benchmark = split_mnist(2, dataset_root=arguments.data)
     tasks, test = tasks_of(benchmark.train_stream, arguments.images), tasks_of(benchmark.test_stream, 5000)

@@ -147,7 +147,7 @@ PLUGIN = {"openness", "pull_back", "rank"}
         ("sp", PLUGIN, 1.0),
         ("sp-optimizer", ELEMENTWISE, 1e-2),
         ("sp-both", ELEMENTWISE | PLUGIN, 1e-2),
-        ("sp-replay", ELEMENTWISE | PLUGIN | {"shrinkage"}, 1e-2),
+        ("sp-replay", ELEMENTWISE | PLUGIN, 1e-2),
         ("replay-joint", set(), 1.0),  # which wants all of the joint weight
         ("gate-random", ELEMENTWISE, 1e-2),
         ("gate-off", {"trace_decay"}, 1e-2),

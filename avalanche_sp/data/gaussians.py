@@ -16,7 +16,7 @@ from avalanche.benchmarks.utils.classification_dataset import ClassificationData
 from avalanche.benchmarks.utils.utils import concat_datasets
 from avalanche.training.plugins import ReplayPlugin
 from avalanche.training.storage_policy import ExemplarsBuffer, ExperienceBalancedBuffer
-from sklearn.cluster import KMeans  # avalanche-lib requires it, too
+from sklearn.cluster import KMeans  # avalanche-lib requires it also
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
@@ -188,7 +188,7 @@ class GaussianBuffer(ExemplarsBuffer):
         """
         if not len(new_data):
             raise ValueError("Invalid new_data: 0 samples (allowed: 1 or more)")
-        with torch.random.fork_rng([]):  # a dataset's transforms may draw from it, too
+        with torch.random.fork_rng([]):  # a dataset's transforms may draw from it also
             x, labels, task_labels = _some_samples(new_data)
             sample = new_data[0]
             has_task_labels, tensor_labels = len(sample) > 2, isinstance(sample[1], Tensor)

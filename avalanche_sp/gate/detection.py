@@ -75,7 +75,7 @@ class ChangeWatch:
         self._series = []
 
     def look(self, iterations: Iterable[Sequence[float]]) -> tuple[bool, bool]:
-        """Takes the next iterations, in order, each with as many numbers.
+        """Takes the next iterations, in order, all of the same length.
 
         Returns:
             Whether a detector found a change, after which it looks at none; and whether all that it looked at were

@@ -140,7 +140,7 @@ class Drift:
         anchor = g.memory.anchor
         drift = self._before[name][: len(anchor)] - anchor
         gradient = penalty_gradient(drift, g.memory.eigenvalues, g.gate.closed, self._weight[name])
-        if name in self._due_beyond:  # which acts along the vectors, too
+        if name in self._due_beyond:  # which acts along the vectors also
             gradient -= self._weight_beyond(g) * drift
         return gradient if scale is None else gradient * scale
 

@@ -16,7 +16,8 @@ class OneHotMSELoss(nn.Module):
     """Squared error between outputs and one-hot targets: summed over the outputs, averaged over the batch.
 
     Softmax cross-entropy keeps pushing the outputs of absent classes down; squared error has a fixed point
-    for them, zero, and stops there. That makes it the better loss where old classes are not replayed.
+    for them, zero, and stops there. Which of the two is better depends on the number of classes and on the length of
+    the tasks (``docs/guide.md``).
 
     Its curvature doesn't shrink as the fit improves, so steps on batches of a few samples can overshoot: where a
     stream's length leaves a remainder of a few samples, call ``strategy.train(experience, drop_last=True)``.

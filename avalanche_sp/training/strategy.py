@@ -1,4 +1,4 @@
-"""SelectivePlasticity: the recommended optimizer, loss and plugins as one Avalanche strategy."""
+"""SelectivePlasticity: the plugin, its optimizer and squared error as one Avalanche strategy."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,7 +17,7 @@ from avalanche_sp.training.plugin import SelectivePlasticityPlugin
 
 
 class SelectivePlasticity(SupervisedTemplate):
-    """Selective plasticity with the settings that this project recommends. Only the model has to be given.
+    """Selective plasticity with the settings of "gate + optimizer" in this project's tables. Only the model is needed.
 
     It is ``Naive`` with a :class:`~avalanche_sp.SelectivePlasticityPlugin`, a
     :class:`~avalanche_sp.SelectivePlasticityOptimizer` and squared error, and with a ``ReplayPlugin`` if a number of

@@ -42,7 +42,6 @@ RANGES: dict[str, BaseDistribution] = {
     "passes": IntDistribution(5, 300, log=True),
     "weight": FloatDistribution(0.03, 10.0, log=True),
     "gate": FloatDistribution(0.01, 1.0, log=True),
-    "shrinkage": FloatDistribution(1.0, 100.0, log=True),
 }
 _AS_LARGE_AS_THE_GRADIENT = ("SGD", "UPGD", "legacy")  # steps; the other optimizers' are as large as the learning rate
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)

@@ -163,7 +163,8 @@ def _over_time(cell: pd.DataFrame, name: str, tasks: slice) -> str:
 
 def trained_with(cell: pd.DataFrame) -> str:
     run = cell.iloc[0]
-    return f"{run.optimizer} {run.lr:g}, {run.loss}" + (f"; {run.arguments}" if run.arguments else "")
+    arguments = " ".join(a for a in run.arguments.split() if not a.startswith("shrinkage"))  # the criterion's mark
+    return f"{run.optimizer} {run.lr:g}, {run.loss}" + (f"; {arguments}" if arguments else "")
 
 
 # The columns of a listing: the text of a cell by the column's name.
@@ -304,7 +305,7 @@ def overview(frame: pd.DataFrame) -> str:
 def front(frame: pd.DataFrame) -> str:
     """The README's table: mean ACC of the gates, of their controls and of the best other method of each column."""
     rows: dict[str, dict] = {}
-    counts, widths, old = [], [0.0], 0
+    counts, widths, old = [], [], 0
 
     def put(row: str, column: str, acc: pd.Series, remark: str = "") -> None:
         rows.setdefault(row, {"": row})[column] = f"{acc.mean():.1f}{remark}"
@@ -324,7 +325,8 @@ def front(frame: pd.DataFrame) -> str:
             put(f"**{name_of(ours)}**", column, found[ours])
         put("joint training, one pass", column, found["joint"])
     seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
-    note = f"Means of {seeds} seeds. The 95% interval of each mean is ± {max(widths):.1f} or less."
+    note = f"Means of {seeds} seeds. The 95% interval of a mean is ± {np.median(widths):.1f} in the median, and"
+    note += f" ± {max(widths):.1f} at most."
     note += f" {old} runs are of an older version." if old else ""
     return f"{markdown(rows.values())}\n{note}\n"
 
