@@ -386,8 +386,11 @@ def test_a_drift_that_is_common_to_all_classes_moves_old_inputs_as_far():
         torch.testing.assert_close(moved[1].inputs, samples_of_old, atol=0.05 * where, rtol=0)
 
 
-@pytest.mark.parametrize("quadratic, solved", [(False, True), (True, True), (False, False)])
-def test_old_inputs_move_by_the_part_of_a_drift_that_classes_share(quadratic, solved):
+@pytest.mark.parametrize(
+    "quadratic, solved, continues",
+    [(False, True, False), (True, True, False), (False, False, False), (False, False, True), (True, False, True)],
+)
+def test_old_inputs_move_by_the_part_of_a_drift_that_classes_share(quadratic, solved, continues):
     """No gated layer below is known to have changed, so the first order tells that nothing moves."""
     old, (x, y) = samples(0, (0, 1)), samples(1, (2, 3, 4, 5))
     mixing, shifts = (torch.randn(n, 13, generator=torch.Generator().manual_seed(5)) for n in (13, 6))
@@ -398,14 +401,15 @@ def test_old_inputs_move_by_the_part_of_a_drift_that_classes_share(quadratic, so
     prepared = Preparation("head", solved, x, y, pseudo, None, torch.eye(13), {}, {}, {})
     now = readout_samples(after, y)
     seen = Observation({}, len(x), 4, torch.zeros(()), object() if quadratic else None, now)
-    moved = follow_drift(Memory({"head": memory}), prepared, seen, {"head": GatedLayer(head)}, settings)[1].inputs
+    layers = {"head": GatedLayer(head)}
+    moved = follow_drift(Memory({"head": memory}), prepared, seen, layers, settings, continues=continues)[1].inputs
 
     def changes(part):
         return drift_map(x[part], after[part], torch.eye(13), settings)(memory.roots)
 
     alike = agreement(y, changes)
     assert 0.2 < alike < 0.9
-    share = alike**2 if solved and not quadratic else 0.0
+    share = 1.0 if continues else alike**2 if solved and not quadratic else 0.0
     expected = old[0] + share * drift_map(x, after, torch.eye(13), settings)(old[0])
     torch.testing.assert_close(moved, expected, atol=1e-4, rtol=1e-4)
 

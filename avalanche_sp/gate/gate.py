@@ -863,7 +863,7 @@ class PlasticityGate:
                     warn_of_other_samples()
                 told = prepared.entered
                 now = None if told is None else self._features(observation, layers, told.rows)
-                memory, old = follow_drift(memory, prepared, observation, layers, self.settings, now)
+                memory, old = follow_drift(memory, prepared, observation, layers, self.settings, now, is_open)
                 start = prepared.vectors
             else:
                 old = self._pseudo_samples(classified)

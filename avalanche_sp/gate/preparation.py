@@ -306,6 +306,7 @@ def follow_drift(
     layers: Mapping[str, GatedLayer],
     settings: Settings,
     entered: Tensor | None = None,
+    continues: bool = False,
 ) -> tuple[Memory, PseudoSamples | None]:
     """Moves the memory of the readout's old inputs as far as the layers below have moved them.
 
@@ -325,6 +326,7 @@ def follow_drift(
         observation: of the same samples after it. If they are others, or the readout is new, nothing moves.
         layers: the network's gated layers by name.
         entered: the readout's inputs that the network now makes of ``prepared.entered``.
+        continues: whether the experience continues the earlier ones. Its samples then move as the old ones do.
 
     Returns:
         The memory, and the pseudo-samples of the old classes.
@@ -334,7 +336,7 @@ def follow_drift(
         return memory, drawn
     known, before, after = memory.layers[now.layer], prepared.inputs, now.inputs
     if told is None or entered is None:
-        share = _share_of_old(memory, prepared, observation, layers, settings)
+        share = 1.0 if continues else _share_of_old(memory, prepared, observation, layers, settings)
         of_new = drift_map(before, after, prepared.vectors, settings)
 
         def move(rows: Tensor) -> Tensor:
