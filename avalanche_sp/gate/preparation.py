@@ -318,7 +318,8 @@ def follow_drift(
     inputs. Let a be how far the new classes agree on the map (:func:`~avalanche_sp.gate.pseudo_samples.agreement`). A
     drift that they share is that of old classes also, so a share s becomes :math:`s + a^2 (1 - s)`. For a squared
     error, and without a new class, s stays, unless the first order explains less than 1/500 of the change of the new
-    outputs (``drift_first_order``) and the classes agree (``drift_agreement``). It is then 1.
+    outputs (``drift_first_order``) and the classes agree (``drift_agreement``). It is then 1. It is also 1 if the
+    experience continues the earlier ones.
 
     Args:
         memory: before the experience.
@@ -326,7 +327,7 @@ def follow_drift(
         observation: of the same samples after it. If they are others, or the readout is new, nothing moves.
         layers: the network's gated layers by name.
         entered: the readout's inputs that the network now makes of ``prepared.entered``.
-        continues: whether the experience continues the earlier ones. Its samples then move as the old ones do.
+        continues: whether the experience continues the earlier ones, so that old inputs move as its own do.
 
     Returns:
         The memory, and the pseudo-samples of the old classes.

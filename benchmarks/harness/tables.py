@@ -163,7 +163,8 @@ def _over_time(cell: pd.DataFrame, name: str, tasks: slice) -> str:
 
 def trained_with(cell: pd.DataFrame) -> str:
     run = cell.iloc[0]
-    arguments = " ".join(a for a in run.arguments.split() if not a.startswith("shrinkage"))  # the criterion's mark
+    # "shrinkage" is no argument: it marks the rows whose JointReplayLoss asks the gate for the weight (build.py).
+    arguments = " ".join(a for a in run.arguments.split() if not a.startswith("shrinkage"))
     return f"{run.optimizer} {run.lr:g}, {run.loss}" + (f"; {arguments}" if arguments else "")
 
 
