@@ -188,6 +188,35 @@ def test_a_prepared_experience_has_the_size_of_its_data():
     assert torch.equal(*gates)
 
 
+def test_a_few_samples_weigh_as_many_as_they_stand_for():
+    memories = []
+    for times, stand_for in ((10, None), (1, 10 * BATCH)):
+        _, _, gate = made()
+        gate.consolidate([[t[:BATCH] for t in TASKS[0]]] * times, OneHotMSELoss(), stand_for=stand_for)
+        memories.append(gate.memory)
+    repeated, few = memories
+    assert few.samples == repeated.samples == 10 * BATCH
+    for name, layer in few.layers.items():
+        other = repeated.layers[name]
+        moments = [(m.vectors * m.eigenvalues) @ m.vectors.T for m in (layer, other)]
+        torch.testing.assert_close(*moments, atol=1e-4, rtol=1e-3)
+        if layer.class_sums is not None:
+            torch.testing.assert_close(layer.class_sums, other.class_sums)
+            torch.testing.assert_close(layer.class_counts, other.class_counts)
+
+
+@pytest.mark.parametrize("stand_for, kept", [(None, False), (SIZE, False), (SIZE + 1, True)])
+def test_a_few_samples_of_a_trained_network_leave_its_readout(stand_for, kept):
+    model, optimizer, gate = made(optimizer="adam")
+    for _ in range(3):
+        epoch(model, optimizer, TASKS[0], nn.CrossEntropyLoss())
+    before = weights(model)
+    gate.consolidate([TASKS[0]], nn.CrossEntropyLoss(), stand_for=stand_for)
+    assert torch.equal(weights(model), before) == kept
+    gate.consolidate([TASKS[1]], nn.CrossEntropyLoss(), stand_for=stand_for)  # it is no longer the first
+    assert not torch.equal(weights(model), before)
+
+
 @pytest.mark.parametrize(
     "groups, adaptive",
     [
@@ -1016,6 +1045,14 @@ def bad(call, error, words):
         bad(lambda g: g[2].inherit("9", "1"), ValueError, "Invalid name value: '9' (allowed: 1, 3)"),
         bad(lambda g: g[2].replayed(torch.ones(4)), ValueError, "Invalid stored value: shape (4,), torch.float32"),
         bad(lambda g: g[2].replayed(torch.ones(2, 2).bool()), ValueError, "Invalid stored value: shape (2, 2)"),
+        *(
+            bad(
+                lambda g, n=n: g[2].consolidate([TASKS[0]], OneHotMSELoss(), stand_for=n),
+                ValueError,
+                f"Invalid stand_for value: {n!r} (allowed: an integer, 1 or more)",
+            )
+            for n in (0, 1.5, True)
+        ),
         bad(lambda g: g[2].consolidate([], OneHotMSELoss()), ValueError, "Invalid data: no sample (allowed: one or"),
         bad(
             lambda g: g[2].consolidate(TensorDataset(torch.zeros(0, 64), torch.zeros(0)), OneHotMSELoss()),

@@ -502,3 +502,20 @@ def test_mini_batches_of_another_kind_are_refused_before_a_step(split2):
     with pytest.raises(TypeError, match="Invalid mini-batch: a dictionary"):
         strategy.train(split2.train_stream[0])
     assert torch.equal(weights(model), before)
+
+
+def test_a_network_trained_without_the_plugin_keeps_its_classes_by_a_few_samples(split2):
+    small, ends = sliced(split2), []
+    x, y, _ = small.train_stream[0].dataset.read_batch(list(range(600)))
+    for few in (0, 50):
+        model = mlp()
+        strategy_of(model, [], criterion=nn.CrossEntropyLoss(), epochs=2).train(small.train_stream[0])
+        optimizer, plugin = torch.optim.SGD(model.parameters(), lr=0.05), SelectivePlasticityPlugin()
+        if few:
+            plugin.gate.attach(model, optimizer)
+            plugin.gate.consolidate([(x[:few], y[:few])], nn.CrossEntropyLoss(), stand_for=len(x))
+        strategy = strategy_of(model, [plugin], optimizer=optimizer, criterion=nn.CrossEntropyLoss())
+        strategy.train(small.train_stream[1])
+        ends.append([float(accuracy(model.eval(), small, task)) for task in (0, 1)])
+    (forgotten, _), (kept, learned) = ends
+    assert kept > forgotten + 0.4 and learned > 0.7

@@ -561,7 +561,13 @@ class PlasticityGate:
             self._stream.observe(inputs, outputs, targets, loss, criterion, stream)
 
     @outside_autocast
-    def consolidate(self, data: Dataset | Iterable[tuple[Any, Tensor]] | Samples, criterion: Criterion) -> None:
+    def consolidate(
+        self,
+        data: Dataset | Iterable[tuple[Any, Tensor]] | Samples,
+        criterion: Criterion,
+        *,
+        stand_for: int | None = None,
+    ) -> None:
         """Remembers an experience: call it when the experience has been learned.
 
         The first consolidation without stored samples also measures the running statistics of the normalisation layers
@@ -570,9 +576,13 @@ class PlasticityGate:
         Args:
             data: the experience's samples: a dataset of pairs (x, y), or an iterable of batches (x, y).
             criterion: the loss of (outputs, targets), a mean over samples.
+            stand_for: number of samples that the data stand for, if they are a few of those that the network was
+                trained on. It is their weight against other experiences. If it is larger than their number, the first
+                consolidation leaves the readout as it was trained. Default: their number.
 
         Raises:
-            ValueError: there is no sample, the criterion is no mean, or the gate finds the boundaries itself.
+            ValueError: there is no sample, the criterion is no mean, the gate finds the boundaries itself, or
+                ``stand_for`` is no positive integer.
             TypeError: the data are no pairs of inputs and targets; the model's output is not one tensor, unless
                 ``pull_back`` is 0 and ``readout_step`` False.
             FloatingPointError: an input of a layer is not finite. The memory is as it was.
@@ -582,6 +592,8 @@ class PlasticityGate:
                 f"Invalid call: with consolidate={self.boundaries!r} the gate finds the boundaries (allowed with "
                 "consolidate='experience')"
             )
+        if stand_for is not None:
+            check_integer("stand_for value", stand_for, 1)
         if not self.active:
             return
         if self.measures_loss:
@@ -593,13 +605,16 @@ class PlasticityGate:
         samples = self._read[1] if self._read is not None and self._read[0] is data else self._samples_of(data)
         self._read, criterion = None, samples.of_labels(criterion)
         first = not self.memory.consolidations
+        few = stand_for is not None and stand_for > samples.total
+        if stand_for is not None:
+            samples = replace(samples, total=int(stand_for))
         if (first or self._is_open) and not self._memory_size:
             self._measure_norms(samples)
         observation = self._observed(samples, layers, criterion if self.measures_loss else None)
         before, self._loss_before = self._loss_before, None
         if not self._is_open:
             warn_of_unlearned(before, observation, self.memory, self.statistics, self.openness)
-        self._remember(observation, layers, criterion)
+        self._remember(observation, layers, criterion, solves=not (first and few))
         if first and self.readout_step:
             sensitivity = output_sensitivity(model, observation.inputs, layers, self._forward, observation.shared)
             known = {}
@@ -848,6 +863,7 @@ class PlasticityGate:
         layers: Mapping[str, GatedLayer],
         criterion: Criterion | None,
         damping: float | None = None,
+        solves: bool = True,
     ) -> None:
         # Without events the next samples are of the same task, which has yet to be learned, however alike they are.
         remembers = {
@@ -856,7 +872,7 @@ class PlasticityGate:
         classified, losses, solved, is_open = observation.classified, None, False, self._is_open
         memory, merged = self.memory, dict[str, LayerMemory]()  # self.memory stays until all has gone well
         trained = dict[str, Tensor | None]()
-        if classified is not None and criterion is not None and self._solves(observation, is_open):
+        if solves and classified is not None and criterion is not None and self._solves(observation, is_open):
             name, start, prepared = classified.layer, None, self._prepared
             if prepared is not None and prepared.layer == name:
                 if not torch.equal(prepared.targets, classified.targets):

@@ -63,11 +63,14 @@ def samples_of(dataset, limit: int) -> Samples:
     return Samples(SpreadBatches(dataset, limit), min(len(dataset), limit), len(dataset), classes_of(dataset))
 
 
-def forward_of(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:
-    """A model's outputs for the inputs of :func:`samples_of`: samples and their task labels."""
+def forward_of(model: nn.Module, inputs: tuple[Tensor, Tensor] | Tensor) -> Tensor:
+    """A model's outputs for the inputs of :func:`samples_of`: samples and their task labels.
+
+    Without task labels the model is called as in a loop of the user's own, who called ``plugin.gate.consolidate``.
+    """
     if isinstance(model, (TrainEvalModel, SCRModel)):
         model.training = True  # with the head that is trained; the modules below stay in evaluation mode
-    return avalanche_forward(model, *inputs)
+    return avalanche_forward(model, *inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def memories_of(strategy) -> list:
