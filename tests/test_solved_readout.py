@@ -270,6 +270,19 @@ def test_pseudo_samples_of_many_classes_of_two_samples_have_the_memory_s_second_
     torch.testing.assert_close(drawn.T @ drawn / len(drawn), x.T @ x / 120, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("rank", [4, 13])
+def test_pseudo_samples_do_not_depend_on_the_signs_of_eigenvectors_and_each_consolidation_draws_others(rank):
+    x, y = samples(0, (1, 2, 5))
+    memory = remembered(x, y, rank, class_rank=2)
+    signs = torch.tensor([1.0, -1.0]).repeat(7)
+    roots = memory.class_roots * signs[:2, None]
+    flipped = replace(memory, vectors=memory.vectors * signs[:rank], class_roots=roots)
+    drawn, other = (drawn_from(m, x, y)[0] for m in (memory, flipped))
+    torch.testing.assert_close(drawn, other, atol=1e-4, rtol=1e-4)
+    later = drawn_from(replace(memory, samples=memory.samples + 1), x, y)[0]
+    assert (later - drawn).abs().max() > 0.1
+
+
 def test_inputs_that_are_all_zero_do_not_move():
     zeros = torch.zeros(20, 13)
     assert drift_map(zeros, zeros, torch.eye(13), SETTINGS)(torch.ones(2, 13)).tolist() == torch.zeros(2, 13).tolist()

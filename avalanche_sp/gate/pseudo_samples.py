@@ -95,6 +95,9 @@ def pseudo_samples(memory: LayerMemory, least: int, seen: ReadoutSamples) -> Pse
     of linear discriminant analysis, and between that and quadratic discriminant analysis with them (compare J. H.
     Friedman: Regularized discriminant analysis, JASA 1989).
 
+    After each consolidation other vectors are drawn, from random numbers that follow from the number of samples that
+    are remembered. They do not depend on the signs of eigenvectors.
+
     Args:
         memory: of a readout, with class sums.
         least: number of vectors, at least; two for each direction of a covariance are made in any case, and one more
