@@ -206,13 +206,16 @@ def test_a_few_samples_weigh_as_many_as_they_stand_for():
 
 
 @pytest.mark.parametrize("stand_for, kept", [(None, False), (SIZE, False), (SIZE + 1, True)])
-def test_a_few_samples_of_a_trained_network_leave_its_readout(stand_for, kept):
-    model, optimizer, gate = made(optimizer="adam")
+def test_a_few_samples_of_a_trained_network_leave_its_readout_and_running_statistics(stand_for, kept):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 5))
+    optimizer = OPTIMIZERS["adam"](model)
+    gate = PlasticityGate(model, optimizer)
     for _ in range(3):
         epoch(model, optimizer, TASKS[0], nn.CrossEntropyLoss())
-    before = weights(model)
+    before, mean = weights(model), model[2].running_mean.clone()
     gate.consolidate([TASKS[0]], nn.CrossEntropyLoss(), stand_for=stand_for)
-    assert torch.equal(weights(model), before) == kept
+    assert torch.equal(weights(model), before) == torch.equal(model[2].running_mean, mean) == kept
     gate.consolidate([TASKS[1]], nn.CrossEntropyLoss(), stand_for=stand_for)  # it is no longer the first
     assert not torch.equal(weights(model), before)
 

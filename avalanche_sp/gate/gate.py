@@ -577,8 +577,9 @@ class PlasticityGate:
             data: the experience's samples: a dataset of pairs (x, y), or an iterable of batches (x, y).
             criterion: the loss of (outputs, targets), a mean over samples.
             stand_for: number of samples that the data stand for, if they are a few of those that the network was
-                trained on. It is their weight against other experiences. If it is larger than their number, the first
-                consolidation leaves the readout as it was trained. Default: their number.
+                trained on. It is their weight against other experiences. If it is larger than their number, running
+                statistics stay as they were trained, and in the first consolidation the readout also. Default: their
+                number.
 
         Raises:
             ValueError: there is no sample, the criterion is no mean, the gate finds the boundaries itself, or
@@ -608,7 +609,7 @@ class PlasticityGate:
         few = stand_for is not None and stand_for > samples.total
         if stand_for is not None:
             samples = replace(samples, total=int(stand_for))
-        if (first or self._is_open) and not self._memory_size:
+        if (first or self._is_open) and not (few or self._memory_size):
             self._measure_norms(samples)
         observation = self._observed(samples, layers, criterion if self.measures_loss else None)
         before, self._loss_before = self._loss_before, None

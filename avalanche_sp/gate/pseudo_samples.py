@@ -117,7 +117,7 @@ def pseudo_samples(memory: LayerMemory, least: int, seen: ReadoutSamples) -> Pse
     own = (roots * share.sqrt()[:, None, None]).flatten(0, 1).double()
     shared = moments.double().diag() - (centers.T * share) @ centers - own.T @ own
     values, vectors = torch.linalg.eigh(shared)
-    root, k = vectors * values.clamp_min(0).sqrt() @ vectors.T, roots.shape[1]
+    root, k = (vectors * values.clamp_min(0).sqrt()) @ vectors.T, roots.shape[1]  # the symmetric one has no signs
     least = max(least, 2 * (len(root) + len(own)) + len(classes) * (k + 1))  # each class loses k + 1 dimensions
     number = (share * least).round().long().clamp_min(k + 2)
     which = torch.repeat_interleave(torch.arange(len(classes), device=number.device), number)
