@@ -38,7 +38,7 @@ train(batches(digits[:9]))
 few = batches([(images[:20], labels[:20]) for images, labels in digits[:9]])  # all that is left of the old data
 
 gate = PlasticityGate(model, optimizer)
-gate.consolidate(few, criterion, stand_for=9000)  # once; not needed afterwards
+gate.consolidate(few, criterion)  # once; not needed afterwards
 new = batches(digits[9:])
 gate.prepare(new, criterion)  # solves the last layer for all classes
 train(new)  # the loop as it was

@@ -205,18 +205,52 @@ def test_a_few_samples_weigh_as_many_as_they_stand_for():
             torch.testing.assert_close(layer.class_counts, other.class_counts)
 
 
-@pytest.mark.parametrize("stand_for, kept", [(None, False), (SIZE, False), (SIZE + 1, True)])
-def test_a_few_samples_of_a_trained_network_leave_its_readout_and_running_statistics(stand_for, kept):
+@pytest.mark.parametrize("prepares", [True, False])
+@pytest.mark.parametrize(
+    "size, stand_for, counted",
+    [(30, None, 3 * 96), (30, 50, 50), (150, None, 150), (570, None, 570), (582, None, 3 * 96)],
+)
+def test_new_classes_that_are_rarer_or_more_frequent_than_those_before_count_as_these(
+    prepares, size, stand_for, counted
+):
+    """Two classes have 96 samples each, and then come three."""
+    model, _, gate = made(optimizer="adam")
+    (x, _), criterion = task(9, size), nn.CrossEntropyLoss()
+    gate.consolidate([(TASKS[0][0], torch.arange(SIZE) % 2)], criterion)
+    assert gate.memory.samples == SIZE
+    in_training = size if 144 <= size <= 576 else 288
+    new = [(x, 2 + torch.arange(size) % 3)]
+    for _ in range(2):  # as for two epochs
+        gate.begin(size)
+        if prepares:
+            gate.prepare(new, criterion)
+            assert gate.ratio == pytest.approx(SIZE / in_training)
+            gate.load_state_dict(gate.state_dict())
+            assert gate.ratio == pytest.approx(SIZE / in_training)
+    gate.consolidate(new, criterion, stand_for=stand_for)
+    assert gate.memory.samples == SIZE + counted
+    known = next(m for m in gate.memory.layers.values() if m.class_counts is not None)
+    assert float(known.class_counts[2:].sum()) == pytest.approx(counted)
+    mixed = [(TASKS[2][0][:20], torch.arange(20) % 5)]  # known classes count as they come
+    gate.begin(20)
+    assert gate.ratio == pytest.approx((SIZE + counted) / 20)
+    gate.consolidate(mixed, criterion)
+    assert gate.memory.samples == SIZE + counted + 20
+
+
+@pytest.mark.parametrize("comes_late", [True, False])
+def test_a_network_that_was_trained_before_the_gate_came_stays_as_it_is(comes_late):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 5))
-    optimizer = OPTIMIZERS["adam"](model)
-    gate = PlasticityGate(model, optimizer)
+    optimizer, few = OPTIMIZERS["adam"](model), tuple(t[:40] for t in TASKS[0])
+    gate = None if comes_late else PlasticityGate(model, optimizer)
     for _ in range(3):
         epoch(model, optimizer, TASKS[0], nn.CrossEntropyLoss())
+    gate = gate or PlasticityGate(model, optimizer)
     before, mean = weights(model), model[2].running_mean.clone()
-    gate.consolidate([TASKS[0]], nn.CrossEntropyLoss(), stand_for=stand_for)
-    assert torch.equal(weights(model), before) == torch.equal(model[2].running_mean, mean) == kept
-    gate.consolidate([TASKS[1]], nn.CrossEntropyLoss(), stand_for=stand_for)  # it is no longer the first
+    gate.consolidate([few], nn.CrossEntropyLoss())
+    assert torch.equal(weights(model), before) == torch.equal(model[2].running_mean, mean) == comes_late
+    gate.consolidate([TASKS[1]], nn.CrossEntropyLoss())  # it is no longer the first
     assert not torch.equal(weights(model), before)
 
 

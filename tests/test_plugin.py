@@ -513,7 +513,7 @@ def test_a_network_trained_without_the_plugin_keeps_its_classes_by_a_few_samples
         optimizer, plugin = torch.optim.SGD(model.parameters(), lr=0.05), SelectivePlasticityPlugin()
         if few:
             plugin.gate.attach(model, optimizer)
-            plugin.gate.consolidate([(x[:few], y[:few])], nn.CrossEntropyLoss(), stand_for=len(x))
+            plugin.gate.consolidate([(x[:few], y[:few])], nn.CrossEntropyLoss())
         strategy = strategy_of(model, [plugin], optimizer=optimizer, criterion=nn.CrossEntropyLoss())
         strategy.train(small.train_stream[1])
         ends.append([float(accuracy(model.eval(), small, task)) for task in (0, 1)])

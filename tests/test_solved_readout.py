@@ -197,12 +197,24 @@ def test_with_the_quadratic_alone_a_squared_error_ends_at_the_minimum_of_all_dat
     old = PseudoSamples(torch.zeros(6, 13), torch.eye(13), torch.arange(6))  # tell nothing
     exact, merged = replace(SETTINGS, solve_tolerance=1e-9, solve_steps=200), memory.merged(a, len(a), 1.0, 13)
     quadratic = old_quadratic(memory, solved, torch.tensor(2.0))
-    problem = ReadoutProblem(
-        solved, readout_samples(a, b), old, merged, loss, exact, quadratic=quadratic, told=0.0
-    )
+    problem = ReadoutProblem(solved, readout_samples(a, b), old, merged, loss, exact, quadratic=quadratic, told=0.0)
     both, classes = torch.cat([x, a]), torch.cat([y, b])
     expected = torch.linalg.lstsq(both, torch.nn.functional.one_hot(classes, 6).float()).solution.T
     torch.testing.assert_close(problem.solution(), expected, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), OneHotMSELoss()])
+def test_a_loss_a_million_times_smaller_has_the_same_solution(criterion):
+    """The search stopped at once where a mean is also taken over many units."""
+    (x, y), (a, b) = samples(0, (0, 1, 2)), samples(1, (3, 4), 40)
+    memory, ends = remembered(x, y), []
+    old = pseudo_samples(memory, 400, readout_samples(a, b))
+    for scale in (1.0, 1e-6):
+        loss = partial(lambda outputs, targets, scale: scale * criterion(outputs, targets), scale=scale)
+        present, merged = torch.zeros(6, 13), memory.merged(a, len(a), 1.0, 13)
+        ends.append(ReadoutProblem(present, readout_samples(a, b), old, merged, loss, SETTINGS).solution())
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-3)
+    assert float((a @ ends[0].T).argmax(1).eq(b).float().mean()) > 0.5
 
 
 @pytest.mark.parametrize("told, expected", [(30.0, {1.0}), (0.0, {4.0, 16.0, 64.0, 256.0})])
@@ -654,6 +666,22 @@ LOSSES = {
 }
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("old, new", [(300, 20), (20, 300)])
+def test_rare_classes_are_learned_and_kept(split5, loss, old, new):
+    """By the numbers of samples, most of them were given up: in a joint loss they weigh next to nothing."""
+    small = sliced(split5, train=old, test=200)
+    few, model = sliced(split5, train=new, test=200), mlp(64)
+    strategy = strategy_of(
+        model, [SelectivePlasticityPlugin()], optimizer=torch.optim.Adam(model.parameters()), criterion=LOSSES[loss]
+    )
+    for experience in (*small.train_stream[:3], *few.train_stream[3:4]):
+        strategy.train(experience)
+    model.eval()
+    assert accuracy(model, small, 3) > 0.4
+    assert sum(accuracy(model, small, task) for task in range(3)) / 3 > 0.5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -706,10 +734,9 @@ LINKS = {
     "softmax": (nn.Softmax(1), lambda outputs, y: nn.functional.nll_loss(outputs.clamp_min(1e-12).log(), y)),
     "sigmoid": (
         nn.Sigmoid(),
-        lambda outputs, y: nn.functional.binary_cross_entropy(
-            outputs, nn.functional.one_hot(y, 10).float(), reduction="sum"
-        )
-        / len(y),
+        lambda outputs, y: (
+            nn.functional.binary_cross_entropy(outputs, nn.functional.one_hot(y, 10).float(), reduction="sum") / len(y)
+        ),
     ),
 }
 

@@ -115,6 +115,12 @@ def brings_classes(memory: LayerMemory | None, seen: ReadoutSamples) -> bool:
     return bool((~torch.isin(seen.targets, memory.class_counts.nonzero().flatten())).any())
 
 
+def repeats_classes(memory: LayerMemory, seen: ReadoutSamples) -> bool:
+    """Whether an experience has a class that the readout's memory knows."""
+    known = None if memory.class_counts is None else memory.class_counts.nonzero().flatten()
+    return known is None or bool(torch.isin(seen.targets, known).any())
+
+
 def class_shift(memory: LayerMemory, seen: ReadoutSamples) -> float:
     r"""How far the class means of an experience are from those remembered, squared, in variances between classes.
 

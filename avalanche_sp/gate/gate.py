@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from avalanche_sp.arguments import check_integer
-from avalanche_sp.gate.classes import ReadoutSamples, brings_classes, class_shift, told_by_classes
+from avalanche_sp.gate.classes import ReadoutSamples, brings_classes, class_shift, repeats_classes, told_by_classes
 from avalanche_sp.gate.consolidate import check_fits, consolidate, inherited, least_bytes
 from avalanche_sp.gate.detection import ChangeDetector, RunningSurprise, page_hinkley
 from avalanche_sp.gate.functional import transfer
@@ -258,6 +258,7 @@ class PlasticityGate:
         # For the present experience.
         self._prepared: Preparation | None = None
         self._transfer = 0.0  # of earlier experiences to the present one; 1 if the present one continues them
+        self._counts_as: int | None = None  # number of samples that it counts as, if not its own
         self._loss_before: Tensor | None = None  # on its samples
         self._read: tuple[Any, Samples] | None = None  # data of the last call of prepare, and their samples
         # For the present epoch.
@@ -351,7 +352,7 @@ class PlasticityGate:
         self._stored = StoredSamples(stored / max(memory.classes, 1), s)
         if self._stream is None:
             self.finish_steps()
-            ratio = memory.samples / samples if samples is not None else memory.consolidations
+            ratio = memory.consolidations if samples is None else self.ratio
         else:  # an epoch may be a mini-batch, and nothing ends with it
             ratio = memory.consolidations  # the next experience is as long as those so far, for all we know
         prepared, gated = self._prepared, dict[str, Gated]()
@@ -433,8 +434,8 @@ class PlasticityGate:
             )
         if self._read is not None and self._drift.steps:
             warn_of_unconsolidated()
-        if self._prepared is not None or self._transfer:
-            self._prepared, self._transfer = None, 0.0
+        if self._prepared is not None or self._transfer or self._counts_as:
+            self._forget_experience()
             self._begin_again()
         self._loss_before = self._read = None
         if not (self.active and self.readout_step) or self._stream:
@@ -450,7 +451,10 @@ class PlasticityGate:
             first = replace(samples, batches=islice(samples.batches, 1))
             self._observed(first, {}, criterion)  # raises if data, model and criterion do not fit
             return
-        observation = self._observed(samples, layers, criterion)
+        observation = self._balanced(self._observed(samples, layers, criterion))
+        if observation.samples != samples.total:
+            self._counts_as = observation.samples
+            self._begin_again()
         self._loss_before, classified = observation.loss, observation.classified
         if self.memory.layers and observation.loss is not None and observation.zero_loss is not None:
             self._transfer = transfer(observation.loss, self.memory.loss, observation.zero_loss)
@@ -571,15 +575,16 @@ class PlasticityGate:
         """Remembers an experience: call it when the experience has been learned.
 
         The first consolidation without stored samples also measures the running statistics of the normalisation layers
-        that were trained, which are frozen from then on.
+        that were trained, which are frozen from then on. A network that was trained before the gate came to it stays as
+        it is.
 
         Args:
             data: the experience's samples: a dataset of pairs (x, y), or an iterable of batches (x, y).
             criterion: the loss of (outputs, targets), a mean over samples.
-            stand_for: number of samples that the data stand for, if they are a few of those that the network was
-                trained on. It is their weight against other experiences. If it is larger than their number, running
-                statistics stay as they were trained, and in the first consolidation the readout also. Default: their
-                number.
+            stand_for: number of samples that the experience counts as, for instance if the data are a few of those
+                that the network was trained on. Default: their number. If all classes are new and have less than half
+                as many samples as the earlier experiences had of a class, on average, or more than twice as many, the
+                default is that average for each.
 
         Raises:
             ValueError: there is no sample, the criterion is no mean, the gate finds the boundaries itself, or
@@ -606,16 +611,14 @@ class PlasticityGate:
         samples = self._read[1] if self._read is not None and self._read[0] is data else self._samples_of(data)
         self._read, criterion = None, samples.of_labels(criterion)
         first = not self.memory.consolidations
-        few = stand_for is not None and stand_for > samples.total
-        if stand_for is not None:
-            samples = replace(samples, total=int(stand_for))
-        if (first or self._is_open) and not (few or self._memory_size):
+        if (first or self._is_open) and not self._memory_size:
             self._measure_norms(samples)
         observation = self._observed(samples, layers, criterion if self.measures_loss else None)
+        observation = self._balanced(observation) if stand_for is None else observation.counting_as(int(stand_for))
         before, self._loss_before = self._loss_before, None
         if not self._is_open:
             warn_of_unlearned(before, observation, self.memory, self.statistics, self.openness)
-        self._remember(observation, layers, criterion, solves=not (first and few))
+        self._remember(observation, layers, criterion, solves=not first or bool(self._hooks.trained))
         if first and self.readout_step:
             sensitivity = output_sensitivity(model, observation.inputs, layers, self._forward, observation.shared)
             known = {}
@@ -662,8 +665,13 @@ class PlasticityGate:
 
     def _drop(self) -> None:
         """Drops the memory, and the notes of steps under it."""
-        self.memory, self._prepared, self._transfer = Memory(), None, 0.0
+        self.memory = Memory()
+        self._forget_experience()
         self._drift.forget()
+
+    def _forget_experience(self) -> None:
+        """Drops what :meth:`prepare` found."""
+        self._prepared, self._transfer, self._counts_as = None, 0.0, None
 
     def close(self) -> None:
         """Takes all hooks off the model and the optimizer. The memory stays."""
@@ -721,7 +729,7 @@ class PlasticityGate:
         """N_old / N_new, as far as it is known; for the weight of stored samples in the loss."""
         if self._stream is not None or self._samples is None:
             return max(self.memory.consolidations, 1)
-        return self.memory.samples / self._samples
+        return self.memory.samples / (self._counts_as or self._samples)
 
     @property
     def statistics(self) -> dict[str, StreamStatistics]:
@@ -758,6 +766,7 @@ class PlasticityGate:
             "batches_seen": self._batches_seen,
             "prepared": self._prepared.state_dict() if self._prepared is not None else None,
             "transfer": self._transfer,
+            "counts_as": self._counts_as,
             "loss_before": self._loss_before,
             "surprise": self._running_surprise.state_dict(),
             "statistics": {name: vars(s).copy() for name, s in self.statistics.items()},
@@ -787,6 +796,7 @@ class PlasticityGate:
         prepared = state["prepared"]
         self._prepared = None if prepared is None else Preparation.from_state_dict(prepared)
         self._transfer, self._loss_before, self._read = state["transfer"], state["loss_before"], None
+        self._counts_as = state["counts_as"]
         self._hooks.saw_steps = state["drift"]["steps"] > 0
         self._running_surprise.load_state_dict(state["surprise"])
         self.begin(*state["epoch"])
@@ -852,11 +862,25 @@ class PlasticityGate:
             with self._not_listening():
                 measure_statistics(self._attached(), samples, names, self._forward)
 
-    def _observed(
-        self, samples: Samples, layers: Mapping[str, GatedLayer], criterion: Criterion | None
-    ) -> Observation:
+    def _observed(self, samples: Samples, layers: Mapping[str, GatedLayer], criterion: Criterion | None) -> Observation:
         with self._not_listening():
             return observe(self._attached(), samples, layers, criterion, self.settings, self._forward)
+
+    def _balanced(self, observation: Observation) -> Observation:
+        """The observation as that of the number of samples that it counts as.
+
+        New classes that are much rarer or much more frequent than those before count as these, on average. By their
+        numbers a joint loss would give up the rare ones.
+        """
+        seen = observation.classified
+        known = None if seen is None else self.memory.layers.get(seen.layer)
+        if seen is None or known is None or repeats_classes(known, seen):
+            return observation
+        usual = observation.classes * self.memory.samples / self.memory.classes
+        most = self.settings.largest_imbalance
+        if usual / most <= observation.samples <= usual * most:
+            return observation
+        return observation.counting_as(max(round(usual), 1))
 
     def _remember(
         self,
@@ -867,9 +891,7 @@ class PlasticityGate:
         solves: bool = True,
     ) -> None:
         # Without events the next samples are of the same task, which has yet to be learned, however alike they are.
-        remembers = {
-            name for name in layers if self.boundaries != "continuous" and value_of(self.pull_back, name) > 0
-        }
+        remembers = {name for name in layers if self.boundaries != "continuous" and value_of(self.pull_back, name) > 0}
         classified, losses, solved, is_open = observation.classified, None, False, self._is_open
         memory, merged = self.memory, dict[str, LayerMemory]()  # self.memory stays until all has gone well
         trained = dict[str, Tensor | None]()
@@ -905,7 +927,7 @@ class PlasticityGate:
             self.trust if losses else 0.0,
             damping,
         ).within(self.memory_budget)
-        self._prepared, self._transfer = None, 0.0
+        self._forget_experience()
         self._drift.forget()
         parameters = dict(self._attached().named_parameters())
         self._at_rest = {p for p in parameters.values() if not p.requires_grad}
@@ -985,9 +1007,7 @@ class PlasticityGate:
         old = self.memory.layers.get(samples.layer)
         return None if old is None else pseudo_samples(old, min(self.settings.solve_samples, old.samples), samples)
 
-    def _features(
-        self, observation: Observation, layers: Mapping[str, GatedLayer], rows: Tensor
-    ) -> Tensor | None:
+    def _features(self, observation: Observation, layers: Mapping[str, GatedLayer], rows: Tensor) -> Tensor | None:
         """The readout's inputs that the present network makes of input vectors of the layer that data feed."""
         entrance, classified = observation.entrance, observation.classified
         if entrance is None or classified is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -105,6 +105,12 @@ class Observation:
     inputs: Any = None
     loss: Tensor | None = None
     zero_loss: Tensor | None = None
+
+    def counting_as(self, samples: int) -> Observation:
+        """The same observation as that of so many samples."""
+        classified = None if self.classified is None else replace(self.classified, weight=samples)
+        readout = None if self.readout is None else replace(self.readout, weight=samples)
+        return replace(self, samples=samples, classified=classified, readout=readout)
 
     @property
     def entrance(self) -> str | None:

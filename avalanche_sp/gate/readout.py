@@ -231,21 +231,28 @@ class ReadoutProblem:
         nothing = torch.zeros_like(present)
         at_nothing, gradient = with_gradient(loss, nothing)
         newton, at_present = -gradient / curvature, loss(present)
-        before = at_present - size(present)  # now, because the search moves its start in place
-        units = (newton if loss(newton) < at_present else present).requires_grad_()
+        before = at_present - size(present)
+        units = newton if loss(newton) < at_present else present
+        # In units in which the curvature is one and the Newton step from zero promises a gain of one.
+        promised = gradient.square().sum() / (2 * curvature)
+        promised = torch.where(promised > 0, promised, curvature)  # zero may be the minimum
+        unit = (promised / curvature).sqrt()
+        point = (units / unit).requires_grad_()
         search = torch.optim.LBFGS(
-            [units],
+            [point],
             max_iter=settings.solve_steps,
-            tolerance_change=settings.solve_tolerance * float(at_nothing),
+            tolerance_grad=0.0,
+            tolerance_change=settings.solve_tolerance * (1 - share),
             line_search_fn="strong_wolfe",
         )
 
         def closure() -> Tensor:
-            value, units.grad = with_gradient(loss, units)
-            return value
+            value, slope = with_gradient(loss, point * unit)
+            point.grad = slope * (unit / promised)
+            return value / promised
 
         search.step(closure)
-        units = units.detach()
+        units = point.detach() * unit
         weights = units @ white.T
         lost = loss(units) - size(units) - before
         if not weights.isfinite().all() or lost > _LOST * (at_nothing - before).clamp_min(0):

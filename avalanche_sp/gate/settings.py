@@ -35,6 +35,9 @@ class Settings:
     vectors: int = _setting(
         2000, "count", "input vectors of a layer in an experience's second moment; one a sample if that is more"
     )
+    largest_imbalance: float = _setting(
+        2, "positive", "factor between the samples of new classes and of earlier ones beyond which they count the same"
+    )
     observed_a_class: int = _setting(
         500, "count", "samples run through the network for each class of an experience; half of all if that is more"
     )
@@ -64,7 +67,9 @@ class Settings:
         0.9, "share", "least gain on half of the new samples, of the other half's, before the ridge is made larger"
     )
     solve_steps: int = _setting(20, "count", "iterations of L-BFGS, at most")
-    solve_tolerance: float = _setting(1e-3, "positive", "least gain of an iteration, in losses of zero outputs")
+    solve_tolerance: float = _setting(
+        5e-3, "positive", "least gain of an iteration, in what a Newton step from zero promises on new samples"
+    )
     solve_trial: int = _setting(
         3, "count", "steps of Adam that a readout solved before the first experience has to bear"
     )
