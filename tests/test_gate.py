@@ -238,6 +238,23 @@ def test_new_classes_that_are_rarer_or_more_frequent_than_those_before_count_as_
     assert gate.memory.samples == SIZE + counted + 20
 
 
+@pytest.mark.parametrize("stored, lacks", [(180, ""), (180, "0, 1"), (10, "")])
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), OneHotMSELoss()])
+def test_a_warning_names_earlier_classes_without_a_stored_sample(criterion, stored, lacks):
+    """Many stored samples open the gate for all old classes alike."""
+    _, _, gate = made(optimizer="adam")
+    gate.consolidate([(TASKS[0][0], torch.arange(SIZE) % 3)], criterion)
+    new = [(TASKS[1][0], 3 + torch.arange(SIZE) % 2)]
+    labels = torch.full((stored,), 2) if lacks or stored < 36 else torch.arange(stored) % 3
+    gate.begin(SIZE, stored=[TensorDataset(TASKS[0][0][:stored], labels)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gate.prepare(new, criterion)
+        gate.consolidate(new, criterion)
+    named = [str(w.message) for w in caught if "no stored sample is of class" in str(w.message)]
+    assert [f"class {lacks}. " in message for message in named] == [True] * bool(lacks)
+
+
 @pytest.mark.parametrize("comes_late", [True, False])
 def test_a_network_that_was_trained_before_the_gate_came_stays_as_it_is(comes_late):
     torch.manual_seed(0)

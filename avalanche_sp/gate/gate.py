@@ -66,6 +66,7 @@ from avalanche_sp.gate.trust import StoredSamples
 from avalanche_sp.gate.warn import (
     warn_of_dead,
     warn_of_frozen_readout,
+    warn_of_lacking,
     warn_of_left,
     warn_of_other_samples,
     warn_of_thawed,
@@ -1045,6 +1046,8 @@ class PlasticityGate:
             if seen is None:  # several heads, for instance
                 return None
             stored.append(seen)
+        if self._prepared is None:
+            self._warn_of_lacking(known, stored)
         trust, quadratic, told, s = self.trust if stored else 0.0, None, 1.0, self.settings
         present = layer.weights_and_bias()
         if known is not None and not brings_classes(known, samples):
@@ -1067,18 +1070,27 @@ class PlasticityGate:
         gated = [layer for n, layer in layers.items() if n in self.memory.layers or n not in protected]
         return ungated_parameters(self._attached(), gated)
 
+    def _warn_of_lacking(self, known: LayerMemory | None, stored: Sequence[ReadoutSamples]) -> None:
+        """Says so if stored samples open the gate, and there are none of some earlier classes."""
+        if known is None or known.class_counts is None or not stored or self._stored.opening < 2:
+            return
+        classes = known.class_counts.nonzero().flatten()
+        warn_of_lacking(classes[~torch.isin(classes, torch.cat([s.targets for s in stored]))].tolist())
+
     def _stored_losses(self, observation, layers, criterion) -> list[ReadoutLoss] | None:
         """Losses of stored samples in the readout's weights; None if one has none."""
         readout = observation.readout
         if readout is None or readout.layer not in self.memory.layers:
             return []
         layer = {readout.layer: layers[readout.layer]}
-        losses = []
+        losses, stored = [], []
         for memory in self._replays:
-            loss = self._observed(memory, layer, criterion).readout
-            if loss is None:  # several heads, for instance
+            seen = self._observed(memory, layer, criterion)
+            if seen.readout is None:  # several heads, for instance
                 return None
-            losses.append(loss)
+            losses.append(seen.readout)
+            stored += [seen.classified] if seen.classified is not None else []
+        self._warn_of_lacking(self.memory.layers[readout.layer], stored)
         old, total = self.memory.layers[readout.layer].samples, sum(loss.weight for loss in losses)
         return [replace(loss, weight=self.trust * old * loss.weight / total) for loss in losses]
 

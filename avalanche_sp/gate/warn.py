@@ -135,6 +135,16 @@ def warn_of_frozen_readout(layer: str) -> None:
     )
 
 
+def warn_of_lacking(classes: list[int]) -> None:
+    """Names earlier classes without a stored sample."""
+    if classes:
+        named = ", ".join(map(str, classes[:10])) + ("" if len(classes) <= 10 else f" and {len(classes) - 10} more")
+        _warn(
+            f": no stored sample is of class {named}. Stored samples open the gate, so these are forgotten. Store some "
+            "of each earlier class, or none at all."
+        )
+
+
 def warn_of_unseen(layers: list[str]) -> None:
     """Names gated layers that another optimizer has trained."""
     if layers:
