@@ -217,6 +217,14 @@ def test_a_loss_a_million_times_smaller_has_the_same_solution(criterion):
     assert float((a @ ends[0].T).argmax(1).eq(b).float().mean()) > 0.5
 
 
+def test_a_loss_that_is_zero_for_outputs_of_zero_is_solved():
+    x, y = samples(0, (0, 1, 2))
+    memory, present = remembered(x, y), torch.randn(6, 13, generator=torch.Generator().manual_seed(5))
+    criterion = lambda outputs, targets: outputs.square().sum() / len(outputs)  # noqa: E731
+    solution = ReadoutProblem(present, readout_samples(x, y), None, memory, criterion, SETTINGS).solution()
+    torch.testing.assert_close(solution, torch.zeros(6, 13), atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("told, expected", [(30.0, {1.0}), (0.0, {4.0, 16.0, 64.0, 256.0})])
 def test_the_ridge_grows_where_half_of_the_samples_tell_nothing_of_the_others(told, expected):
     torch.manual_seed(0)

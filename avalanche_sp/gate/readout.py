@@ -233,10 +233,10 @@ class ReadoutProblem:
         newton, at_present = -gradient / curvature, loss(present)
         before = at_present - size(present)
         units = newton if loss(newton) < at_present else present
-        # In units in which the curvature is one and the Newton step from zero promises a gain of one.
-        promised = gradient.square().sum() / (2 * curvature)
-        promised = torch.where(promised > 0, promised, curvature)  # zero may be the minimum
-        unit = (promised / curvature).sqrt()
+        # In units in which the curvature is one, and the loss of zero outputs, or the gain that a Newton step promises.
+        height = torch.maximum(at_nothing.abs(), gradient.square().sum() / (2 * curvature))
+        height = torch.where(height > 0, height, curvature)  # zero may be the minimum
+        unit = (height / curvature).sqrt()
         point = (units / unit).requires_grad_()
         search = torch.optim.LBFGS(
             [point],
@@ -248,8 +248,8 @@ class ReadoutProblem:
 
         def closure() -> Tensor:
             value, slope = with_gradient(loss, point * unit)
-            point.grad = slope * (unit / promised)
-            return value / promised
+            point.grad = slope * (unit / height)
+            return value / height
 
         search.step(closure)
         units = point.detach() * unit

@@ -68,7 +68,7 @@ class Settings:
     )
     solve_steps: int = _setting(20, "count", "iterations of L-BFGS, at most")
     solve_tolerance: float = _setting(
-        5e-3, "positive", "least gain of an iteration, in what a Newton step from zero promises on new samples"
+        5e-3, "positive", "least gain of an iteration, in losses of zero outputs on the new samples"
     )
     solve_trial: int = _setting(
         3, "count", "steps of Adam that a readout solved before the first experience has to bear"
