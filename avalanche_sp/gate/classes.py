@@ -112,13 +112,17 @@ def brings_classes(memory: LayerMemory | None, seen: ReadoutSamples) -> bool:
     """Whether an experience has a class that the readout's memory does not know, or a new task's head."""
     if memory is None or memory.class_counts is None:
         return True
-    return bool((~torch.isin(seen.targets, memory.class_counts.nonzero().flatten())).any())
+    return not bool(_known(memory.class_counts, seen).all())
 
 
 def repeats_classes(memory: LayerMemory, seen: ReadoutSamples) -> bool:
     """Whether an experience has a class that the readout's memory knows."""
-    known = None if memory.class_counts is None else memory.class_counts.nonzero().flatten()
-    return known is None or bool(torch.isin(seen.targets, known).any())
+    return memory.class_counts is None or bool(_known(memory.class_counts, seen).any())
+
+
+def _known(counts: Tensor, seen: ReadoutSamples) -> Tensor:
+    """True for each sample whose class has been counted, shape (n,)."""
+    return torch.isin(seen.targets, counts.nonzero().flatten())
 
 
 def class_shift(memory: LayerMemory, seen: ReadoutSamples) -> float:

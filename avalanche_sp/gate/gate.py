@@ -351,11 +351,9 @@ class PlasticityGate:
         self._samples, self._replays, self._memory_size = samples, replays, stored
         memory, s = self.memory, self.settings
         self._stored = StoredSamples(stored / max(memory.classes, 1), s)
-        if self._stream is None:
+        if self._stream is None:  # else an epoch may be a mini-batch, and nothing ends with it
             self.finish_steps()
-            ratio = memory.consolidations if samples is None else self.ratio
-        else:  # an epoch may be a mini-batch, and nothing ends with it
-            ratio = memory.consolidations  # the next experience is as long as those so far, for all we know
+        ratio = self.ratio
         prepared, gated = self._prepared, dict[str, Gated]()
         for name, layer in protected.items():
             if name in memory.layers and (layer.per_row or not stored):
@@ -583,9 +581,9 @@ class PlasticityGate:
             data: the experience's samples: a dataset of pairs (x, y), or an iterable of batches (x, y).
             criterion: the loss of (outputs, targets), a mean over samples.
             stand_for: number of samples that the experience counts as, for instance if the data are a few of those
-                that the network was trained on. Default: their number. If all classes are new and have less than half
-                as many samples as the earlier experiences had of a class, on average, or more than twice as many, the
-                default is that average for each.
+                that the network was trained on. Default: their number. For new classes alone the reference is the
+                average number of samples a class in the earlier experiences. If the new classes have less than half of
+                it on average, or more than twice, each counts as the reference.
 
         Raises:
             ValueError: there is no sample, the criterion is no mean, the gate finds the boundaries itself, or
@@ -727,7 +725,7 @@ class PlasticityGate:
 
     @property
     def ratio(self) -> float:
-        """N_old / N_new, as far as it is known; for the weight of stored samples in the loss."""
+        """N_old / N_new, as far as it is known; for the penalty, and the weight of stored samples in the loss."""
         if self._stream is not None or self._samples is None:
             return max(self.memory.consolidations, 1)
         return self.memory.samples / (self._counts_as or self._samples)

@@ -107,7 +107,7 @@ class Observation:
     zero_loss: Tensor | None = None
 
     def counting_as(self, samples: int) -> Observation:
-        """The same observation as that of so many samples."""
+        """The same observation, with another number of samples that it counts as."""
         classified = None if self.classified is None else replace(self.classified, weight=samples)
         readout = None if self.readout is None else replace(self.readout, weight=samples)
         return replace(self, samples=samples, classified=classified, readout=readout)
